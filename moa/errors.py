@@ -1,0 +1,54 @@
+"""The errors of moa: each says what came, what was expected, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoaError(Exception):
+    """Base class of every error that moa raises on purpose."""
+
+
+class ConfigError(MoaError, ValueError):
+    """A value, keyword or name that cannot be used (recipes, build, training configurations)."""
+
+
+class ShapeError(MoaError, ValueError):
+    """Tensors whose shapes, dtypes or devices do not belong together."""
+
+
+class ContextError(MoaError, LookupError):
+    """Something a router needs beside x (task ids, a mask, a loss) is missing or out of range."""
+
+
+class CheckpointError(MoaError, RuntimeError):
+    """A checkpoint that cannot be read, or does not belong to this base or these recipes."""
+
+
+class BackendError(MoaError, RuntimeError):
+    """A kernel engine that is not available here, with the reason and what to install."""
+
+
+class NumericsError(MoaError, ArithmeticError):
+    """NaN or infinity where a finite number is needed, with the layer that produced it."""
+
+
+class FoldError(MoaError, RuntimeError):
+    """A mixture that has no exact meaning as one weight."""
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "") -> str:
+    """Return the message for a name that is not known: the nearest known one, and the list.
+
+    Args:
+        kind: what the name should have been, e.g. "router".
+        name: what came.
+        known: the names that would have been accepted.
+        where: optional place, e.g. "moa.build".
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    place = f" in {where}" if where else ""
+    return f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(names) or 'none'}."

@@ -1,0 +1,124 @@
+"""What routers and banks share: `Routing` and `Context`.
+
+Letters used everywhere: B batch · S sequence · T flattened rows · *rows leading dims · E experts · K active experts
+per row · H heads · r rank · i/o in/out features · M routing samples · n streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ContextError, ShapeError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided: the only thing routers and banks share.
+
+    Its rows broadcast against x's rows: token (B, S), sequence or task (B, 1), constant ().
+
+    Args:
+        weights: (*rows, K) what multiplies the chosen experts' outputs.
+        indices: (*rows, K) int64 chosen experts, distinct in each row; None means all of them, K = E.
+        n_experts: E.
+        logits: (*rows, E) fp32 router outputs before the score function; None where there are none.
+        scores: (*rows, E) fp32 after the score function; None where there are none.
+        log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
+    """
+
+    weights: Tensor
+    indices: Tensor | None
+    n_experts: int
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+    log_prob: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        """Active experts per row, K."""
+        return self.weights.shape[-1]
+
+    def dense(self) -> Tensor:
+        """Return the weights scattered over all experts (*rows, E): 0 where an expert is not chosen."""
+        if self.indices is None:
+            return self.weights
+        full = self.weights.new_zeros(*self.weights.shape[:-1], self.n_experts)
+        return full.scatter(-1, self.indices, self.weights)
+
+    def selected(self) -> Tensor:
+        """Return which experts are active (*rows, E), bool."""
+        if self.indices is None:
+            return torch.ones_like(self.weights, dtype=torch.bool)
+        full = self.weights.new_zeros(*self.weights.shape[:-1], self.n_experts, dtype=torch.bool)
+        return full.scatter(-1, self.indices, True)
+
+
+class Recorder(Protocol):
+    """What a context's trace slot accepts: see `moa.trace.Trace`."""
+
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
+        """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count."""
+
+
+@dataclass
+class Context:
+    """What a layer cannot see in x; one object shared by the mixtures of one model.
+
+    Values stay until they are set again: a scope that closed with the forward would be gone when gradient
+    checkpointing runs the layer a second time.
+
+    Args:
+        task_ids: (B,) int64 task or domain of each example.
+        masks: (B, S) bool masks, True on real tokens; the first whose size fits a layer's rows is used.
+        routing_mask: (B, S) bool, what a pooled (sequence-level) router may look at: the prompt.
+        trace: where mixtures record their routings; None records nothing.
+        frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
+        enabled: False makes every mixture its base layer.
+    """
+
+    task_ids: Tensor | None = None
+    masks: Sequence[Tensor] = ()
+    routing_mask: Tensor | None = None
+    trace: Recorder | None = None
+    frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
+    enabled: bool = True
+
+    def mask_for(self, x: Tensor) -> Tensor | None:
+        """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""
+        rows = x.shape[:-1]
+        for mask in self.masks:
+            if mask.shape == rows:
+                return mask
+        size = rows.numel()
+        for mask in self.masks:
+            if mask.numel() == size:
+                return mask.reshape(rows)
+        return None
+
+    def task_rows(self, x: Tensor, n_tasks: int) -> Tensor:
+        """Return the task ids shaped to broadcast against the rows of x (*rows, i): (B, 1, …), or (T,) if flattened.
+
+        Raises:
+            ContextError: no task ids are set, or one is outside 0 … n_tasks - 1.
+            ShapeError: the rows of x are not a multiple of the number of task ids.
+        """
+        ids = self.task_ids
+        if ids is None:
+            raise ContextError(
+                "this router needs task ids and none are set: pass task_ids=(B,) to the model's forward or "
+                "generate, or keep a task_ids column in the data set."
+            )
+        rows = x.shape[:-1]
+        if rows and rows[0] != ids.shape[0]:
+            if rows[0] % ids.shape[0]:
+                raise ShapeError(f"task_ids has {ids.shape[0]} entries, but the layer sees {rows[0]} rows.")
+            ids = ids.repeat_interleave(rows[0] // ids.shape[0])
+        return ids.reshape(ids.shape[0], *([1] * (len(rows) - 1)))
