@@ -32,6 +32,7 @@ class Routing:
         logits: (*rows, E) fp32 router outputs before the score function; None where there are none.
         scores: (*rows, E) fp32 after the score function; None where there are none.
         log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
+        usage: (*rows, E) fp32 differentiable probability of being chosen under the router's noise; mostly None.
     """
 
     weights: Tensor
@@ -40,6 +41,7 @@ class Routing:
     logits: Tensor | None = None
     scores: Tensor | None = None
     log_prob: Tensor | None = None
+    usage: Tensor | None = None
 
     @property
     def k(self) -> int:
@@ -82,6 +84,7 @@ class Context:
         trace: where mixtures record their routings; None records nothing.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         enabled: False makes every mixture its base layer.
+        pinned: an expert that every mixture uses alone with weight 1, in place of its router; None lets routers decide.
     """
 
     task_ids: Tensor | None = None
@@ -90,6 +93,7 @@ class Context:
     trace: Recorder | None = None
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     enabled: bool = True
+    pinned: int | None = None
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""
@@ -110,15 +114,24 @@ class Context:
             ContextError: no task ids are set, or one is outside 0 … n_tasks - 1.
             ShapeError: the rows of x are not a multiple of the number of task ids.
         """
-        ids = self.task_ids
-        if ids is None:
+        if self.task_ids is None:
             raise ContextError(
                 "this router needs task ids and none are set: pass task_ids=(B,) to the model's forward or "
                 "generate, or keep a task_ids column in the data set."
             )
         rows = x.shape[:-1]
-        if rows and rows[0] != ids.shape[0]:
-            if rows[0] % ids.shape[0]:
-                raise ShapeError(f"task_ids has {ids.shape[0]} entries, but the layer sees {rows[0]} rows.")
-            ids = ids.repeat_interleave(rows[0] // ids.shape[0])
+        ids = repeat_to(self.task_ids, rows[0], "task_ids") if rows else self.task_ids
         return ids.reshape(ids.shape[0], *([1] * (len(rows) - 1)))
+
+
+def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
+    """Return values (B, …) with each entry repeated so that there are n_rows of them (beams, flattened sequences).
+
+    Raises:
+        ShapeError: n_rows is not a multiple of B.
+    """
+    if n_rows == values.shape[0]:
+        return values
+    if n_rows % values.shape[0]:
+        raise ShapeError(f"{what} has {values.shape[0]} entries, but the layer sees {n_rows} rows.")
+    return values.repeat_interleave(n_rows // values.shape[0], 0)

@@ -1,0 +1,14 @@
+"""Routers: who decides which experts act on a row. `ROUTERS` names the classes."""
+
+from .base import Router
+from .fixed import FixedRouter
+from .linear import LinearRouter
+from .sampled import SampledRouter
+
+ROUTERS: dict[str, type[Router]] = {
+    "linear": LinearRouter,
+    "sampled": SampledRouter,
+    "fixed": FixedRouter,
+}
+
+__all__ = ["ROUTERS", "FixedRouter", "LinearRouter", "Router", "SampledRouter"]

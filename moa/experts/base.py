@@ -1,0 +1,79 @@
+"""The bank contract: a bank is, by definition, the mixture of its experts."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import FoldError
+from ..types import Routing
+
+
+class ExpertBank(nn.Module):
+    """E experts of one family on one layer: `(x (*rows, i), routing) -> (*rows, o)`.
+
+    A family writes its parameters, `reset_parameters`, `expert_forward`; a faster `forward` and `delta` are optional.
+
+    Args:
+        d_in: i.
+        d_out: o.
+        n_experts: E.
+
+    Attributes:
+        mixes: "outputs" (Σ w_e E_e(x)) or "parameters" (the expert made of Σ w_e θ_e).
+        zero_at_init: a fresh bank returns exactly zero.
+    """
+
+    mixes: ClassVar[Literal["outputs", "parameters"]] = "outputs"
+    zero_at_init: ClassVar[bool] = True
+
+    def __init__(self, d_in: int, d_out: int, n_experts: int) -> None:
+        super().__init__()
+        self.d_in, self.d_out, self.n_experts = d_in, d_out, n_experts
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew; each family's table gives the shapes, e.g. (E, r, i)."""
+        raise NotImplementedError
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return one expert alone on x (*rows, i), (*rows, o)."""
+        raise NotImplementedError
+
+    def delta(self, expert: int) -> Tensor:
+        """Return the weight change (o, i) that one expert equals.
+
+        Raises:
+            FoldError: the family is not linear in x.
+        """
+        raise FoldError(f"{type(self).__name__} experts are not a weight change: they cannot be folded or exported.")
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e E_e(x), (*rows, o): the definition, one expert at a time.
+
+        An expert that a row did not choose cannot reach it, not even with NaN.
+        """
+        weights, chosen = routing.dense(), routing.selected()
+        total = x.new_zeros(*x.shape[:-1], self.d_out)
+        for expert in range(self.n_experts):
+            out = self.expert_forward(x, expert)
+            weighted = out * weights[..., expert, None].to(out.dtype)
+            total = total + torch.where(chosen[..., expert, None], weighted, 0)
+        return total
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return base and mixture together, x W^T + b + Σ_e w_e E_e(x), (*rows, o).
+
+        Args:
+            x: (*rows, i).
+            routing: whose rows broadcast against x's.
+            weight: (o, i) frozen.
+            bias: (o,) or None.
+        """
+        y = F.linear(x, weight, bias)
+        return y + self(x, routing).to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, d_out={self.d_out}, n_experts={self.n_experts}"

@@ -1,0 +1,89 @@
+"""LoRA experts. Hu et al. 2021, arXiv 2106.09685."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..kernels import low_rank_mixture, mixture_linear
+from ..types import Routing
+from .base import ExpertBank
+
+
+class LoRABank(ExpertBank):
+    """E low-rank experts: E_e(x) = s · (x down_e^T) up_e.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | down (A) | (E, r, i) | uniform ±1/√i, as nn.Linear and peft |
+    | up (B, transposed) | (E, r, o) | zero |
+
+    Both are stored (E, r, features): the concatenation over experts is a free view.
+
+    Args:
+        d_in: i.
+        d_out: o.
+        n_experts: E.
+        rank: r of each expert.
+        scaling: s, the same for every expert (adapters of other scales are rescaled when they are read in).
+        dropout: probability on x in training.
+        engine: kernel engine by name; None lets the dispatcher choose.
+
+    Raises:
+        ConfigError: rank < 1 or dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        n_experts: int,
+        *,
+        rank: int = 8,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__(d_in, d_out, n_experts)
+        if rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {rank}.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {dropout}.")
+        self.rank, self.scaling, self.dropout, self.engine = rank, scaling, dropout, engine
+        self.down = nn.Parameter(torch.empty(n_experts, rank, d_in))
+        self.up = nn.Parameter(torch.empty(n_experts, rank, d_out))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw down (E, r, i) anew and set up (E, r, o) to zero."""
+        bound = 1 / math.sqrt(self.d_in)
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return s · (x down_e^T) up_e, (*rows, o), of x (*rows, i)."""
+        return F.linear(x, self.down[expert].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
+
+    def delta(self, expert: int) -> Tensor:
+        """Return s · up_e^T down_e, (o, i)."""
+        return self.up[expert].T @ self.down[expert] * self.scaling
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i), by the grouped kernels."""
+        x = F.dropout(x, self.dropout, self.training)
+        weights = routing.weights * self.scaling
+        return low_rank_mixture(x, self.down, self.up, weights, routing.indices, engine=self.engine)
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b + Σ_e w_e E_e(x), (*rows, o), adapter first so that the base product adds in place."""
+        if self.training and self.dropout:
+            return super().add_linear(x, routing, weight, bias)
+        weights = routing.weights * self.scaling
+        return mixture_linear(x, weight, bias, self.down, self.up, weights, routing.indices, engine=self.engine)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

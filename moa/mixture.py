@@ -1,0 +1,117 @@
+"""The layer: a frozen base and branches that add to it. It names no method."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .experts import ExpertBank
+from .routers import Router
+from .types import Context, Routing
+
+
+class Branch(nn.Module):
+    """A router, a bank, and where they tap the layer: its input x (*rows, i) or its base's output y0 (*rows, o).
+
+    Raises:
+        ConfigError: an unknown tap.
+    """
+
+    def __init__(self, router: Router, bank: ExpertBank, tap: Literal["input", "output"] = "input") -> None:
+        super().__init__()
+        if tap not in ("input", "output"):
+            raise ConfigError(f"tap must be 'input' or 'output', got {tap!r}.")
+        self.router, self.bank, self.tap = router, bank, tap
+
+
+class Mixture(nn.Module):
+    """y0 = base(x); y = y0 + Σ bank(x or y0, router(x or y0, context)).
+
+    Args:
+        base: the frozen layer, (*rows, i) -> (*rows, o).
+        branches: what is added.
+        context: shared by all mixtures of one model.
+        name: dotted path of the layer, for traces and messages.
+    """
+
+    def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = nn.ModuleList(branches)
+        self.context = context
+        self.name = name
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight (o, i): some models look at its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias (o,) or None."""
+        return getattr(self.base, "bias", None)
+
+    def route(self, branch: Branch, x: Tensor) -> Routing:
+        """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
+        if self.context.pinned is not None:
+            return pinned_routing(x, self.context.pinned, branch.bank.n_experts)
+        routing: Routing = branch.router(x, self.context)
+        if self.context.trace is not None:
+            self.context.trace.add(self.name, routing, self.context.mask_for(x), branch.router)
+        return routing
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (*rows, o) for x (*rows, i)."""
+        branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
+        plain = plain_weight(self.base)
+        if self.context.enabled and plain is not None and [b.tap for b in branches] == ["input"]:
+            return branches[0].bank.add_linear(x, self.route(branches[0], x), *plain)
+        base_out: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.enabled:
+            return base_out
+        y = base_out
+        for branch in branches:
+            source = x if branch.tap == "input" else base_out
+            y = y + branch.bank(source, self.route(branch, source)).to(y.dtype)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}"
+
+
+def pinned_routing(x: Tensor, expert: int, n_experts: int) -> Routing:
+    """Return the constant routing that gives expert the weight 1, for x (*rows, i).
+
+    Raises:
+        ConfigError: expert is outside 0 … n_experts - 1.
+    """
+    if not 0 <= expert < n_experts:
+        raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {n_experts - 1}.")
+    one = torch.ones(1, dtype=torch.float32, device=x.device)
+    return Routing(one, torch.full((1,), expert, device=x.device), n_experts)
+
+
+def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return (weight (o, i), bias (o,) or None) of a frozen dense linear, or None for any other base.
+
+    A quantised, hooked or trainable base is not plain: it runs its own forward.
+    """
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        return None
+    if type(base) is nn.Linear:
+        weight, bias = base.weight, base.bias
+    elif is_conv1d(base):
+        weight, bias = base.weight.T, base.bias
+    else:
+        return None
+    if weight.requires_grad or not weight.is_floating_point():
+        return None
+    return weight, bias
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Tell whether module is transformers' Conv1D: a linear layer whose weight is stored (i, o)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")

@@ -1,0 +1,130 @@
+"""Learned gates: one linear map from the row to a logit per expert, then a pure selection.
+
+Shazeer et al. 2017 (noisy top-k), Fedus et al. 2021 (Switch), Jiang et al. 2024 (Mixtral), DeepSeek-V3 2024 (bias).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..types import Context, Routing
+from . import select
+from .base import Router, exact_linear
+
+
+class LinearRouter(Router):
+    """Scores every expert by a linear map of the row and keeps k of them.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | weight | (E, i) | uniform ±1/√i: logits of std 0.58 on rows of unit RMS, far from collapse; zero when noisy |
+    | noise_weight | (E, i) | zero, only with `noisy` |
+    | selection_bias | (E,) buffer, fp32 | zero, only with `bias_rate` > 0 |
+
+    Args:
+        d_in: i.
+        n_experts: E.
+        k: K; with K = E every expert is used and no index is made.
+        score: "softmax" or "sigmoid" over the experts.
+        renormalize: weights of a row sum to one after the choice.
+        jitter: training only, multiplies x by U(1 − jitter, 1 + jitter) for the logits.
+        noisy: learned Gaussian noise on the logits in training, softmax over the kept ones.
+        bias_rate: u, step of the selection bias after each optimizer step; 0 for no bias.
+        losses: name -> coefficient, see `moa.losses.LOSSES`.
+
+    Raises:
+        ConfigError: bad k, a negative rate, or options that exclude each other.
+    """
+
+    weight: nn.Parameter
+    selection_bias: Tensor | None
+    counts: Tensor | None
+
+    def __init__(
+        self,
+        d_in: int,
+        n_experts: int,
+        k: int,
+        *,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        renormalize: bool = True,
+        jitter: float = 0.0,
+        noisy: bool = False,
+        bias_rate: float = 0.0,
+        losses: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(d_in, n_experts, k)
+        if noisy and (score != "softmax" or bias_rate):
+            raise ConfigError("noisy gates use softmax scores and no selection bias.")
+        if not 0 <= jitter < 1 or bias_rate < 0:
+            raise ConfigError(f"jitter must be in [0, 1) and bias_rate >= 0, got {jitter} and {bias_rate}.")
+        self.score, self.renormalize, self.jitter, self.bias_rate = score, renormalize, jitter, bias_rate
+        self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
+        self.weight = nn.Parameter(torch.empty(n_experts, d_in))
+        self.noise_weight = nn.Parameter(torch.empty(n_experts, d_in)) if noisy else None
+        self.register_buffer("selection_bias", torch.zeros(n_experts) if bias_rate else None)
+        self.register_buffer("counts", torch.zeros(n_experts) if bias_rate else None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight (E, i) anew; a noisy gate starts at zero, as its paper does."""
+        if self.noise_weight is None:
+            bound = self.d_in**-0.5
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.noise_weight)
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing of x (*rows, i): weights and indices (*rows, K), indices None when K = E."""
+        if self.training and self.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = exact_linear(x, self.weight)
+        if self.noise_weight is not None:
+            return self._noisy(x, logits)
+        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        if self.k == self.n_experts and self.selection_bias is None:
+            normal = self.score == "softmax" or not self.renormalize
+            weights = scores if normal else scores / scores.sum(-1, keepdim=True)
+            return Routing(weights, None, self.n_experts, logits, scores)
+        weights, indices = select.top_k(scores, self.k, self.selection_bias, self.renormalize)
+        return Routing(weights, indices, self.n_experts, logits, scores)
+
+    def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
+        usage = None
+        logits = clean
+        if self.training:
+            assert self.noise_weight is not None
+            std = F.softplus(exact_linear(x, self.noise_weight)) + 1e-2
+            logits = clean + std * torch.randn_like(clean)
+            usage = select.selection_probability(clean, logits, std, self.k)
+        weights, indices = select.softmax_top_k(logits, self.k)
+        return Routing(weights, indices, self.n_experts, clean, clean.softmax(-1), usage=usage)
+
+    @torch.no_grad()
+    def observe(self, routing: Routing, mask: Tensor | None) -> None:
+        """Add the chosen experts of the counted rows, mask (*rows,), to the counts of this optimizer step."""
+        if self.counts is None:
+            return
+        chosen = routing.selected()
+        if mask is not None and mask.shape == chosen.shape[:-1]:
+            chosen = chosen & mask.unsqueeze(-1)
+        self.counts += chosen.flatten(0, -2).sum(0).to(self.counts.dtype)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the selection bias (E,) by ±u towards an even load: b_e += u · sign(mean(c) − c_e).
+
+        Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
+        """
+        if self.counts is None or self.selection_bias is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
+        self.counts.zero_()

@@ -1,0 +1,109 @@
+"""ReMix: the router's distribution decides which experts act, not how much; it learns by reinforcement.
+
+Qiu et al. 2026, arXiv 2603.10160.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..types import Context, Routing
+from .base import Router, exact_linear, frozen_while_decoding, pool
+
+
+class SampledRouter(Router):
+    """Draws k of E without replacement from softmax(P x) in training, takes the top k at inference; weights are 1.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | weight | (E, i) | uniform ±1/√i (the paper does not give one) |
+
+    The constant ω of the paper is the bank's scaling. The router sees x detached: the policy term can move the
+    router alone, never the experts of earlier layers.
+
+    Args:
+        d_in: i.
+        n_experts: E.
+        k: K.
+        samples: M, selections of the whole network per step, at least 2.
+        granularity: "token" decides per row; "sequence" once per example from the mean over the prompt.
+
+    Raises:
+        ConfigError: samples < 2, an unknown granularity, bad k.
+    Source: arXiv 2603.10160, §4.
+    Differs: the paper does not say whether a choice is made per token or per sequence; both are here.
+    """
+
+    stochastic = True
+
+    def __init__(
+        self,
+        d_in: int,
+        n_experts: int,
+        k: int,
+        *,
+        samples: int = 2,
+        granularity: Literal["token", "sequence"] = "token",
+    ) -> None:
+        super().__init__(d_in, n_experts, k)
+        if samples < 2:
+            raise ConfigError(f"ReMix compares selections with each other: samples must be at least 2, got {samples}.")
+        if granularity not in ("token", "sequence"):
+            raise ConfigError(f"granularity must be 'token' or 'sequence', got {granularity!r}.")
+        self.samples, self.granularity = samples, granularity
+        self.weight = nn.Parameter(torch.empty(n_experts, d_in))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight (E, i) anew."""
+        bound = self.d_in**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing of x (*rows, i); rows are (B, 1) at sequence granularity, log_prob only in training."""
+        if self.granularity == "token":
+            return self._decide(x.detach())
+        kept = frozen_while_decoding(self, context, x.shape[0])
+        if kept is not None:
+            return kept
+        routing = self._decide(pool(x.detach(), context.routing_mask))
+        if context.frozen_routings is not None:
+            context.frozen_routings[id(self)] = routing
+        return routing
+
+    def _decide(self, x: Tensor) -> Routing:
+        logits = exact_linear(x, self.weight)
+        scores = logits.softmax(-1)
+        if not self.training:
+            indices = logits.topk(self.k, -1).indices
+            return Routing(torch.ones_like(indices, dtype=logits.dtype), indices, self.n_experts, logits, scores)
+        # top k of log q + Gumbel noise, in descending order, is a draw without replacement
+        gumbel = -torch.empty_like(logits).exponential_().log()
+        indices = (logits.detach() + gumbel).topk(self.k, -1).indices
+        weights = torch.ones_like(indices, dtype=logits.dtype)
+        return Routing(weights, indices, self.n_experts, logits, scores, plackett_luce(logits, indices))
+
+
+def plackett_luce(logits: Tensor, indices: Tensor) -> Tensor:
+    """Return log Q of drawing the ordered tuple without replacement, in nats, (*rows,).
+
+    log Q = Σ_j [ logit_{i_j} − log Σ_{e not drawn before j} exp logit_e ]
+
+    The masked log-sum-exp stays finite for a confident router, where 1 − cumsum(q) rounds to 0.
+
+    Args:
+        logits: (*rows, E).
+        indices: (*rows, K) int64, in the order drawn.
+    Source: arXiv 2603.10160, §4 (sequential draws, the remaining mass renormalised).
+    """
+    rest = logits
+    total = logits.new_zeros(logits.shape[:-1])
+    for j in range(indices.shape[-1]):
+        chosen = indices[..., j : j + 1]
+        total = total + logits.gather(-1, chosen).squeeze(-1) - rest.logsumexp(-1)
+        rest = rest.scatter(-1, chosen, float("-inf"))
+    return total
