@@ -1,0 +1,113 @@
+"""The `concat` engine: every expert in one thin product, and a mask on the rank-sized middle.
+
+Experts of rank r are so thin that running all E of them costs less than sorting rows by expert until E·r is
+about 50·k (fp32) to 110·k (bf16) on a CPU. Both factors are stored (E, r, d), so concatenations are views.
+Contract of an engine: `forward` returns y and the hidden values of the chosen slots; `backward` returns the
+gradients that are asked for. Rows are flat here; weights and indices have one row per row of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
+    n_experts, rank, _ = a.shape
+    full = x @ a.flatten(0, 1).T  # (T, E·r)
+    if indices is None:
+        hidden = full.view(-1, n_experts, rank)
+        mixed = scale(hidden, weights).view(full.shape)
+    else:
+        slots = slot_rows(indices, n_experts)
+        hidden = full.view(-1, rank).index_select(0, slots).view(*indices.shape, rank)
+        mixed = spread(scale(hidden, weights), slots, n_experts)
+    up = b.flatten(0, 1)
+    y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
+    if base is not None:
+        y.addmm_(x, base.T)
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    hidden: Tensor | None,
+    base: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the gradients of x, a, b, weights that `needs` names, in this order."""
+    n_experts, rank, _ = a.shape
+    need_x, need_a, need_b, need_weights = needs
+    slots = None if indices is None else slot_rows(indices, n_experts)
+    found: list[Tensor] = []
+    grad_weights = grad_full = None
+    if need_x or need_a or need_weights:
+        full = grad @ b.flatten(0, 1).T  # (T, E·r)
+        if slots is None:
+            grad_slots = full.view(-1, n_experts, rank)
+        else:
+            grad_slots = full.view(-1, rank).index_select(0, slots).view(*weights.shape, rank)
+        if need_weights:
+            assert hidden is not None
+            grad_weights = slot_dot(grad_slots, hidden, weights)
+        if need_x or need_a:
+            grad_full = spread(scale(grad_slots, weights), slots, n_experts)
+    if need_x:
+        assert grad_full is not None
+        grad_x = grad_full @ a.flatten(0, 1)
+        if base is not None:
+            grad_x.addmm_(grad, base)
+        found.append(grad_x)
+    if need_a:
+        assert grad_full is not None and x is not None
+        found.append((grad_full.T @ x).view_as(a))
+    if need_b:
+        assert hidden is not None
+        mixed = spread(scale(hidden, weights), slots, n_experts)
+        found.append((mixed.T @ grad).view_as(b))
+    if grad_weights is not None:
+        found.append(grad_weights)
+    return found
+
+
+def slot_rows(indices: Tensor, n_experts: int) -> Tensor:
+    """Return where each slot lies (T·K,) in a (T·E)-row view of the full hidden values."""
+    first = torch.arange(0, indices.shape[0] * n_experts, n_experts, device=indices.device)
+    return (first[:, None] + indices).flatten()
+
+
+def scale(values: Tensor, weights: Tensor) -> Tensor:
+    """Return values (T, K, r) times weights (T, K) in values' dtype; exactly 0 where a weight is 0."""
+    gate = weights[..., None]
+    # The product is formed in the wider dtype, so that fp32 weights round once.
+    return torch.where(gate != 0, values * gate, 0).to(values.dtype)
+
+
+def spread(values: Tensor, slots: Tensor | None, n_experts: int) -> Tensor:
+    """Return values (T, K, r) laid out over all experts (T, E·r), 0 elsewhere; repeated experts add."""
+    rank = values.shape[-1]
+    if slots is None:
+        return values.reshape(-1, n_experts * rank)
+    out = values.new_zeros(values.shape[0] * n_experts, rank)
+    out.index_put_((slots,), values.reshape(-1, rank), accumulate=True)
+    return out.view(-1, n_experts * rank)
+
+
+def slot_dot(grad_slots: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
+    """Return ∂/∂weights (T, K): the rank-sized dot product of each slot, summed in fp32 or wider."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (grad_slots.to(wide) * hidden.to(wide)).sum(-1).to(weights.dtype)
