@@ -1,0 +1,60 @@
+"""moa: mixtures of adapters behind a router, for PyTorch and Hugging Face models."""
+
+from __future__ import annotations
+
+# ruff: noqa: F401
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that holds it; loaded on first use, so that `import moa` costs next to nothing
+_HOMES = {
+    "build": "build",
+    "load": "build",
+    "MoAModel": "model",
+    "RoutingMonitor": "callbacks",
+    "Routing": "types",
+    "Context": "types",
+    "Trace": "trace",
+    "Router": "routers",
+    "ExpertBank": "experts",
+    "Branch": "mixture",
+    "Mixture": "mixture",
+    "Recipe": "recipes",
+    "Site": "recipes",
+    "RECIPES": "recipes",
+    "make_recipe": "recipes",
+    "register_recipe": "recipes",
+    "export_expert": "peft_format",
+    "fold": "fold",
+    "MoaError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .build import build, load
+    from .callbacks import RoutingMonitor
+    from .errors import MoaError
+    from .experts import ExpertBank
+    from .fold import fold
+    from .mixture import Branch, Mixture
+    from .model import MoAModel
+    from .peft_format import export_expert
+    from .recipes import RECIPES, Recipe, Site, make_recipe, register_recipe
+    from .routers import Router
+    from .trace import Trace
+    from .types import Context, Routing
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moa' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -100,7 +100,9 @@ def register_recipe(name: str, paper: str = "") -> Callable[[type[Recipe]], type
     def add(cls: type[Recipe]) -> type[Recipe]:
         taken = RECIPES.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(f"recipe {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name.")
+            raise ConfigError(
+                f"recipe {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name."
+            )
         cls.name, cls.paper = name, paper
         RECIPES[name] = cls
         return cls
@@ -187,9 +189,7 @@ class Switch(Recipe):
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), weights not renormalised."""
         losses = {"balance": self.balance, "z": self.z_loss}
-        router = LinearRouter(
-            site.d_in, self.n_experts, self.k, renormalize=False, jitter=self.jitter, losses=losses
-        )
+        router = LinearRouter(site.d_in, self.n_experts, self.k, renormalize=False, jitter=self.jitter, losses=losses)
         return [Branch(router, self.bank(site))]
 
 
@@ -252,9 +252,7 @@ class ReMix(Recipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a sampling router on x (*rows, i)."""
-        router = SampledRouter(
-            site.d_in, self.n_experts, self.k, samples=self.samples, granularity=self.granularity
-        )
+        router = SampledRouter(site.d_in, self.n_experts, self.k, samples=self.samples, granularity=self.granularity)
         return [Branch(router, self.bank(site))]
 
 

@@ -80,7 +80,7 @@ class Context:
     Args:
         task_ids: (B,) int64 task or domain of each example.
         masks: (B, S) bool masks, True on real tokens; the first whose size fits a layer's rows is used.
-        routing_mask: (B, S) bool, what a pooled (sequence-level) router may look at: the prompt.
+        routing_masks: (B, S) bool masks of what a pooled (sequence-level) router may look at: the prompt.
         trace: where mixtures record their routings; None records nothing.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         enabled: False makes every mixture its base layer.
@@ -89,7 +89,7 @@ class Context:
 
     task_ids: Tensor | None = None
     masks: Sequence[Tensor] = ()
-    routing_mask: Tensor | None = None
+    routing_masks: Sequence[Tensor] = ()
     trace: Recorder | None = None
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     enabled: bool = True
