@@ -7,21 +7,22 @@ from types import ModuleType
 import torch
 
 from ..errors import BackendError, unknown_name
-from . import concat
+from . import concat, sorted_rows
 
-NAMES = ("concat",)
+_MODULES: dict[str, ModuleType] = {"concat": concat, "sorted": sorted_rows}
 
 # Up to this many columns E·r per active expert, running every expert beats sorting rows (measured, one core).
-_DENSE_COLUMNS_PER_SLOT = {torch.bfloat16: 110, torch.float16: 110, torch.float32: 50, torch.float64: 50}
+_CPU_COLUMNS = {torch.bfloat16: 110, torch.float16: 110}
+_CPU_COLUMNS_WIDE = 50
 
 
 def engines() -> dict[str, str | None]:
     """Return every engine's name with None if it can run here, else the reason why not and what to install.
 
     Returns:
-        Names in order of preference; a reason is one sentence.
+        One entry for each engine; a reason is one sentence.
     """
-    return {name: why_not(name) for name in NAMES}
+    return {name: why_not(name) for name in _MODULES}
 
 
 def why_not(name: str) -> str | None:
@@ -48,15 +49,30 @@ def choose_engine(
         n_experts: E.
         rank: r of each expert.
         k: active experts per row.
-        dtype: the dtype the products run in.
+        dtype: the dtype of x.
         device: where x lives.
 
     Returns:
         One of the names of `engines()` that can run here; no value of any tensor is read.
 
-    Source: crossover measured on CPU and modelled for GPU; see `experiments/bench/kernels.py`.
+    Source: crossover measured on CPU; see `experiments/bench/kernels.py`.
     """
-    return "concat"
+    if torch.device(device).type != "cpu":
+        return "concat"
+    if k >= n_experts:  # every row has every expert: nothing to skip
+        return "concat"
+    narrow = dtype in _CPU_COLUMNS and has_native_matmul(dtype)
+    columns = _CPU_COLUMNS[dtype] if narrow else _CPU_COLUMNS_WIDE
+    return "concat" if n_experts * rank <= columns * k else "sorted"
+
+
+def has_native_matmul(dtype: torch.dtype) -> bool:
+    """Return whether this CPU multiplies matrices of a 16-bit dtype in hardware; others emulate, slowly."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def get_engine(name: str) -> ModuleType:
@@ -65,9 +81,9 @@ def get_engine(name: str) -> ModuleType:
     Raises:
         BackendError: the name is not known, or the engine cannot run here (the reason is in the text).
     """
-    if name not in NAMES:
-        raise BackendError(unknown_name("engine", name, NAMES, "moa.kernels"))
+    if name not in _MODULES:
+        raise BackendError(unknown_name("engine", name, _MODULES, "moa.kernels"))
     reason = why_not(name)
     if reason is not None:
         raise BackendError(f"engine {name!r} cannot run here: {reason}")
-    return concat
+    return _MODULES[name]

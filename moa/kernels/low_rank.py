@@ -1,20 +1,16 @@
-"""The op: a mixture of low-rank experts as a `torch.library` custom op with a fake and an autograd formula.
+"""The two functions that layers call: a mixture of low-rank experts, alone or on top of its frozen linear.
 
-Saved for backward beyond x: the hidden values of the chosen slots (T, K, r), the weights and the indices.
-The op pair is opaque to `torch.compile`, so a graph holds one node forward and one backward.
+They check, flatten the rows and choose the compute dtype; the op itself is in `ops.py`.
 """
 
 from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
-from .dispatch import choose_engine, get_engine
+from . import ops
 
 
 def low_rank_mixture(
@@ -131,7 +127,7 @@ def _apply(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    y, _ = torch.ops.moa.low_rank_mixture(
+    y, _ = ops.forward_op(
         x.reshape(-1, x.shape[-1]).to(dtype),
         a.to(dtype),
         b.to(dtype),
@@ -152,9 +148,7 @@ def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | N
             "expected x (*rows, i), a (E, r, i), b (E, r, o) with the same E, r and i."
         )
     if not (x.is_floating_point() and weights.is_floating_point()):
-        raise ShapeError(
-            f"low_rank_mixture: x is {x.dtype} and weights {weights.dtype}; both must be floating."
-        )
+        raise ShapeError(f"low_rank_mixture: x is {x.dtype} and weights {weights.dtype}; both must be floating.")
     if indices is None:
         if weights.ndim < 1 or weights.shape[-1] != a.shape[0]:
             raise ShapeError(
@@ -168,91 +162,4 @@ def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | N
         )
     for name, value in (("a", a), ("b", b), ("weights", weights), ("indices", indices)):
         if value is not None and value.device != x.device:
-            raise ShapeError(
-                f"low_rank_mixture: x is on {x.device} but {name} on {value.device}; move one of them."
-            )
-
-
-@torch.library.custom_op("moa::low_rank_mixture", mutates_args=())
-def _forward_op(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    engine: str,
-) -> tuple[Tensor, Tensor]:
-    return _engine(engine, x, a, b, weights).forward(x, a, b, weights, indices, base, bias)
-
-
-@_forward_op.register_fake
-def _(x, a, b, weights, indices, base, bias, engine):
-    hidden = x.new_empty(x.shape[0], weights.shape[-1], a.shape[1])
-    return x.new_empty(x.shape[0], b.shape[-1]), hidden
-
-
-@torch.library.custom_op("moa::low_rank_mixture_backward", mutates_args=())
-def _backward_op(
-    grad: Tensor,
-    x: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    hidden: Tensor | None,
-    base: Tensor | None,
-    engine: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    used = _engine(engine, grad, a, b, weights)
-    return used.backward(grad.contiguous(), x, a, b, weights, indices, hidden, base, needs)
-
-
-@_backward_op.register_fake
-def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
-    shapes = (
-        grad.new_empty(grad.shape[0], a.shape[-1]),
-        a.new_empty(a.shape),
-        b.new_empty(b.shape),
-        weights.new_empty(weights.shape),
-    )
-    return [shape for shape, need in zip(shapes, needs, strict=True) if need]
-
-
-def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> ModuleType:
-    """Return the engine that was named, or the one that the sizes choose."""
-    n_experts, rank, d_in = a.shape
-    if not name:
-        name = choose_engine(
-            x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device
-        )
-    return get_engine(name)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, a, b, weights, indices, base, _, engine = inputs
-    need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
-    # x is kept for the gradient of a alone; hidden for those of b and the weights.
-    kept_x = x if need_a else None
-    hidden = output[1] if need_b or need_weights else None
-    ctx.save_for_backward(kept_x, a, b, weights, indices, hidden, base if need_x else None)
-    ctx.engine = engine
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, _):
-    needs = list(ctx.needs_input_grad[:4])
-    if grad is None or not any(needs):
-        return (None,) * 8
-    x, a, b, weights, indices, hidden, base = ctx.saved_tensors
-    found = iter(
-        torch.ops.moa.low_rank_mixture_backward(
-            grad, x, a, b, weights, indices, hidden, base, ctx.engine, needs
-        )
-    )
-    return (*(next(found) if need else None for need in needs), None, None, None, None)
-
-
-_forward_op.register_autograd(_backward, setup_context=_save)
+            raise ShapeError(f"low_rank_mixture: x is on {x.device} but {name} on {value.device}; move one of them.")

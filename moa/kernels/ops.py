@@ -1,0 +1,124 @@
+"""The op behind `low_rank_mixture` and `mixture_linear`: `torch.library`, with a fake and an autograd rule.
+
+Saved for backward beyond x: the hidden values of the chosen slots (T, K, r), the weights and the indices.
+The pair is opaque to `torch.compile`: a graph holds one node forward and one backward.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import choose_engine, get_engine, has_native_matmul
+
+# From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
+_CAST_PAYS = 4
+
+
+@torch.library.custom_op("moa::low_rank_mixture", mutates_args=())
+def forward_op(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    used = _engine(engine, x, a, b, weights)
+    if not _emulated(x):
+        return used.forward(x, a, b, weights, indices, base, bias)
+    late = base if x.shape[0] < _CAST_PAYS else None
+    early = None if late is not None else base
+    wide = used.forward(x.float(), a.float(), b.float(), weights, indices, _float(early), _float(bias))
+    y, hidden = (value.to(x.dtype) for value in wide)
+    return (y if late is None else y.add_(F.linear(x, late))), hidden
+
+
+@forward_op.register_fake
+def _(x, a, b, weights, indices, base, bias, engine):
+    hidden = x.new_empty(x.shape[0], weights.shape[-1], a.shape[1])
+    return x.new_empty(x.shape[0], b.shape[-1]), hidden
+
+
+@torch.library.custom_op("moa::low_rank_mixture_backward", mutates_args=())
+def backward_op(
+    grad: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    hidden: Tensor | None,
+    base: Tensor | None,
+    engine: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    used = _engine(engine, grad, a, b, weights)
+    grad = grad.contiguous()
+    if not _emulated(grad):
+        return used.backward(grad, x, a, b, weights, indices, hidden, base, needs)
+    wide = (_float(value) for value in (grad, x, a, b))
+    found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
+    dtypes = (grad.dtype, a.dtype, b.dtype, weights.dtype)
+    kept = [dtype for dtype, need in zip(dtypes, needs, strict=True) if need]
+    return [value.to(dtype) for value, dtype in zip(found, kept, strict=True)]
+
+
+@backward_op.register_fake
+def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
+    shapes = (
+        grad.new_empty(grad.shape[0], a.shape[-1]),
+        a.new_empty(a.shape),
+        b.new_empty(b.shape),
+        weights.new_empty(weights.shape),
+    )
+    return [shape for shape, need in zip(shapes, needs, strict=True) if need]
+
+
+def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> ModuleType:
+    """Return the engine that was named, or the one that the sizes choose."""
+    n_experts, rank, d_in = a.shape
+    if not name:
+        name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
+    return get_engine(name)
+
+
+def _emulated(x: Tensor) -> bool:
+    """Return whether x is of a 16-bit dtype that this CPU multiplies only in software, 10 to 100 × slower.
+
+    Such products run in fp32: wider, hence at least as accurate, at the price of transient fp32 copies.
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not has_native_matmul(x.dtype)
+
+
+def _float(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, a, b, weights, indices, base, _, engine = inputs
+    need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
+    # x is kept for the gradient of a alone; hidden for those of b and the weights.
+    kept_x = x if need_a else None
+    hidden = output[1] if need_b or need_weights else None
+    ctx.save_for_backward(kept_x, a, b, weights, indices, hidden, base if need_x else None)
+    ctx.engine = engine
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad, _):
+    needs = list(ctx.needs_input_grad[:4])
+    if grad is None or not any(needs):
+        return (None,) * 8
+    x, a, b, weights, indices, hidden, base = ctx.saved_tensors
+    found = iter(backward_op(grad, x, a, b, weights, indices, hidden, base, ctx.engine, needs))
+    return (*(next(found) if need else None for need in needs), None, None, None, None)
+
+
+forward_op.register_autograd(_backward, setup_context=_save)
