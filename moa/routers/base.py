@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Router(nn.Module):
 
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""
+
+    def constant(self) -> Routing | None:
+        """Return the routing of rows () that every input gets, or None when it depends on the input."""
+        return None
 
     def step(self) -> None:
         """Update what is not learned by gradient; called once after each optimizer step."""
@@ -103,25 +108,29 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def pool(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of x (B, S, i) over the positions that mask (B, S) allows, (B, 1, i).
+def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Return the mean of x (B, S, i) over the positions that a mask allows, (B, 1, i).
+
+    Args:
+        x: (B, S, i).
+        masks: (B, S) bool candidates; the first of x's length is used, and none at all means every position.
 
     Raises:
-        ShapeError: x has no sequence axis, or the mask is of another length (as in chunked prefill).
+        ShapeError: x has no sequence axis, or no mask is of its length (as in chunked prefill).
     """
     if x.ndim != 3:
         raise ShapeError(
             f"sequence routing needs x of shape (B, S, i), got {tuple(x.shape)}: use granularity='token' here."
         )
-    if mask is None:
+    if not masks:
         return x.mean(1, keepdim=True)
-    mask = repeat_to(mask, x.shape[0], "routing_mask")
-    if mask.shape != x.shape[:2]:
+    fitting = [mask for mask in masks if mask.shape[1] == x.shape[1]]
+    if not fitting:
         raise ShapeError(
-            f"the routing mask is {tuple(mask.shape)}, x is {tuple(x.shape)}: sequence routing must see the whole "
-            "prompt at once (no chunked prefill), with an attention mask of the same length."
+            f"no routing mask fits x {tuple(x.shape)}, they are {[tuple(m.shape) for m in masks]}: sequence routing "
+            "must see the whole prompt at once (no chunked prefill), with an attention mask of the same length."
         )
-    weight = mask.to(x.dtype).unsqueeze(-1)
+    weight = repeat_to(fitting[0], x.shape[0], "routing_mask").to(x.dtype).unsqueeze(-1)
     return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -38,4 +38,8 @@ class FixedRouter(Router):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the constant routing of rows (): weights (E,)."""
+        return self.constant()
+
+    def constant(self) -> Routing:
+        """Return the routing of rows () that every input gets."""
         return Routing(self.weights, None, self.n_experts)

@@ -70,7 +70,7 @@ class SampledRouter(Router):
         kept = frozen_while_decoding(self, context, x.shape[0])
         if kept is not None:
             return kept
-        routing = self._decide(pool(x.detach(), context.routing_mask))
+        routing = self._decide(pool(x.detach(), context.routing_masks))
         if context.frozen_routings is not None:
             context.frozen_routings[id(self)] = routing
         return routing

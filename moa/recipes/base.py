@@ -1,0 +1,139 @@
+"""The table of systems: each recipe is a row that says which router and which bank a layer gets.
+
+A row is a frozen dataclass: its fields are the keywords `moa.build` accepts for it, and what a checkpoint stores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..errors import ConfigError, unknown_name
+from ..experts import BANKS, ExpertBank
+from ..mixture import Branch
+from ..routers.base import check_experts
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer that gets experts: its dotted name, the module, its features i and o."""
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A row of the table; subclasses add their keywords and say how a site is built.
+
+    Args:
+        n_experts: E.
+        k: K, experts per row.
+        expert: adapter family, a name in `moa.experts.BANKS`.
+        rank: r of each expert.
+        alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
+        dropout: probability on the experts' input in training.
+        targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name.
+        engine: kernel engine by name; None lets the dispatcher choose.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    n_experts: int = 8
+    k: int = 2
+    expert: str = "lora"
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    engine: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        check_experts(self.n_experts, self.k)
+        if self.expert not in BANKS:
+            raise ConfigError(unknown_name("expert family", self.expert, BANKS))
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""
+        raise NotImplementedError
+
+    def scaling(self) -> float:
+        """Return the factor on every expert's output: alpha / rank, with alpha = 2 · rank unless given."""
+        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+
+    def bank(self, site: Site) -> ExpertBank:
+        """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
+        options: dict[str, Any] = {"rank": self.rank, "scaling": self.scaling()}
+        return BANKS[self.expert](
+            site.d_in, site.d_out, self.n_experts, dropout=self.dropout, engine=self.engine, **options
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values, its name under "router"."""
+        return {"router": self.name, **dataclasses.asdict(self)}
+
+
+RECIPES: dict[str, type[Recipe]] = {}
+
+
+def register_recipe(name: str, paper: str = "") -> Callable[[type[Recipe]], type[Recipe]]:
+    """Return a class decorator that adds a recipe to the table under a name.
+
+    Raises:
+        ConfigError: the name is taken by another class.
+    """
+
+    def add(cls: type[Recipe]) -> type[Recipe]:
+        taken = RECIPES.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ConfigError(
+                f"recipe {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name."
+            )
+        cls.name, cls.paper = name, paper
+        RECIPES[name] = cls
+        return cls
+
+    return add
+
+
+def recipe_class(name: str) -> type[Recipe]:
+    """Return the recipe registered under a name, plug-ins of the entry point group "moa.recipes" included.
+
+    Raises:
+        ConfigError: no such recipe; the nearest known one is named.
+    """
+    if name not in RECIPES:
+        for entry in entry_points(group="moa.recipes"):
+            if entry.name == name:
+                register_recipe(name)(entry.load())
+    if name not in RECIPES:
+        known = [*RECIPES, *(entry.name for entry in entry_points(group="moa.recipes"))]
+        raise ConfigError(unknown_name("router", name, known))
+    return RECIPES[name]
+
+
+def make_recipe(router: str, **options: Any) -> Recipe:
+    """Return the recipe named by router with its keywords set.
+
+    Raises:
+        ConfigError: unknown name or keyword (the nearest known one is named), or a value out of range.
+    """
+    cls = recipe_class(router)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in options:
+        if key not in known:
+            raise ConfigError(unknown_name("keyword", key, known, f"the recipe {router!r}"))
+    return cls(**options)
