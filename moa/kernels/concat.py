@@ -26,7 +26,7 @@ def forward(
     full = x @ a.flatten(0, 1).T  # (T, E·r)
     if indices is None:
         hidden = full.view(-1, n_experts, rank)
-        mixed = scale(hidden, weights).view(full.shape)
+        mixed = scale(hidden, weights).reshape(full.shape)
     else:
         slots = slot_rows(indices, n_experts)
         hidden = full.view(-1, rank).index_select(0, slots).view(*indices.shape, rank)

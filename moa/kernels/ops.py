@@ -6,6 +6,7 @@ The pair is opaque to `torch.compile`: a graph holds one node forward and one ba
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,20 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    used = _engine(engine, x, a, b, weights)
+    with _exact_dtypes(x):
+        return _forward(x, a, b, weights, indices, base, bias, _engine(engine, x, a, b, weights))
+
+
+def _forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+    used: ModuleType,
+) -> tuple[Tensor, Tensor]:
     if not _emulated(x):
         return used.forward(x, a, b, weights, indices, base, bias)
     late = base if x.shape[0] < _CAST_PAYS else None
@@ -59,8 +73,23 @@ def backward_op(
     engine: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    used = _engine(engine, grad, a, b, weights)
-    grad = grad.contiguous()
+    with _exact_dtypes(grad):
+        used = _engine(engine, grad, a, b, weights)
+        return _gradients(grad.contiguous(), x, a, b, weights, indices, hidden, base, used, needs)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    hidden: Tensor | None,
+    base: Tensor | None,
+    used: ModuleType,
+    needs: list[bool],
+) -> list[Tensor]:
     if not _emulated(grad):
         return used.backward(grad, x, a, b, weights, indices, hidden, base, needs)
     wide = (_float(value) for value in (grad, x, a, b))
@@ -87,6 +116,12 @@ def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Modu
     if not name:
         name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
     return get_engine(name)
+
+
+def _exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which engines keep the dtypes they were given: autocast stays on inside custom ops."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _emulated(x: Tensor) -> bool:

@@ -37,7 +37,7 @@ def forward(
     for expert, start, stop in spans:
         torch.mm(x.index_select(0, plan.rows[start:stop]), a[expert].T, out=hidden_sorted[start:stop])
     hidden = hidden_sorted.index_select(0, plan.place).view(*indices.shape, rank)
-    mixed = scale(hidden, weights).view(n_slots, rank).index_select(0, plan.order)
+    mixed = scale(hidden, weights).reshape(n_slots, rank).index_select(0, plan.order)
     y = _expand(mixed, b, plan, spans, indices.shape)
     if bias is not None:
         y += bias
@@ -68,7 +68,7 @@ def backward(
     mixed = None
     if need_b:
         assert hidden is not None
-        mixed = scale(hidden, weights).view(n_slots, rank).index_select(0, plan.order)
+        mixed = scale(hidden, weights).reshape(n_slots, rank).index_select(0, plan.order)
     sorted_slots = grad.new_empty(n_slots, rank)
     for expert, start, stop in spans:
         rows = grad.index_select(0, plan.rows[start:stop])
@@ -83,7 +83,7 @@ def backward(
             assert hidden is not None
             grad_weights = slot_dot(grad_slots, hidden, weights)
         if need_x or need_a:
-            grad_hidden = scale(grad_slots, weights).view(n_slots, rank).index_select(0, plan.order)
+            grad_hidden = scale(grad_slots, weights).reshape(n_slots, rank).index_select(0, plan.order)
             if need_x:
                 grad_x = _expand(grad_hidden, a, plan, spans, indices.shape)
             if need_a:
