@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from torch import nn
 from . import checkpoint
 from .errors import ConfigError
 from .mixture import Mixture
-from .model import MoAModel, model_class
+from .model import MoAModel
 from .peft_format import load_experts, read_adapters
 from .recipes import Recipe, make_recipe
 from .sites import backbone_prefix
@@ -111,7 +114,7 @@ def _wrap(model: nn.Module, modules_to_save: Sequence[str] | None) -> MoAModel:
         raise ConfigError(
             "this model already carries experts: build on the MoAModel that holds it, or reload the base."
         )
-    out = model_class(type(model))(model)
+    out = model_class(type(model))(model)  # type: ignore[arg-type]
     if modules_to_save is None:
         modules_to_save = _new_heads(model)
     for name in modules_to_save:
@@ -159,3 +162,29 @@ def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = 
     checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     out.eval()
     return out
+
+
+@functools.cache
+def model_class(base_class: type[nn.Module]) -> type[MoAModel]:
+    """Return the `MoAModel` class whose forward names the inputs of a base's forward, and task_ids.
+
+    Trainer drops the columns that the signature does not name, and looks for labels in it.
+    """
+    own = inspect.signature(MoAModel.forward).parameters
+    extra = [own[name] for name in ("task_ids", "routing_mask", "num_items_in_batch")]
+    kept = [
+        p for name, p in inspect.signature(base_class.forward).parameters.items() if name not in own or name == "self"
+    ]
+    if "labels" in inspect.signature(base_class.forward).parameters:
+        extra.insert(0, own["labels"])
+    kinds = inspect.Parameter
+    named = [p for p in kept if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.VAR_POSITIONAL)]
+    rest = [p for p in kept if p.kind is kinds.KEYWORD_ONLY]
+    forward = types.FunctionType(
+        MoAModel.forward.__code__, MoAModel.forward.__globals__, "forward", None, MoAModel.forward.__closure__
+    )
+    forward.__kwdefaults__ = MoAModel.forward.__kwdefaults__
+    forward.__doc__ = MoAModel.forward.__doc__
+    forward.__signature__ = inspect.Signature([*named, *rest, *extra, own["kwargs"]])  # type: ignore[attr-defined]
+    members = {"forward": forward, "__doc__": MoAModel.__doc__, "__module__": MoAModel.__module__}
+    return type(f"MoA{base_class.__name__}", (MoAModel,), members)

@@ -7,6 +7,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .types import Context
+
+
+def describe_batch(
+    context: Context,
+    encoder: Context,
+    inputs: dict[str, Any],
+    *,
+    kind: str,
+    task_ids: Tensor | None = None,
+    routing_mask: Tensor | None = None,
+    labels: Any = None,
+) -> None:
+    """Tell the contexts of a model what a batch holds.
+
+    Args:
+        context: of the decoder, or of the whole model where it has one part.
+        encoder: of the encoder half.
+        inputs: the model's inputs; attention_mask (B, S), decoder_attention_mask and decoder_input_ids are read.
+        kind: "decoder", "encoder-decoder" or "encoder".
+        task_ids: (B,); None keeps those set before.
+        routing_mask: (B, S) what pooled routers may look at; None finds the prompt.
+        labels: (B, S) labels tell where a prompt ends.
+    """
+    attention = as_masks(inputs.get("attention_mask"))
+    if task_ids is not None:
+        context.task_ids = encoder.task_ids = task_ids
+    encoder.masks = encoder.routing_masks = attention
+    context.masks = context.routing_masks = attention
+    token_labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+    if kind == "encoder-decoder":
+        decoder = inputs.get("decoder_input_ids", token_labels)
+        own = as_masks(inputs.get("decoder_attention_mask"))
+        if not own and token_labels is not None:
+            own = (token_labels != -100,)
+        context.masks = (*own, *attention)
+        if decoder is not None:  # the decoder may look at its first position alone: the rest is its answer
+            context.routing_masks = (first_position(decoder), *attention)
+    elif kind == "decoder" and token_labels is not None:
+        context.routing_masks = (prompt_mask(token_labels, attention[0] if attention else None),)
+    if routing_mask is not None:
+        context.routing_masks = as_masks(routing_mask)
+
 
 def first_position(tokens: Tensor) -> Tensor:
     """Return a bool mask like tokens (B, S), True at the first position."""

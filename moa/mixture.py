@@ -101,15 +101,13 @@ def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
         return None
-    if type(base) is nn.Linear:
-        weight, bias = base.weight, base.bias
-    elif is_conv1d(base):
-        weight, bias = base.weight.T, base.bias
-    else:
+    if type(base) is not nn.Linear and not is_conv1d(base):
         return None
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
     if weight.requires_grad or not weight.is_floating_point():
         return None
-    return weight, bias
+    return weight.T if is_conv1d(base) else weight, bias
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
-import types
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import checkpoint
 from .errors import ConfigError, ContextError
-from .fold import fold, folded_delta
-from .inputs import as_masks, first_position, prompt_attention, prompt_mask
-from .mixture import Branch, Mixture
+from .host import Host
+from .inputs import describe_batch, prompt_attention
 from .objective import Objective
 from .recipes import Recipe
-from .sites import find_sites, inject
+from .stepping import watch
 from .trace import Trace
 from .types import Context
 
 
-class MoAModel(PreTrainedModel):
+class MoAModel(Host, PreTrainedModel):
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -60,56 +54,11 @@ class MoAModel(PreTrainedModel):
         self.last_losses: dict[str, Tensor] = {}
         self._in_closure = False
         self.observers: list[Callable[[list[Trace]], None]] = []
-        self.loss_type = getattr(base, "loss_type", None)
+        self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
         base.requires_grad_(False)
-        _stepped_models.add(self)
-
-    # ---------------------------------------------------------------- building
-
-    def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
-        """Put a recipe's mixtures into the base and return their names.
-
-        Args:
-            recipe: the row of the table.
-            sites: names of the layers, each (*rows, i) -> (*rows, o); None takes the recipe's targets.
-
-        Raises:
-            ConfigError: no layer matches, or one of them carries experts already.
-        """
-        if sites is None:
-            chosen = find_sites(self.base, recipe.targets)
-        else:
-            by_name = {s.name: s for s in find_sites(self.base, ".*")}
-            missing = [name for name in sites if name not in by_name]
-            if missing:
-                raise ConfigError(f"no free linear layer named {', '.join(missing)} in {type(self.base).__name__}.")
-            chosen = [by_name[name] for name in sites]
-        chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
-        side = _encoder_modules(self.base)
-        for context, part in (
-            (self.context, [s for s in chosen if id(s.module) not in side]),
-            (self.encoder_context, [s for s in chosen if id(s.module) in side]),
-        ):
-            if part:
-                inject(self.base, recipe, context, part)
-        names = [s.name for s in chosen]
-        self.recipes.append((recipe, names))
-        return names
-
-    def mixtures(self) -> dict[str, Mixture]:
-        """Return the mixtures by the name of their layer, each (*rows, i) -> (*rows, o), in order."""
-        return {m.name: m for m in self.base.modules() if isinstance(m, Mixture)}
-
-    def branches(self) -> Iterator[tuple[str, Branch]]:
-        """Yield (layer name, branch) for every branch, each on rows (*rows, i)."""
-        for name, mixture in self.mixtures().items():
-            for branch in mixture.branches:
-                assert isinstance(branch, Branch)
-                yield name, branch
-
-    # ---------------------------------------------------------------- running
+        watch(self)
 
     def forward(
         self,
@@ -140,7 +89,15 @@ class MoAModel(PreTrainedModel):
                 labels that leave no token.
             NumericsError: a router produced NaN or infinity (its layer is named).
         """
-        self._set_context(task_ids, routing_mask, labels, args, kwargs)
+        describe_batch(
+            self.context,
+            self.encoder_context,
+            kwargs,
+            kind=self._kind(),
+            task_ids=task_ids,
+            routing_mask=routing_mask,
+            labels=labels,
+        )
         if labels is not None:
             kwargs["labels"] = labels
         if task_ids is not None and "task_ids" in inspect.signature(self.base.forward).parameters:
@@ -211,22 +168,18 @@ class MoAModel(PreTrainedModel):
 
     def _add_up(self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace], labels: Any) -> Tensor:
         total, self.last_losses = self.objective.total(losses, examples, traces)
-        self.objective.diagnose(total, traces, labels, self._decodes())
+        self.objective.diagnose(total, traces, labels, self._kind() == "decoder")
         self._notice(traces)
         return total
-
-    @property
-    def samples(self) -> int:
-        """M: forwards per training step, the most that any recipe asks for."""
-        return max((branch.router.samples for _, branch in self.branches()), default=1)
 
     def _shifts(self) -> bool:
         """Whether Trainer leaves the first label of a row out of its count: the share must follow its rule."""
         return self.loss_type == "ForCausalLM" and not getattr(self.config, "is_encoder_decoder", False)
 
-    def _decodes(self) -> bool:
-        """Whether the base is a decoder alone, whose prompt ends where the labels begin."""
-        return self.can_generate() and not getattr(self.config, "is_encoder_decoder", False)
+    def _kind(self) -> str:
+        if getattr(self.config, "is_encoder_decoder", False):
+            return "encoder-decoder"
+        return "decoder" if self.can_generate() else "encoder"
 
     def _notice(self, traces: list[Trace]) -> None:
         for trace in traces:
@@ -234,79 +187,6 @@ class MoAModel(PreTrainedModel):
                 record.router.observe(record.routing, record.mask)  # type: ignore[operator]
         for observer in self.observers:
             observer(traces)
-
-    def _set_context(
-        self,
-        task_ids: Tensor | None,
-        routing_mask: Tensor | None,
-        labels: Any,
-        args: tuple[Any, ...],
-        inputs: dict[str, Any],
-    ) -> None:
-        attention = as_masks(inputs.get("attention_mask"))
-        context, encoder = self.context, self.encoder_context
-        if task_ids is not None:
-            context.task_ids = encoder.task_ids = task_ids
-        encoder.masks = encoder.routing_masks = attention
-        context.masks = context.routing_masks = attention
-        token_labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
-        if getattr(self.config, "is_encoder_decoder", False):
-            decoder = inputs.get("decoder_input_ids", token_labels)
-            own = as_masks(inputs.get("decoder_attention_mask"))
-            if not own and token_labels is not None:
-                own = (token_labels != -100,)
-            context.masks = (*own, *attention)
-            if decoder is not None:  # the decoder may look at its first position alone: the rest is its answer
-                context.routing_masks = (first_position(decoder), *attention)
-        elif token_labels is not None and self._decodes():
-            context.routing_masks = (prompt_mask(token_labels, attention[0] if attention else None),)
-        if routing_mask is not None:
-            context.routing_masks = as_masks(routing_mask)
-
-    # ---------------------------------------------------------------- looking
-
-    @contextlib.contextmanager
-    def tracing(self) -> Iterator[Trace]:
-        """Record the routings of the forwards inside, training or not: `with model.tracing() as trace: model(...)`."""
-        trace, before = Trace(), self.context.trace
-        self.context.trace = self.encoder_context.trace = trace
-        try:
-            yield trace
-        finally:
-            self.context.trace = self.encoder_context.trace = before
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the frozen base alone inside the block."""
-        before = self.context.enabled
-        self.context.enabled = self.encoder_context.enabled = False
-        try:
-            yield
-        finally:
-            self.context.enabled = self.encoder_context.enabled = before
-
-    @contextlib.contextmanager
-    def pin_expert(self, expert: int) -> Iterator[None]:
-        """Use one expert with weight 1 in every layer inside the block, in place of the routers.
-
-        Raises:
-            ConfigError: at the first layer that has no such expert.
-        """
-        before = self.context.pinned
-        self.context.pinned = self.encoder_context.pinned = expert
-        try:
-            yield
-        finally:
-            self.context.pinned = self.encoder_context.pinned = before
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (trainable, all) parameters, counted once each."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
-
-    def print_trainable_parameters(self) -> None:
-        """Print trainable and all parameters in one line, as peft does."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     # ---------------------------------------------------------------- what transformers asks of a model
 
@@ -331,7 +211,8 @@ class MoAModel(PreTrainedModel):
         decoder = kwargs.get("decoder_input_ids")
         if decoder is None and mask is not None:
             decoder = mask[:, :1]
-        self._set_context(task_ids, None, None, args, {"attention_mask": mask, "decoder_input_ids": decoder})
+        prompt = {"attention_mask": mask, "decoder_input_ids": decoder}
+        describe_batch(self.context, self.encoder_context, prompt, kind=self._kind(), task_ids=task_ids)
         self.context.frozen_routings = {}
         self.encoder_context.frozen_routings = {}
         try:
@@ -358,7 +239,9 @@ class MoAModel(PreTrainedModel):
         """Whether the base can checkpoint its blocks."""
         return bool(getattr(self._modules.get("base"), "supports_gradient_checkpointing", False))
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(  # type: ignore[override]
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
         """Checkpoint the base's blocks, as transformers does; non-reentrant unless asked otherwise.
 
         Args:
@@ -399,10 +282,6 @@ class MoAModel(PreTrainedModel):
         if isinstance(self.base, PreTrainedModel):
             self.base.tie_weights(*args, **kwargs)
 
-    def get_base_model(self) -> nn.Module:
-        """Return the wrapped model, mixtures inside."""
-        return self.base
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -413,36 +292,7 @@ class MoAModel(PreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _stepped_models.add(self)
-
-    def optimizer_step_done(self) -> None:
-        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
-        for _, branch in self.branches():
-            branch.router.step()
-
-    # ---------------------------------------------------------------- folding
-
-    def merge_and_unload(self) -> nn.Module:
-        """Fold every mixture into its layer and return the base, as peft's method of this name.
-
-        Raises:
-            FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
-        """
-        mixtures = self.mixtures()
-        for mixture in mixtures.values():
-            folded_delta(mixture)
-        for mixture in mixtures.values():
-            fold(mixture)
-        return self.unload()
-
-    def unload(self) -> nn.Module:
-        """Take the mixtures out and return the base with its own layers, their weights untouched."""
-        for path, module in list(self.base.named_modules(remove_duplicate=False)):
-            if isinstance(module, Mixture):
-                parent, _, child = path.rpartition(".")
-                setattr(self.base.get_submodule(parent), child, module.base)
-        self.recipes.clear()
-        return self.base
+        watch(self)
 
     # ---------------------------------------------------------------- saving
 
@@ -454,11 +304,6 @@ class MoAModel(PreTrainedModel):
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, value: Any) -> None:
         """transformers sets this in `post_init`; here it is derived."""
-
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: routers, experts and the modules trained whole, by their name."""
-        heads = tuple(f"base.{name}." for name in self.modules_to_save)
-        return {k: v for k, v in self.state_dict().items() if ".branches." in k or (heads and k.startswith(heads))}
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors: recipes, routers and experts, not the base.
@@ -481,87 +326,12 @@ class MoAModel(PreTrainedModel):
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name))
 
-    def describe(self) -> dict[str, Any]:
-        """Return what rebuilds this model: base, recipes, layers; plain JSON values."""
-        config = getattr(self.base, "config", None)
-        is_hf = isinstance(config, PreTrainedConfig)
-        return {
-            "base": {
-                "class": type(self.base).__name__,
-                "name_or_path": getattr(self.base, "name_or_path", "") if is_hf else "",
-                "config": checkpoint.plain_config(config.to_dict()) if is_hf else None,
-                "fingerprint": checkpoint.fingerprint(self.base),
-            },
-            "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
-            "modules_to_save": self.modules_to_save,
-        }
-
     @classmethod
     def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> MoAModel:  # type: ignore[override]
         """Return `moa.load(path)`."""
         from .build import load
 
         return load(path, *args, **kwargs)
-
-
-_stepped_models: weakref.WeakSet[MoAModel] = weakref.WeakSet()
-
-
-def _after_optimizer_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Give the routers of every model whose parameters this optimizer holds their step.
-
-    A hook on the optimizer is the one place that sees real steps alone: not micro-batches, not skipped fp16 steps.
-    """
-    held: set[int] | None = None
-    for model in list(_stepped_models):
-        first = next((p for p in model.parameters() if p.requires_grad), None)
-        if first is None:
-            continue
-        if held is None:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if id(first) in held:
-            model.optimizer_step_done()
-
-
-register_optimizer_step_post_hook(_after_optimizer_step)
-
-
-@functools.cache
-def model_class(base_class: type[nn.Module]) -> type[MoAModel]:
-    """Return the `MoAModel` class whose forward names the inputs of a base's forward, and task_ids.
-
-    Trainer drops the columns that the signature does not name, and looks for labels in it.
-    """
-    own = inspect.signature(MoAModel.forward).parameters
-    extra = [own[name] for name in ("task_ids", "routing_mask", "num_items_in_batch")]
-    kept = [
-        p for name, p in inspect.signature(base_class.forward).parameters.items() if name not in own or name == "self"
-    ]
-    if "labels" in inspect.signature(base_class.forward).parameters:
-        extra.insert(0, own["labels"])
-    kinds = inspect.Parameter
-    named = [p for p in kept if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.VAR_POSITIONAL)]
-    rest = [p for p in kept if p.kind is kinds.KEYWORD_ONLY]
-    forward = types.FunctionType(
-        MoAModel.forward.__code__, MoAModel.forward.__globals__, "forward", None, MoAModel.forward.__closure__
-    )
-    forward.__kwdefaults__ = MoAModel.forward.__kwdefaults__
-    forward.__doc__ = MoAModel.forward.__doc__
-    forward.__signature__ = inspect.Signature([*named, *rest, *extra, own["kwargs"]])  # type: ignore[attr-defined]
-    members = {"forward": forward, "__doc__": MoAModel.__doc__, "__module__": __name__}
-    return type(f"MoA{base_class.__name__}", (MoAModel,), members)
-
-
-def _encoder_modules(base: nn.Module) -> set[int]:
-    """Return the ids of the modules below the encoder of an encoder-decoder, empty for other models."""
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return set()
-    encoder = base.get_encoder()  # type: ignore[operator]
-    return {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
-
-
-def _inside(name: str, module: str) -> bool:
-    return name == module or name.startswith(f"{module}.")
 
 
 def _loss_of(outputs: Any) -> Tensor | None:

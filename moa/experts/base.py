@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import FoldError
+from ..errors import ConfigError, FoldError
 from ..types import Routing
 
 
@@ -21,18 +21,40 @@ class ExpertBank(nn.Module):
         d_in: i.
         d_out: o.
         n_experts: E.
+        rank: r of each expert; families without a rank do not look at it.
+        scaling: s on every expert's output.
+        dropout: probability on x in training.
+        engine: kernel engine by name; None lets the dispatcher choose.
 
     Attributes:
         mixes: "outputs" (Σ w_e E_e(x)) or "parameters" (the expert made of Σ w_e θ_e).
         zero_at_init: a fresh bank returns exactly zero.
+
+    Raises:
+        ConfigError: rank < 1 or dropout outside [0, 1).
     """
 
     mixes: ClassVar[Literal["outputs", "parameters"]] = "outputs"
     zero_at_init: ClassVar[bool] = True
 
-    def __init__(self, d_in: int, d_out: int, n_experts: int) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        n_experts: int,
+        *,
+        rank: int = 8,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        engine: str | None = None,
+    ) -> None:
         super().__init__()
+        if rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {rank}.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {dropout}.")
         self.d_in, self.d_out, self.n_experts = d_in, d_out, n_experts
+        self.rank, self.scaling, self.dropout, self.engine = rank, scaling, dropout, engine
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew; each family's table gives the shapes, e.g. (E, r, i)."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
 from ..kernels import low_rank_mixture, mixture_linear
 from ..types import Routing
 from .base import ExpertBank
@@ -28,34 +28,14 @@ class LoRABank(ExpertBank):
         d_in: i.
         d_out: o.
         n_experts: E.
-        rank: r of each expert.
-        scaling: s, the same for every expert (adapters of other scales are rescaled when they are read in).
-        dropout: probability on x in training.
-        engine: kernel engine by name; None lets the dispatcher choose.
-
-    Raises:
-        ConfigError: rank < 1 or dropout outside [0, 1).
+        options: rank, scaling (one for all experts: adapters of other scales are rescaled when read in), dropout,
+            engine, as in `ExpertBank`.
     """
 
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        n_experts: int,
-        *,
-        rank: int = 8,
-        scaling: float = 1.0,
-        dropout: float = 0.0,
-        engine: str | None = None,
-    ) -> None:
-        super().__init__(d_in, d_out, n_experts)
-        if rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {rank}.")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {dropout}.")
-        self.rank, self.scaling, self.dropout, self.engine = rank, scaling, dropout, engine
-        self.down = nn.Parameter(torch.empty(n_experts, rank, d_in))
-        self.up = nn.Parameter(torch.empty(n_experts, rank, d_out))
+    def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
+        super().__init__(d_in, d_out, n_experts, **options)
+        self.down = nn.Parameter(torch.empty(n_experts, self.rank, d_in))
+        self.up = nn.Parameter(torch.empty(n_experts, self.rank, d_out))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -76,10 +76,8 @@ class Recipe:
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
-        options: dict[str, Any] = {"rank": self.rank, "scaling": self.scaling()}
-        return BANKS[self.expert](
-            site.d_in, site.d_out, self.n_experts, dropout=self.dropout, engine=self.engine, **options
-        )
+        options = {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        return BANKS[self.expert](site.d_in, site.d_out, self.n_experts, **options)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values, its name under "router"."""

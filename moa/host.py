@@ -1,0 +1,186 @@
+"""The host of mixtures: puts recipes into a base, looks at them, takes them out again. It knows no framework."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import checkpoint
+from .errors import ConfigError
+from .fold import fold, folded_delta
+from .mixture import Branch, Mixture
+from .recipes import Recipe
+from .sites import find_sites, inject
+from .trace import Trace
+from .types import Context
+
+
+class Host(nn.Module):
+    """What `MoAModel` does with the mixtures in its base, whatever the base is.
+
+    Attributes:
+        base: the model that holds the mixtures.
+        context: what they share; the encoder half of an encoder-decoder shares `encoder_context`, which has its mask.
+        recipes: (recipe, names of its layers), in the order in which they were built.
+        modules_to_save: names of the base's modules that are trained and saved whole.
+    """
+
+    base: nn.Module
+    context: Context
+    encoder_context: Context
+    recipes: list[tuple[Recipe, list[str]]]
+    modules_to_save: list[str]
+
+    def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
+        """Put a recipe's mixtures into the base and return their names.
+
+        Args:
+            recipe: the row of the table.
+            sites: names of the layers, each (*rows, i) -> (*rows, o); None takes the recipe's targets.
+
+        Raises:
+            ConfigError: no layer matches, or one of them carries experts already.
+        """
+        if sites is None:
+            chosen = find_sites(self.base, recipe.targets)
+        else:
+            by_name = {s.name: s for s in find_sites(self.base, ".*")}
+            missing = [name for name in sites if name not in by_name]
+            if missing:
+                raise ConfigError(f"no free linear layer named {', '.join(missing)} in {type(self.base).__name__}.")
+            chosen = [by_name[name] for name in sites]
+        chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
+        side = _encoder_modules(self.base)
+        for context, part in (
+            (self.context, [s for s in chosen if id(s.module) not in side]),
+            (self.encoder_context, [s for s in chosen if id(s.module) in side]),
+        ):
+            if part:
+                inject(self.base, recipe, context, part)
+        names = [s.name for s in chosen]
+        self.recipes.append((recipe, names))
+        return names
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """Return the mixtures by the name of their layer, each (*rows, i) -> (*rows, o), in order."""
+        return {m.name: m for m in self.base.modules() if isinstance(m, Mixture)}
+
+    def branches(self) -> Iterator[tuple[str, Branch]]:
+        """Yield (layer name, branch) for every branch, each on rows (*rows, i)."""
+        for name, mixture in self.mixtures().items():
+            for branch in mixture.branches:
+                assert isinstance(branch, Branch)
+                yield name, branch
+
+    @property
+    def samples(self) -> int:
+        """M: forwards per training step, the most that any recipe asks for."""
+        return max((branch.router.samples for _, branch in self.branches()), default=1)
+
+    def optimizer_step_done(self) -> None:
+        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
+        for _, branch in self.branches():
+            branch.router.step()
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Record the routings of the forwards inside, training or not: `with model.tracing() as trace: model(...)`."""
+        trace, before = Trace(), self.context.trace
+        self.context.trace = self.encoder_context.trace = trace
+        try:
+            yield trace
+        finally:
+            self.context.trace = self.encoder_context.trace = before
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the frozen base alone inside the block."""
+        before = self.context.enabled
+        self.context.enabled = self.encoder_context.enabled = False
+        try:
+            yield
+        finally:
+            self.context.enabled = self.encoder_context.enabled = before
+
+    @contextlib.contextmanager
+    def pin_expert(self, expert: int) -> Iterator[None]:
+        """Use one expert with weight 1 in every layer inside the block, in place of the routers.
+
+        Raises:
+            ConfigError: at the first layer that has no such expert.
+        """
+        before = self.context.pinned
+        self.context.pinned = self.encoder_context.pinned = expert
+        try:
+            yield
+        finally:
+            self.context.pinned = self.encoder_context.pinned = before
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters, counted once each."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and all parameters in one line, as peft does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def merge_and_unload(self) -> nn.Module:
+        """Fold every mixture into its layer and return the base, as peft's method of this name.
+
+        Raises:
+            FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
+        """
+        mixtures = self.mixtures()
+        for mixture in mixtures.values():
+            folded_delta(mixture)
+        for mixture in mixtures.values():
+            fold(mixture)
+        return self.unload()
+
+    def unload(self) -> nn.Module:
+        """Take the mixtures out and return the base with its own layers, their weights untouched."""
+        for path, module in list(self.base.named_modules(remove_duplicate=False)):
+            if isinstance(module, Mixture):
+                parent, _, child = path.rpartition(".")
+                setattr(self.base.get_submodule(parent), child, module.base)
+        self.recipes.clear()
+        return self.base
+
+    def get_base_model(self) -> nn.Module:
+        """Return the wrapped model, mixtures inside."""
+        return self.base
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds: routers, experts and the modules trained whole, by their name."""
+        heads = tuple(f"base.{name}." for name in self.modules_to_save)
+        return {k: v for k, v in self.state_dict().items() if ".branches." in k or (heads and k.startswith(heads))}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what rebuilds this model: base, recipes, layers; plain JSON values."""
+        config = getattr(self.base, "config", None)
+        return {
+            "base": {
+                "class": type(self.base).__name__,
+                "name_or_path": str(getattr(self.base, "name_or_path", "")),
+                "config": None if config is None else checkpoint.plain_config(config.to_dict()),
+                "fingerprint": checkpoint.fingerprint(self.base),
+            },
+            "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
+            "modules_to_save": self.modules_to_save,
+        }
+
+
+def _encoder_modules(base: nn.Module) -> set[int]:
+    """Return the ids of the modules below the encoder of an encoder-decoder, empty for other models."""
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return set()
+    encoder = base.get_encoder()  # type: ignore[operator]
+    return {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
