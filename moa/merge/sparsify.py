@@ -1,0 +1,243 @@
+"""Which entries of a delta are kept: magnitude, random (DARE), by rank in the row (DELLA), the middle (breadcrumbs).
+
+TIES (arXiv 2306.01708), DARE (arXiv 2311.03099), DELLA (arXiv 2406.11617), Model Breadcrumbs (arXiv 2312.06795).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+def check_density(density: float, where: str) -> None:
+    """Check that a kept fraction is in (0, 1].
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 < density <= 1:
+        raise ConfigError(f"{where}: density is {density}, expected the kept fraction, in (0, 1].")
+
+
+def generator_for(seed: int, index: int, name: str) -> torch.Generator:
+    """Return a CPU generator of its own for one tensor of one adapter.
+
+    Masks then depend on neither the order of the tensors nor the number of adapters, and a mask can be drawn again.
+
+    Args:
+        seed: the merge's seed.
+        index: position of the adapter.
+        name: the tensor's name.
+
+    Returns:
+        A seeded generator; the global one is not touched.
+    """
+    digest = hashlib.sha256(f"{seed}/{index}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def kth_largest(magnitude: Tensor, k: int) -> Tensor:
+    """Return the k-th largest entry, exactly.
+
+    Args:
+        magnitude: any shape, at least k entries.
+        k: 1 … numel.
+
+    Returns:
+        A scalar tensor () of the same type.
+    """
+    flat = magnitude.reshape(-1)
+    rank = flat.numel() - k
+    if flat.device.type == "cpu":
+        # numpy's partition is about ten times as fast as torch.topk here, and gives the same number.
+        return torch.from_numpy(np.partition(flat.numpy(), rank))[rank].clone()
+    return flat.kthvalue(rank + 1).values
+
+
+def top_mask(magnitude: Tensor, k: int) -> Tensor:
+    """Return which entries are the k largest: exactly k, the first in row order where several are equal.
+
+    Args:
+        magnitude: any shape, non-negative.
+        k: 0 … numel.
+
+    Returns:
+        Bool mask of the same shape with k entries True.
+    """
+    if k <= 0:
+        return torch.zeros_like(magnitude, dtype=torch.bool)
+    if k >= magnitude.numel():
+        return torch.ones_like(magnitude, dtype=torch.bool)
+    threshold = kth_largest(magnitude, k)
+    mask = magnitude >= threshold
+    surplus = int(mask.sum()) - k
+    if surplus:
+        equal = (magnitude == threshold).reshape(-1).nonzero().squeeze(1)
+        mask.view(-1)[equal[len(equal) - surplus :]] = False
+    return mask
+
+
+def keep_largest(delta: Tensor, density: float) -> Tensor:
+    """Return the delta with all but its ⌊density · n⌋ largest magnitudes zeroed.
+
+    Args:
+        delta: any shape, n entries.
+        density: kept fraction, (0, 1].
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ConfigError: the density is outside (0, 1].
+
+    Source: Yadav et al. 2023, arXiv 2306.01708, §3.1 step 1 (trim), per tensor.
+    """
+    check_density(density, "keep_largest")
+    return delta * top_mask(delta.abs(), int(density * delta.numel()))
+
+
+def keep_above(delta: Tensor, threshold: float) -> Tensor:
+    """Return the delta with every magnitude below a threshold zeroed; equal ones stay.
+
+    Args:
+        delta: any shape.
+        threshold: ≥ 0, for example `moa.merge.select.model_threshold`'s.
+
+    Returns:
+        A new tensor of the same shape.
+    """
+    return torch.where(delta.abs() >= threshold, delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
+
+
+def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, rescale: bool = True) -> Tensor:
+    """Return the delta with entries dropped at random and the kept ones divided by the density.
+
+    δ̂ = m ⊙ δ / (1 - p), m ~ Bernoulli(1 - p), density = 1 - p, so that E[δ̂] = δ.
+
+    Args:
+        delta: any shape.
+        density: probability of keeping an entry, (0, 1].
+        generator: CPU generator the mask is drawn from, so that it is the same on every device.
+        rescale: divide by the density; False keeps the values.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ConfigError: the density is outside (0, 1].
+
+    Source: Yu et al. 2023, arXiv 2311.03099, eq. 2-3.
+    """
+    check_density(density, "drop_random")
+    probability = torch.full(delta.shape, density, dtype=delta.dtype)
+    kept = delta * torch.bernoulli(probability, generator=generator).to(delta.device)
+    return kept / density if rescale else kept
+
+
+def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition: str) -> Tensor:
+    """Return DELLA's probability of keeping each entry: the larger in its row, the likelier.
+
+    With r_j = 0 … n - 1 the rank of entry j in its row of n, 0 the largest:
+    paper: 1 - p_j, p_j = (p - ε/2) + ε r_j / n, p = 1 - density;
+    mergekit: from density + ε (largest) down to density - ε (smallest), linear in r_j.
+
+    Args:
+        delta: (o, i), or any shape whose last axis is the row.
+        density: mean kept fraction.
+        epsilon: spread of the probabilities; the whole width in the paper's definition, half of it in mergekit's.
+        definition: "paper" or "mergekit".
+
+    Returns:
+        Probabilities of the same shape, on CPU.
+
+    Raises:
+        ConfigError: a probability would leave (0, 1].
+
+    Source: Deep et al. 2024, arXiv 2406.11617, §3 step 1 (MagPrune); mergekit's guide to merge methods (della).
+    Differs: the two definitions give ε another meaning and the paper's lowest probability is one step of ε/n above
+        the end of its range; both are kept, named.
+    """
+    n = max(delta.shape[-1], 1) if delta.ndim else 1
+    order = delta.abs().reshape(-1, n).cpu().argsort(dim=-1, descending=True, stable=True)
+    position = torch.arange(n, dtype=delta.dtype).expand_as(order)
+    rank = torch.empty(order.shape, dtype=delta.dtype).scatter_(-1, order, position)
+    if definition == "paper":
+        low, high = density - epsilon / 2, density + epsilon / 2
+        kept = 1 - ((1 - density) - epsilon / 2 + epsilon * rank / n)
+    else:
+        low, high = density - epsilon, density + epsilon
+        kept = high - 2 * epsilon * rank / max(n - 1, 1)
+    if epsilon < 0 or low <= 0 or high > 1:
+        raise ConfigError(
+            f"della: density {density} and epsilon {epsilon} give keep probabilities from {low:g} to {high:g} "
+            f"(definition {definition!r}); they must stay in (0, 1]: lower epsilon."
+        )
+    return kept.reshape(delta.shape)
+
+
+def drop_by_rank(
+    delta: Tensor,
+    density: float,
+    epsilon: float,
+    generator: torch.Generator,
+    *,
+    definition: str = "paper",
+    rescale: bool = True,
+) -> Tensor:
+    """Return the delta with entries dropped at random, small ones sooner, and the kept ones rescaled.
+
+    δ̂_j = m_j δ_j / (1 - p_j), m_j ~ Bernoulli(1 - p_j), p_j by rank in the row: see `keep_probabilities`.
+
+    Args:
+        delta: (o, i), or any shape whose last axis is the row.
+        density: mean kept fraction.
+        epsilon: spread of the probabilities.
+        generator: CPU generator of the mask.
+        definition: "paper" or "mergekit".
+        rescale: divide by the keep probability; False keeps the values.
+
+    Returns:
+        A new tensor of the same shape.
+
+    Raises:
+        ConfigError: the density is outside (0, 1], or a probability would leave (0, 1].
+
+    Source: Deep et al. 2024, arXiv 2406.11617, §3 step 1 (MagPrune).
+    """
+    check_density(density, "drop_by_rank")
+    probability = keep_probabilities(delta, density, epsilon, definition)
+    mask = torch.bernoulli(probability, generator=generator).to(delta.device)
+    kept = delta * mask
+    return kept / probability.to(delta.device) if rescale else kept
+
+
+def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
+    """Return the delta without its largest γ and its smallest 1 - density - γ of entries by magnitude.
+
+    Args:
+        delta: any shape, n entries.
+        density: kept fraction, (0, 1].
+        gamma: fraction of the largest magnitudes dropped; if 1 - density is less, only that much is dropped.
+
+    Returns:
+        A new tensor of the same shape with about density · n entries kept.
+
+    Raises:
+        ConfigError: the density is outside (0, 1] or gamma outside [0, 1).
+
+    Source: Davari and Belilovsky 2023, arXiv 2312.06795, §3 (their β is the large tail's share).
+    Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide.
+    """
+    check_density(density, "keep_middle")
+    if not 0 <= gamma < 1:
+        raise ConfigError(f"breadcrumbs: gamma is {gamma}, expected a fraction in [0, 1).")
+    n = delta.numel()
+    kept = int(density * n)
+    top = min(int(gamma * n), n - kept)
+    magnitude = delta.abs()
+    return delta * (top_mask(magnitude, top + kept) & ~top_mask(magnitude, top))
