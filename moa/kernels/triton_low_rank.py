@@ -1,0 +1,235 @@
+"""The `triton_concat` engine: launches of the thin products with fixed sizes. Contract: see `concat.py`.
+
+Forward: shrink (one pass over x, the gate in its epilogue), expand. Backward: unmix (one pass over dy), expand for dx,
+and one split product each for da and db with a second reduction. Nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..errors import BackendError
+from . import triton_kernels as kernels
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Programs that a split product aims at: two waves on the largest GPUs known; the same everywhere, so that sums
+# have one order on every device.
+_PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tile sizes of one launch: rows, columns (E·r), features; warps and pipeline stages."""
+
+    block_t: int
+    block_c: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+def shrink_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
+    """Return the tiles of shrink and unmix: few rows get short tiles, so that the device is still filled."""
+    block_t = 16 if n_rows <= 2048 else 32 if n_rows <= 4096 else 64
+    block_c = min(128, max(16, triton.next_power_of_2(columns)))
+    block_d = 128 // itemsize
+    return Sizes(block_t, block_c, block_d, 4 if block_t * block_c <= 4096 else 8, 3)
+
+
+def expand_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
+    """Return the tiles of expand: the columns in chunks of at most 64, where one step would spill."""
+    block_t = 16 if n_rows <= 16 else 32 if n_rows <= 1024 else 128
+    block_c = min(128 // itemsize, max(16, triton.next_power_of_2(columns)))
+    return Sizes(block_t, block_c, 128, 4 if block_t < 128 else 8, 2)
+
+
+def gram_sizes(columns: int, itemsize: int) -> Sizes:
+    """Return the tiles of a weight gradient."""
+    block_c = min(64, max(16, triton.next_power_of_2(columns)))
+    return Sizes(128 // itemsize, block_c, 128, 4, 3)
+
+
+def why_not() -> str | None:
+    """Return why Triton kernels cannot run here, or None if they can."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+        return None
+    return "it needs a CUDA device, and torch sees none; set TRITON_INTERPRET=1 before import to interpret it."
+
+
+def forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (T, o) and hidden (T, K, r), as `concat.forward`."""
+    x = rows_of(x)
+    n_experts, rank, _ = a.shape
+    n_rows, k = weights.shape
+    hidden = x.new_empty(n_rows, k, rank)
+    mixed = x.new_empty(n_rows, n_experts * rank)
+    with on_device(x):
+        _shrink(x, a.contiguous(), weights, indices, hidden, mixed)
+        y = _expand(mixed, b, bias)
+    if base is not None:
+        y.addmm_(x, base.T)
+    return y, hidden
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    hidden: Tensor | None,
+    base: Tensor | None,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Return the gradients of x, a, b, weights that `needs` names, in this order."""
+    grad = rows_of(grad)
+    need_x, need_a, need_b, need_weights = needs
+    found: list[Tensor] = []
+    with on_device(grad):
+        grad_hidden, mixed, grad_weights = _unmix(
+            grad, b.contiguous(), weights, indices, hidden, need_x or need_a, need_b, need_weights
+        )
+        if need_x:
+            assert grad_hidden is not None
+            grad_x = _expand(grad_hidden, a, None)
+            found.append(grad_x if base is None else grad_x.addmm_(grad, base))
+        if need_a:
+            assert grad_hidden is not None and x is not None
+            found.append(_gram(grad_hidden, rows_of(x), a))
+        if need_b:
+            assert mixed is not None
+            found.append(_gram(mixed, grad, b))
+    if grad_weights is not None:
+        found.append(grad_weights)
+    return found
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """Return rows (T, d) with adjacent features, as they are where they are so already.
+
+    Raises:
+        BackendError: the dtype or device is not one that Triton kernels run on.
+    """
+    if values.dtype not in DTYPES:
+        raise BackendError(f"Triton kernels run in {', '.join(map(str, DTYPES))}, not {values.dtype}: use 'concat'.")
+    if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BackendError(f"Triton kernels need a CUDA tensor, got one on {values.device}: use 'concat'.")
+    return values if values.stride(1) == 1 else values.contiguous()
+
+
+def on_device(values: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which launches go to the device of `values`."""
+    return torch.cuda.device(values.device) if values.is_cuda else nullcontext()
+
+
+def precision() -> str:
+    """Return how fp32 products are formed: as torch's own setting for matrix products says."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def routing_arguments(weights: Tensor, indices: Tensor | None) -> tuple[int, int, int, int]:
+    """Return the strides of weights and indices; rows may be broadcast with stride 0."""
+    places = (0, 0) if indices is None else indices.stride()
+    return (*weights.stride(), *places)
+
+
+def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidden: Tensor, mixed: Tensor) -> None:
+    n_rows, d = x.shape
+    columns = mixed.shape[1]
+    size = shrink_sizes(n_rows, columns, x.itemsize)
+    if n_rows == 0:
+        return
+    kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(columns, size.block_c))](
+        x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_arguments(weights, indices),
+        COLUMNS=columns, RANK=a.shape[1], K=weights.shape[1], DENSE=indices is None, EVEN=d % size.block_d == 0,
+        PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+
+
+def _expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    n_rows, columns = mixed.shape
+    d = factor.shape[-1]
+    out = mixed.new_empty(n_rows, d)
+    size = expand_sizes(n_rows, columns, mixed.itemsize)
+    if n_rows == 0:
+        return out
+    kernels.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
+        mixed, factor.contiguous(), bias, out, n_rows, d,
+        COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
+        BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    return out
+
+
+def _unmix(
+    grad: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    hidden: Tensor | None,
+    need_hidden: bool,
+    need_mixed: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return grad_hidden (T, E·r), mixed (T, E·r) and grad_weights (T, K), each None where it is not needed."""
+    n_rows, k = weights.shape
+    rank, d = b.shape[1:]
+    columns = b.shape[0] * rank
+    size = shrink_sizes(n_rows, columns, grad.itemsize)
+    blocks = triton.cdiv(columns, size.block_c)
+    grad_hidden = grad.new_empty(n_rows, columns) if need_hidden else None
+    mixed = grad.new_empty(n_rows, columns) if need_mixed else None
+    parts = grad.new_empty(blocks, n_rows, k, dtype=torch.float32) if need_weights else None
+    if n_rows:
+        kernels.unmix_kernel[(triton.cdiv(n_rows, size.block_t), blocks)](
+            grad, b, weights, indices, hidden, grad_hidden, mixed, parts, n_rows, d, grad.stride(0),
+            *routing_arguments(weights, indices),
+            COLUMNS=columns, RANK=rank, K=k, DENSE=indices is None,
+            NEED_HIDDEN=need_hidden, NEED_MIXED=need_mixed, NEED_WEIGHTS=need_weights,
+            EVEN=d % size.block_d == 0, PRECISION=precision(),
+            BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+            num_warps=size.warps, num_stages=size.stages,
+        )  # fmt: skip
+    grad_weights = None
+    if parts is not None:
+        grad_weights = (parts[0] if blocks == 1 else parts.sum(0)).to(weights.dtype)
+    return grad_hidden, mixed, grad_weights
+
+
+def _gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Return leftᵀ right (E, r, d) from left (T, E·r) and right (T, d), split over rows and added in order."""
+    n_rows, columns = left.shape
+    d = right.shape[1]
+    size = gram_sizes(columns, left.itemsize)
+    tiles = triton.cdiv(d, size.block_d) * triton.cdiv(columns, size.block_c)
+    splits = max(1, min(_PROGRAMS // tiles, triton.cdiv(n_rows, 4 * size.block_t)))
+    rows_per_split = triton.cdiv(triton.cdiv(n_rows, splits), size.block_t) * size.block_t
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    parts = out if splits == 1 else left.new_empty(splits, columns, d, dtype=torch.float32)
+    kernels.gram_kernel[(triton.cdiv(d, size.block_d), triton.cdiv(columns, size.block_c), splits)](
+        left, right, parts, n_rows, d, right.stride(0), rows_per_split,
+        COLUMNS=columns, PRECISION=precision(),
+        BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+        num_warps=size.warps, num_stages=size.stages,
+    )  # fmt: skip
+    if splits > 1:
+        block = 1024
+        kernels.add_splits_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), splits, BLOCK=block)
+    return out
