@@ -74,11 +74,15 @@ def check_experts(n_experts: int, k: int) -> None:
 
 
 class _ExactLinear(torch.autograd.Function):
-    """x W^T in fp32 whatever x's dtype or autocast, keeping x itself for backward and no fp32 copy of it."""
+    """x W^T in fp32 whatever x's dtype or autocast, keeping x itself for backward and no fp32 copy of it.
+
+    With a frozen weight not even x is kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight)
+        ctx.x_dtype = x.dtype
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), weight.to(dtype))
@@ -90,7 +94,7 @@ class _ExactLinear(torch.autograd.Function):
         dx = dw = None
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                dx = (grad @ weight.to(grad.dtype)).to(x.dtype)
+                dx = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype)
             if ctx.needs_input_grad[1]:
                 rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
                 dw = (rows.T @ x.reshape(rows.shape[0], -1).to(grad.dtype)).to(weight.dtype)

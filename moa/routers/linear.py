@@ -14,10 +14,11 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..types import Context, Routing
 from . import select
-from .base import Router, exact_linear
+from .balanced import BalancedRouter
+from .base import exact_linear
 
 
-class LinearRouter(Router):
+class LinearRouter(BalancedRouter):
     """Scores every expert by a linear map of the row and keeps k of them.
 
     | parameter | shape | start |
@@ -42,8 +43,6 @@ class LinearRouter(Router):
     """
 
     weight: nn.Parameter
-    selection_bias: Tensor | None
-    counts: Tensor | None
 
     def __init__(
         self,
@@ -58,17 +57,15 @@ class LinearRouter(Router):
         bias_rate: float = 0.0,
         losses: dict[str, float] | None = None,
     ) -> None:
-        super().__init__(d_in, n_experts, k)
+        super().__init__(d_in, n_experts, k, bias_rate)
         if noisy and (score != "softmax" or bias_rate):
             raise ConfigError("noisy gates use softmax scores and no selection bias.")
-        if not 0 <= jitter < 1 or bias_rate < 0:
-            raise ConfigError(f"jitter must be in [0, 1) and bias_rate >= 0, got {jitter} and {bias_rate}.")
-        self.score, self.renormalize, self.jitter, self.bias_rate = score, renormalize, jitter, bias_rate
+        if not 0 <= jitter < 1:
+            raise ConfigError(f"jitter must be in [0, 1), got {jitter}.")
+        self.score, self.renormalize, self.jitter = score, renormalize, jitter
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.noise_weight = nn.Parameter(torch.empty(n_experts, d_in)) if noisy else None
-        self.register_buffer("selection_bias", torch.zeros(n_experts) if bias_rate else None)
-        self.register_buffer("counts", torch.zeros(n_experts) if bias_rate else None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -105,26 +102,3 @@ class LinearRouter(Router):
             usage = select.selection_probability(clean, logits, std, self.k)
         weights, indices = select.softmax_top_k(logits, self.k)
         return Routing(weights, indices, self.n_experts, clean, clean.softmax(-1), usage=usage)
-
-    @torch.no_grad()
-    def observe(self, routing: Routing, mask: Tensor | None) -> None:
-        """Add the chosen experts of the counted rows, mask (*rows,), to the counts of this optimizer step."""
-        if self.counts is None:
-            return
-        chosen = routing.selected()
-        if mask is not None and mask.shape == chosen.shape[:-1]:
-            chosen = chosen & mask.unsqueeze(-1)
-        self.counts += chosen.flatten(0, -2).sum(0).to(self.counts.dtype)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Move the selection bias (E,) by ±u towards an even load: b_e += u · sign(mean(c) − c_e).
-
-        Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
-        """
-        if self.counts is None or self.selection_bias is None:
-            return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
-        self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
-        self.counts.zero_()

@@ -1,0 +1,63 @@
+"""A selection bias that evens out the load without a loss. Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..types import Routing
+from .base import Router
+
+
+class BalancedRouter(Router):
+    """A router that may hold a bias for the choice of experts, moved once per optimizer step towards an even load.
+
+    | buffer | shape | start |
+    |---|---|---|
+    | selection_bias | (E,) fp32 | zero; absent with bias_rate = 0 |
+    | counts | (E,) fp32, not saved | zero |
+
+    Args:
+        d_in: i.
+        n_experts: E.
+        k: K.
+        bias_rate: u, the size of a move; 0 for no bias.
+
+    Raises:
+        ConfigError: a negative rate, bad k.
+    """
+
+    selection_bias: Tensor | None
+    counts: Tensor | None
+
+    def __init__(self, d_in: int, n_experts: int, k: int, bias_rate: float = 0.0) -> None:
+        super().__init__(d_in, n_experts, k)
+        if bias_rate < 0:
+            raise ConfigError(f"bias_rate must not be negative, got {bias_rate}.")
+        self.bias_rate = bias_rate
+        self.register_buffer("selection_bias", torch.zeros(n_experts) if bias_rate else None)
+        self.register_buffer("counts", torch.zeros(n_experts) if bias_rate else None, persistent=False)
+
+    @torch.no_grad()
+    def observe(self, routing: Routing, mask: Tensor | None) -> None:
+        """Add the chosen experts of the counted rows, mask (*rows,), to the counts of this optimizer step."""
+        if self.counts is None:
+            return
+        chosen = routing.selected()
+        if mask is not None and mask.shape == chosen.shape[:-1]:
+            chosen = chosen & mask.unsqueeze(-1)
+        self.counts += chosen.flatten(0, -2).sum(0).to(self.counts.dtype)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move the selection bias (E,) by ±u towards an even load: b_e += u · sign(mean(c) − c_e).
+
+        Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
+        """
+        if self.counts is None or self.selection_bias is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
+        self.counts.zero_()
