@@ -102,7 +102,7 @@ def agreeing_sum(
         if definition == "paper":
             agrees &= elected != 0
         total += torch.where(agrees, term, 0.0)
-        divisor += agrees * (weight if weighted else 1.0)
+        divisor += agrees.to(divisor.dtype) * (weight if weighted else 1.0)
     if weighted:
         if not normalize:
             return total

@@ -1,0 +1,20 @@
+"""The comparison fails on a wrong value, a wrong shape and a NaN.  pytest tests/merge/test_tools.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .tools import close
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [torch.tensor([1.0, 2.0 + 1e-8], dtype=torch.float64), torch.ones(2, 1), torch.tensor([1.0, float("nan")])],
+    ids=["value", "shape", "nan"],
+)
+def test_close_fails(wrong: torch.Tensor) -> None:
+    right = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    close(right.clone(), right)
+    with pytest.raises(AssertionError):
+        close(wrong, right)
