@@ -240,12 +240,13 @@ class MoAModel(Host, PreTrainedModel):
         return bool(getattr(self._modules.get("base"), "supports_gradient_checkpointing", False))
 
     def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Checkpoint the base's blocks, as transformers does; non-reentrant unless asked otherwise.
 
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, e.g. {"use_reentrant": False}.
+            kwargs: passed on to the base (every_n_layers, offload, where transformers has them).
 
         Raises:
             ConfigError: reentrant mode with a router that learns from a loss of its own (it would get no gradient).
@@ -259,11 +260,26 @@ class MoAModel(Host, PreTrainedModel):
                     "use gradient_checkpointing_kwargs={'use_reentrant': False}, or a recipe without such losses."
                 )
             self.base.enable_input_require_grads()  # type: ignore[operator]
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        self._newer_name("gradient_checkpointing_enable")(options, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Stop checkpointing the base's blocks."""
-        self.base.gradient_checkpointing_disable()  # type: ignore[operator]
+        self._newer_name("gradient_checkpointing_disable")()
+
+    def activation_checkpointing_enable(  # type: ignore[override]
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do what `gradient_checkpointing_enable` does; transformers 5.2x calls it by this name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Do what `gradient_checkpointing_disable` does."""
+        self.gradient_checkpointing_disable()
+
+    def _newer_name(self, method: str) -> Callable[..., None]:
+        """Return the base's method under the name it has in newer transformers, which warn about the old one."""
+        newer = method.replace("gradient", "activation")
+        return getattr(self.base, newer if hasattr(self.base, newer) else method)  # type: ignore[no-any-return]
 
     def enable_input_require_grads(self) -> None:
         """Make the output of the input embeddings, (B, S, d), require a gradient, as reentrant checkpointing needs."""
