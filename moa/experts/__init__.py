@@ -2,7 +2,8 @@
 
 from .base import ExpertBank
 from .lora import LoRABank
+from .vector import VectorBank
 
 BANKS: dict[str, type[ExpertBank]] = {"lora": LoRABank}
 
-__all__ = ["BANKS", "ExpertBank", "LoRABank"]
+__all__ = ["BANKS", "ExpertBank", "LoRABank", "VectorBank"]

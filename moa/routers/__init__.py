@@ -3,12 +3,14 @@
 from .base import Router
 from .fixed import FixedRouter
 from .linear import LinearRouter
+from .projection import ProjectionRouter
 from .sampled import SampledRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "sampled": SampledRouter,
     "fixed": FixedRouter,
+    "projection": ProjectionRouter,
 }
 
-__all__ = ["ROUTERS", "FixedRouter", "LinearRouter", "Router", "SampledRouter"]
+__all__ = ["ROUTERS", "FixedRouter", "LinearRouter", "ProjectionRouter", "Router", "SampledRouter"]

@@ -1,0 +1,61 @@
+"""Rank-one experts whose down projection is the router: what is left of each is one vector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..types import Routing
+from .base import ExpertBank
+
+
+class VectorBank(ExpertBank):
+    """E vectors: E_e(x) = s · up_e whatever x is; the routing's signed weight carries the row.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | up (columns of B) | (E, o) | zero |
+
+    Every vector is multiplied, by zero where it is not chosen: at E = 32 the product with (T, E) is bound by writing
+    (T, o), not by its arithmetic, and gathering k of E vectors per row reads more than it saves.
+
+    Args:
+        d_in: i, unused.
+        d_out: o.
+        n_experts: E.
+        options: as in `ExpertBank`; dropout acts on the weights.
+    """
+
+    def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
+        super().__init__(d_in, d_out, n_experts, **options)
+        self.up = nn.Parameter(torch.empty(n_experts, d_out))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set up (E, o) to zero."""
+        nn.init.zeros_(self.up)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return s · up_e on every row of x (*rows, i), (*rows, o)."""
+        return (self.up[expert] * self.scaling).to(x.dtype).expand(*x.shape[:-1], self.d_out)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e s up_e, (*rows, o), for the rows of x (*rows, i)."""
+        y = self._weights(x, routing) @ self.up.to(x.dtype)
+        return y.expand(*x.shape[:-1], self.d_out)
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b + Σ_e w_e s up_e, (*rows, o); the second product adds onto the first."""
+        base = F.linear(x, weight, bias)
+        mixed = self._weights(x, routing).to(base.dtype)
+        if mixed.shape[:-1] != base.shape[:-1]:
+            return base + mixed @ self.up.to(base.dtype)
+        up = self.up.to(base.dtype)
+        return torch.addmm(base.view(-1, self.d_out), mixed.reshape(-1, self.n_experts), up).view(base.shape)
+
+    def _weights(self, x: Tensor, routing: Routing) -> Tensor:
+        dense = (routing.dense() * self.scaling).to(x.dtype)
+        return F.dropout(dense, self.dropout, self.training)

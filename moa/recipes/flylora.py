@@ -1,0 +1,73 @@
+"""FlyLoRA: rank-wise experts behind a frozen random projection. arXiv 2510.08396, NeurIPS 2025."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..experts import ExpertBank, VectorBank
+from ..mixture import Branch
+from ..routers import ProjectionRouter
+from ..routers.projection import layer_seed
+from .base import Recipe, Site, register_recipe
+
+
+@register_recipe("flylora", "FlyLoRA, arXiv 2510.08396")
+@dataclass(frozen=True, kw_only=True)
+class FlyLoRA(Recipe):
+    """A LoRA of rank r whose frozen sparse A picks k of its r directions per row; only B is trained.
+
+    f(x) = W x + alpha/r · Σ_{e in top-k(|A x| + d)} b_e (A x)_e
+
+    The rank is the number of experts: give `rank` or `n_experts`, 32 if neither is given.
+
+    Args:
+        k: directions per row, 8 by default.
+        seed: of the projections, each layer's derived from it and the layer's name. Adapters that will be merged
+            should have different seeds: then their projections are nearly orthogonal (theorem 3.4).
+        nonzeros: p, entries per direction; None is i · k / r.
+        bias_rate: u, step of the selection bias d after each optimizer step; 0 for none.
+
+    Source: arXiv 2510.08396, eq. 7-11.
+    Differs: selection by |A x| + d and the bias's schedule, see `ProjectionRouter`. The released scripts use one seed
+        for every task, so their projections are equal; theirs is also drawn anew per layer from one global stream,
+        here each layer's is a function of seed and name. Dense merging of B A, as released, drops the top-k; folding
+        refuses instead.
+    """
+
+    n_experts: int = 0
+    rank: int = 0
+    k: int = 8
+    seed: int = 0
+    nonzeros: int | None = None
+    bias_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        size = self.n_experts or self.rank or 32
+        if self.rank not in (0, size):
+            raise ConfigError(
+                f"in this recipe the rank is the number of experts: got rank={self.rank} and "
+                f"n_experts={self.n_experts}. Give one of them."
+            )
+        object.__setattr__(self, "n_experts", size)
+        object.__setattr__(self, "rank", size)
+        super().__post_init__()
+        if self.expert != "lora":
+            raise ConfigError(f"this recipe's experts are the columns of B: expert={self.expert!r} cannot be chosen.")
+
+    def bank(self, site: Site) -> ExpertBank:
+        """Return a fresh bank of E columns for a site, (*rows, i) -> (*rows, o)."""
+        options = {"scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        return VectorBank(site.d_in, site.d_out, self.n_experts, **options)
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: the frozen projection of x (*rows, i) routes and weighs."""
+        router = ProjectionRouter(
+            site.d_in,
+            self.n_experts,
+            self.k,
+            nonzeros=self.nonzeros,
+            seed=layer_seed(self.seed, site.name),
+            bias_rate=self.bias_rate,
+        )
+        return [Branch(router, self.bank(site))]

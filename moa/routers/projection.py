@@ -1,0 +1,104 @@
+"""A frozen sparse projection that is its own router. FlyLoRA, arXiv 2510.08396."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..types import Context, Routing
+from .balanced import BalancedRouter
+from .base import exact_linear
+
+
+class ProjectionRouter(BalancedRouter):
+    """Projects the row onto E frozen sparse directions, keeps the k largest magnitudes, weights them by their sign.
+
+    y = A x;  chosen = top-k of |y_e| + d_e;  weight_e = y_e
+
+    | buffer | shape | start |
+    |---|---|---|
+    | projection (A) | (E, i), not saved | exactly `nonzeros` entries per row from N(0, 1/E²), drawn from the seed |
+    | selection_bias (d) | (E,) fp32 | zero; moved by ±bias_rate once per optimizer step |
+
+    It has no trainable parameter: the gradient goes through y to the row x, and y is kept for the backward pass, not x.
+
+    Args:
+        d_in: i.
+        n_experts: E, the rank of the whole layer.
+        k: K.
+        nonzeros: p, entries per direction; None is i · k / E, the paper's density.
+        seed: of this layer's projection; the same seed gives the same one on every machine.
+        bias_rate: u; 0 for no bias.
+
+    Raises:
+        ConfigError: bad k, or nonzeros outside 1 … d_in.
+    Source: arXiv 2510.08396, eq. 7-11.
+    Differs: eq. 10 takes the largest signed y + d, the text and one released version |y + d|; with the latter,
+        raising d of an idle direction lowers |y + d| where y < 0, so that balancing may push the wrong way. Here
+        |y| + d, which follows the text and is monotone in d. The released fork cuts the gradient to x at A; here it
+        is kept. Its bias moves on every forward, evaluation and recompute included; here once per optimizer step.
+    """
+
+    projection: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        n_experts: int,
+        k: int,
+        *,
+        nonzeros: int | None = None,
+        seed: int = 0,
+        bias_rate: float = 1e-3,
+    ) -> None:
+        super().__init__(d_in, n_experts, k, bias_rate)
+        self.nonzeros = max(1, d_in * k // n_experts) if nonzeros is None else nonzeros
+        self.seed = seed
+        self.register_buffer("projection", sparse_projection(n_experts, d_in, self.nonzeros, seed), persistent=False)
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing of x (*rows, i): signed weights and indices (*rows, K)."""
+        y = exact_linear(x, self.projection)
+        magnitude = y.abs()
+        reach = magnitude.detach()
+        if self.selection_bias is not None:
+            reach = reach + self.selection_bias
+        indices = reach.topk(self.k, -1).indices
+        return Routing(y.gather(-1, indices), indices, self.n_experts, y, magnitude)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, nonzeros={self.nonzeros}, seed={self.seed}"
+
+
+def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tensor:
+    """Return the frozen projection (n_rows, i), fp32: `nonzeros` entries per row at random places, N(0, 1/n_rows²).
+
+    Args:
+        n_rows: E.
+        d_in: i.
+        nonzeros: p, exactly so many entries of each row are drawn.
+        seed: the same seed gives the same matrix.
+
+    Raises:
+        ConfigError: nonzeros outside 1 … d_in.
+    Source: arXiv 2510.08396, eq. 7.
+    """
+    if not 1 <= nonzeros <= d_in:
+        raise ConfigError(f"nonzeros must be in 1 … d_in={d_in}, got {nonzeros}.")
+    rng = np.random.RandomState(
+        seed
+    )  # its stream is frozen by promise, unlike torch's: checkpoints hold the seed alone
+    places = rng.random_sample((n_rows, d_in)).argsort(1, kind="stable")[:, :nonzeros]
+    values = rng.standard_normal((n_rows, nonzeros)) / n_rows
+    dense = np.zeros((n_rows, d_in), dtype=np.float32)
+    np.put_along_axis(dense, places, np.where(values == 0, 1 / n_rows, values).astype(np.float32), 1)
+    return torch.from_numpy(dense)
+
+
+def layer_seed(seed: int, name: str) -> int:
+    """Return the seed of one layer's projection: another for every layer name, the same in every process."""
+    return zlib.crc32(f"{seed}:{name}".encode())
