@@ -110,7 +110,7 @@ def test_averaging_factors_equals_pefts_poly() -> None:
             super().__init__()
             self.lin = nn.Linear(8, 6, bias=False)
 
-        def forward(self, x: torch.Tensor, task_ids: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.lin(x)
 
     config = peft.PolyConfig(r=2, n_tasks=3, n_skills=4, n_splits=2, target_modules=["lin"])
@@ -121,7 +121,7 @@ def test_averaging_factors_equals_pefts_poly() -> None:
     for p in (a, b, router):
         nn.init.normal_(p)
     model.eval()
-    x = torch.randn(5, 8, dtype=torch.float64)
+    x = torch.randn(5, 2, 8, dtype=torch.float64)
     for task in range(3):
         skills = [
             LowRank(
@@ -133,7 +133,7 @@ def test_averaging_factors_equals_pefts_poly() -> None:
         gates = torch.sigmoid(router[task].detach()).view(2, 4)
         merged = average_factors(skills, gates / gates.sum(-1, keepdim=True)).dense()
         with torch.no_grad():
-            expected = model(x, task_ids=torch.full((5,), task))
+            expected = model.base_model(x, task_ids=torch.full((5,), task))
         close(x @ (layer.base_layer.weight.detach() + merged).T, expected, 1e-10)
 
 

@@ -62,7 +62,7 @@ def test_stack_refuses() -> None:
         stack(adapters(), WEIGHTS[:2])
     with pytest.raises(ConfigError, match="no deltas"):
         stack([])
-    with pytest.raises(ConfigError, match="delta 1 .* is dense"):
+    with pytest.raises(ConfigError, match=r"delta 1 .* is dense"):
         stack([factors(), Dense(factors().dense())])
     with pytest.raises(ShapeError, match="different shapes"):
         stack([factors(), factors(o=8)])

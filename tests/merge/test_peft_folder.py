@@ -123,5 +123,5 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds a list"):
         read_peft(folder)
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match="adapter_config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
         read_peft(folder)
