@@ -89,7 +89,10 @@ class LinearRouter(BalancedRouter):
             normal = self.score == "softmax" or not self.renormalize
             weights = scores if normal else scores / scores.sum(-1, keepdim=True)
             return Routing(weights, None, self.n_experts, logits, scores)
-        weights, indices = select.top_k(scores, self.k, self.selection_bias, self.renormalize)
+        if self.score == "softmax" and self.renormalize and self.selection_bias is None:
+            weights, indices = select.softmax_top_k(logits, self.k)
+        else:
+            weights, indices = select.top_k(scores, self.k, self.selection_bias, self.renormalize)
         return Routing(weights, indices, self.n_experts, logits, scores)
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:

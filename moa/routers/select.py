@@ -28,7 +28,7 @@ def top_k(scores: Tensor, k: int, bias: Tensor | None = None, renormalize: bool 
 def softmax_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the softmax over the k largest logits, weights (*rows, k) and indices (*rows, k).
 
-    The same function as `top_k(softmax(logits), k)`, kept apart because its gradient never touches the others.
+    The same function as `top_k(softmax(logits), k)`, by fewer operations and with half the backward.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5.
     """
