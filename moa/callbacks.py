@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .errors import ConfigError
-from .figures import RoutingHeatmap
 from .model import MoAModel
 from .monitor import (
     COLLAPSE_BELOW,
@@ -24,11 +23,10 @@ from .monitor import (
     collapse_message,
     has_collapsed,
 )
-from .runlog import RunLog, json_line
+from .runlog import LogStep, RunLog
 from .trace import Trace
 
 MAX_TASKS = 64
-SCALARS = ("load_entropy", "effective_experts", "effective_fraction", "dead_fraction", "largest_share")
 
 
 class RoutingMonitor(TrainerCallback):
@@ -99,7 +97,6 @@ class RoutingMonitor(TrainerCallback):
         self._window: Window | None = None
         self._log: RunLog | None = None
         self._collapsed: set[str] = set()
-        self._heatmaps: dict[tuple[Any, ...], RoutingHeatmap] = {}
         self._told_about_tasks = False
         self._step = self._logged = 0
 
@@ -153,16 +150,7 @@ class RoutingMonitor(TrainerCallback):
         self.last = layers
         told = [*self._collapse_warnings(layers), *self._task_warning(layers)]
         if self._log is not None:
-            by_task = self._by_task(layers)
-            self._log.line(json_line(global_step, layers, by_task, losses, grad_norm, told))
-            self._log.scalars(self._tagged(layers, losses, grad_norm), global_step)
-            for message in told:
-                self._log.text("moa/warnings", message, global_step)
-            if self.images:
-                self._log.image("moa/load", self._image(layers, {"": _loads(layers)}), global_step)
-                if by_task:
-                    self._log.image("moa/load_by_task", self._image(layers, by_task), global_step)
-            self._log.flush()
+            self._log.write(LogStep(global_step, layers, self._by_task(layers), losses, grad_norm, told))
         return layers
 
     def close(self) -> None:
@@ -219,7 +207,7 @@ class RoutingMonitor(TrainerCallback):
         self._collapsed.clear()
         self._window = Window(found, len(self.tasks), self.dead_share)
         if _rank() == 0:
-            self._log = RunLog(folder, events, start_step, self._layout(list(found.mixtures())))
+            self._log = RunLog(folder, events, start_step, list(found.mixtures()), self.detailed, self.images)
 
     def _collapse_warnings(self, layers: Mapping[str, LayerLoad]) -> list[str]:
         """Warn once per layer until it has recovered, i.e. spreads twice as far as where it warns; return the words."""
@@ -258,41 +246,6 @@ class RoutingMonitor(TrainerCallback):
             self.tasks[task]: {name: layer.by_task[task] for name, layer in layers.items() if task in layer.by_task}
             for task in seen
         }
-
-    def _tagged(
-        self, layers: Mapping[str, LayerLoad], losses: Mapping[str, float], grad_norm: float | None
-    ) -> dict[str, float]:
-        """Return every scalar of a log step by its tag."""
-        measures = {name: layer.measures() for name, layer in layers.items()}
-        out = {f"moa/losses/{name}": value for name, value in losses.items()}
-        if grad_norm is not None:
-            out["moa/router_grad_norm"] = grad_norm
-        for what in SCALARS:
-            values = [m[what] for m in measures.values()]
-            out[f"moa/mean/{what}"] = sum(values) / len(values)
-            out[f"moa/worst/{what}"] = max(values) if what in ("dead_fraction", "largest_share") else min(values)
-            out.update({f"moa/layer/{what}/{name}": m[what] for name, m in measures.items()})
-        if self.detailed:
-            for name, layer in layers.items():
-                out.update({f"moa/load/{name}/expert_{e}": share for e, share in enumerate(layer.load.tolist())})
-        return out
-
-    def _layout(self, names: list[str]) -> dict[str, dict[str, list[Any]]]:
-        """Return TensorBoard's custom-scalars layout: one chart per measure with all layers as lines."""
-        charts = {what.replace("_", " "): ["Multiline", [rf"moa/layer/{what}/.*"]] for what in SCALARS}
-        charts["losses"] = ["Multiline", [r"moa/losses/.*"]]
-        charts["router gradient norm"] = ["Multiline", [r"moa/router_grad_norm"]]
-        layout: dict[str, dict[str, list[Any]]] = {"moa: routing": charts}
-        if self.detailed:
-            layout["moa: load per expert"] = {name: ["Multiline", [rf"moa/load/{name}/expert_.*"]] for name in names}
-        return layout
-
-    def _image(self, layers: Mapping[str, LayerLoad], panels: Mapping[str, Mapping[str, Tensor]]) -> Any:
-        n_experts = max(layer.n_experts for layer in layers.values())
-        key = (tuple(layers), n_experts, tuple(panels))
-        if key not in self._heatmaps:
-            self._heatmaps[key] = RoutingHeatmap(list(layers), n_experts, list(panels))
-        return self._heatmaps[key].image(list(panels.values()))
 
 
 class Window:
@@ -375,7 +328,3 @@ class Window:
 def _rank() -> int:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if distributed else 0
-
-
-def _loads(layers: Mapping[str, LayerLoad]) -> dict[str, Tensor]:
-    return {name: layer.load for name, layer in layers.items()}

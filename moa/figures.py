@@ -56,7 +56,8 @@ class RoutingHeatmap:
         labels = short_names(self.names)
         every = math.ceil(len(labels) / MAX_LABELS)
         # margins in inches, set by hand: matplotlib's own layout takes seconds with many panels
-        left, right, top, bottom = 0.2 + 0.072 * max(len(label) for label in labels), 1.1, 0.6, 0.5
+        left, right, bottom = 0.2 + 0.072 * max(len(label) for label in labels), 1.1, 0.5
+        top = 0.15 + 0.25 * bool(title) + 0.2 * any(self.panels)
         panel_width = min(max(1.4, 0.18 * n_experts), 5.0)
         panel_height = max(0.15 * min(len(labels), MAX_LABELS), 1.5)
         width = left + columns * panel_width * 1.08 + right
@@ -81,7 +82,7 @@ class RoutingHeatmap:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.tick_params(axis="x", labelsize=7)
             axes.tick_params(length=2)
-        self.figure.supxlabel("expert", fontsize=8, y=0.12 / height)
+        self.figure.supxlabel("expert", fontsize=8, x=(box["left"] + box["right"]) / 2, y=0.12 / height)
         place_of_bar = self.figure.add_axes((1 - 0.95 / width, box["bottom"], 0.14 / width, box["top"] - box["bottom"]))
         bar = self.figure.colorbar(self._images[0], cax=place_of_bar, extend="max", extendfrac=0.03)
         bar.set_label("load relative to the even share 1/E", fontsize=8)

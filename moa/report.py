@@ -179,7 +179,7 @@ def load_bars(load: Tensor) -> str:
 
 
 def routing_table(layers: Mapping[str, LayerLoad]) -> str:
-    """Return a plain-text table, one line per layer: effective experts, largest share, dead experts, load (E,) as bars."""
+    """Return a text table, a line per layer: effective experts, largest share, dead experts, loads (E,) as bars."""
     width = max([len("layer"), *(len(name) for name in layers)])
     lines = [f"{'layer':<{width}}  effective  largest   dead  load (half height = even share)"]
     for name, layer in layers.items():
@@ -234,7 +234,7 @@ def _loss_figure(steps: list[LogStep], history: list[dict[str, Any]]) -> str:
         return "<p class=note>No loss was recorded.</p>"
     for label, points in drawn.items():
         axes[0].plot(*zip(*points, strict=True), marker="." if len(points) < 40 else "", label=label)
-    axes[0].set_ylabel("loss (nats)")
+    axes[0].set_ylabel("loss")
     if drawn:
         axes[0].legend()
     for name in own:

@@ -1,11 +1,11 @@
-"""The files of a monitored run: `routing.jsonl`, one line per log step, and TensorBoard events."""
+"""What a monitored run leaves behind: `routing.jsonl`, one line per log step, and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .figures import RoutingHeatmap
 from .monitor import LayerLoad
 
 FILE = "routing.jsonl"
+SCALARS = ("load_entropy", "effective_experts", "effective_fraction", "dead_fraction", "largest_share")
 
 
 @dataclass(frozen=True)
 class LogStep:
-    """One line of `routing.jsonl`.
+    """What one log step says; a line of `routing.jsonl`.
 
     Args:
         step: optimizer steps done.
-        layers: layer -> what it did since the line before.
+        layers: layer -> what it did since the log step before.
         by_task: task name -> layer -> (E,) load.
         losses: name -> mean over the window.
         router_grad_norm: mean over the window; None where no gradient was seen.
@@ -39,38 +41,48 @@ class LogStep:
     router_grad_norm: float | None
     warnings: list[str]
 
+    def to_json(self) -> str:
+        """Return the line: loads (E,) are lists, numbers that are not finite are null."""
+        row = {
+            "step": self.step,
+            "layers": {
+                name: {
+                    "load": layer.load.tolist(),
+                    "rows": layer.rows,
+                    "k": layer.k,
+                    "dead_share": layer.dead_share,
+                    **layer.measures(),
+                }
+                for name, layer in self.layers.items()
+            },
+            "by_task": {
+                task: {name: load.tolist() for name, load in loads.items()} for task, loads in self.by_task.items()
+            },
+            "losses": {name: _finite(value) for name, value in self.losses.items()},
+            "router_grad_norm": _finite(self.router_grad_norm),
+            "warnings": self.warnings,
+        }
+        return json.dumps(row, allow_nan=False)
 
-def json_line(
-    step: int,
-    layers: Mapping[str, LayerLoad],
-    by_task: Mapping[str, Mapping[str, Tensor]],
-    losses: Mapping[str, float],
-    router_grad_norm: float | None,
-    warnings: Sequence[str],
-) -> str:
-    """Return the line of one log step; loads (E,) are lists, numbers that are not finite are null.
+    def scalars(self, detailed: bool) -> dict[str, float]:
+        """Return every TensorBoard scalar by its tag; detailed adds the load (E,) of each layer, expert by expert."""
+        measures = {name: layer.measures() for name, layer in self.layers.items()}
+        out = {f"moa/losses/{name}": value for name, value in self.losses.items()}
+        if self.router_grad_norm is not None:
+            out["moa/router_grad_norm"] = self.router_grad_norm
+        for what in SCALARS:
+            values = [m[what] for m in measures.values()]
+            out[f"moa/mean/{what}"] = sum(values) / len(values)
+            out[f"moa/worst/{what}"] = max(values) if what in ("dead_fraction", "largest_share") else min(values)
+            out.update({f"moa/layer/{what}/{name}": m[what] for name, m in measures.items()})
+        if detailed:
+            for name, layer in self.layers.items():
+                out.update({f"moa/load/{name}/expert_{e}": share for e, share in enumerate(layer.load.tolist())})
+        return out
 
-    Args:
-        step: see `LogStep`, as the others.
-    """
-    row = {
-        "step": step,
-        "layers": {
-            name: {
-                "load": layer.load.tolist(),
-                "rows": layer.rows,
-                "k": layer.k,
-                "dead_share": layer.dead_share,
-                **layer.measures(),
-            }
-            for name, layer in layers.items()
-        },
-        "by_task": {task: {name: load.tolist() for name, load in loads.items()} for task, loads in by_task.items()},
-        "losses": {name: value if math.isfinite(value) else None for name, value in losses.items()},
-        "router_grad_norm": router_grad_norm if router_grad_norm is None or math.isfinite(router_grad_norm) else None,
-        "warnings": list(warnings),
-    }
-    return json.dumps(row, allow_nan=False)
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def read_log(path: str | Path) -> list[LogStep]:
@@ -116,18 +128,24 @@ def _tensor(values: list[float]) -> Tensor:
 
 
 class RunLog:
-    """Writes both files.
+    """Writes both.
 
     Args:
         folder: of `routing.jsonl`, made if it does not exist.
         events: folder of the TensorBoard events.
-        start_step: optimizer steps done; what either file holds of later ones is dropped.
-        layout: TensorBoard's custom-scalars layout.
+        start_step: optimizer steps done; what either holds of later ones is dropped.
+        names: layers.
+        detailed: one scalar per layer and expert.
+        images: heat maps.
     """
 
-    def __init__(self, folder: Path, events: Path, start_step: int, layout: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, events: Path, start_step: int, names: list[str], detailed: bool, images: bool
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.detailed, self.images = detailed, images
+        self._heatmaps: dict[tuple[Any, ...], RoutingHeatmap] = {}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         kept = [line for line, step in _lines(path) if step.step <= start_step] if start_step and path.exists() else []
@@ -136,31 +154,42 @@ class RunLog:
         os.replace(fresh, path)
         self._file = path.open("a", encoding="utf-8")
         self._writer = SummaryWriter(str(events), purge_step=start_step + 1 if start_step else None)
-        self._writer.add_custom_scalars(layout)
+        self._writer.add_custom_scalars(layout(names, detailed))
 
-    def line(self, line: str) -> None:
-        """Append one line and hand it to the system, so that a kill loses no earlier one."""
-        self._file.write(line + "\n")
+    def write(self, step: LogStep) -> None:
+        """Write one log step, and hand it to the system so that a kill loses no earlier one."""
+        self._file.write(step.to_json() + "\n")
         self._file.flush()
-
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write scalars by tag."""
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Write a text."""
-        self._writer.add_text(tag, text, step)
-
-    def image(self, tag: str, pixels: Any, step: int) -> None:
-        """Write an image (height, width, 3) uint8."""
-        self._writer.add_image(tag, pixels, step, dataformats="HWC")
-
-    def flush(self) -> None:
-        """Hand the events to the system."""
+        for tag, value in step.scalars(self.detailed).items():
+            self._writer.add_scalar(tag, value, step.step)
+        for message in step.warnings:
+            self._writer.add_text("moa/warnings", message, step.step)
+        if self.images:
+            self._image("moa/load", step, {"": {name: layer.load for name, layer in step.layers.items()}})
+            if step.by_task:
+                self._image("moa/load_by_task", step, step.by_task)
         self._writer.flush()
 
+    def _image(self, tag: str, step: LogStep, panels: Mapping[str, Mapping[str, Tensor]]) -> None:
+        n_experts = max(layer.n_experts for layer in step.layers.values())
+        key = (tuple(step.layers), n_experts, tuple(panels))
+        if key not in self._heatmaps:
+            self._heatmaps[key] = RoutingHeatmap(list(step.layers), n_experts, list(panels))
+        pixels = self._heatmaps[key].image(list(panels.values()))
+        self._writer.add_image(tag, pixels, step.step, dataformats="HWC")
+
     def close(self) -> None:
-        """Close both files."""
+        """Close both."""
         self._file.close()
         self._writer.close()
+
+
+def layout(names: list[str], detailed: bool) -> dict[str, dict[str, list[Any]]]:
+    """Return TensorBoard's custom-scalars layout: a chart per measure with all layers in it, loads (E,) if detailed."""
+    charts: dict[str, list[Any]] = {w.replace("_", " "): ["Multiline", [rf"moa/layer/{w}/.*"]] for w in SCALARS}
+    charts["losses"] = ["Multiline", [r"moa/losses/.*"]]
+    charts["router gradient norm"] = ["Multiline", [r"moa/router_grad_norm"]]
+    out = {"moa: routing": charts}
+    if detailed:
+        out["moa: load per expert"] = {name: ["Multiline", [rf"moa/load/{name}/expert_.*"]] for name in names}
+    return out
