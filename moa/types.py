@@ -94,6 +94,8 @@ class Context:
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     enabled: bool = True
     pinned: int | None = None
+    _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _known: range | None = field(default=None, init=False, repr=False, compare=False)
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""
@@ -107,11 +109,15 @@ class Context:
                 return mask.reshape(rows)
         return None
 
-    def task_rows(self, x: Tensor, n_tasks: int) -> Tensor:
+    def task_rows(self, x: Tensor, known: range | None = None) -> Tensor:
         """Return the task ids shaped to broadcast against the rows of x (*rows, i): (B, 1, …), or (T,) if flattened.
 
+        Args:
+            x: (*rows, i).
+            known: the ids that are in range; None accepts any.
+
         Raises:
-            ContextError: no task ids are set, or one is outside 0 … n_tasks - 1.
+            ContextError: no task ids are set, or one is not known.
             ShapeError: the rows of x are not a multiple of the number of task ids.
         """
         if self.task_ids is None:
@@ -119,9 +125,33 @@ class Context:
                 "this router needs task ids and none are set: pass task_ids=(B,) to the model's forward or "
                 "generate, or keep a task_ids column in the data set."
             )
+        if known is not None and not torch.compiler.is_compiling():
+            if self._checked is not self.task_ids or self._known != known:  # once per batch, not once per layer
+                check_task_ids(self.task_ids, known)
+            self._checked, self._known = self.task_ids, known
         rows = x.shape[:-1]
         ids = repeat_to(self.task_ids, rows[0], "task_ids") if rows else self.task_ids
         return ids.reshape(ids.shape[0], *([1] * (len(rows) - 1)))
+
+
+def check_task_ids(task_ids: Tensor, known: range) -> None:
+    """Check that all task ids (B,) are known.
+
+    Raises:
+        ContextError: one is not, or they are not whole numbers.
+    """
+    if task_ids.numel() == 0:
+        return
+    if task_ids.is_floating_point():
+        raise ContextError(f"task ids must be whole numbers, got {task_ids.dtype}.")
+    low, high = int(task_ids.min()), int(task_ids.max())
+    if low < known.start or high >= known.stop:
+        wrong = low if low < known.start else high
+        only = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start} alone"
+        raise ContextError(
+            f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
+            "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."
+        )
 
 
 def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
