@@ -152,6 +152,8 @@ def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
 
 def _matching_rule(loss: Tensor, logits: Tensor, labels: Tensor) -> str:
     """Return the rule whose sum over examples is the model's own loss, or "none"."""
+    if labels.is_floating_point() or bool((labels >= logits.shape[-1]).any()):  # not class ids, e.g. counts to regress
+        return "none"
     with torch.no_grad():
         for rule in ("aligned", "shifted"):
             rows = example_losses(logits, labels, rule == "shifted")
