@@ -94,7 +94,7 @@ def _store_hidden(
     """Keep the chosen part of the hidden values: (T, K, r)."""
     value = total.to(hidden_ptr.dtype.element_ty)
     if DENSE:
-        places = hidden_ptr + rows[:, None] * (K * RANK) + columns[None, :]
+        places = (hidden_ptr + rows * (K * RANK))[:, None] + columns[None, :]
         tl.store(places, value, mask=row_ok[:, None] & column_ok[None, :])
     else:
         experts = columns // RANK
@@ -102,7 +102,7 @@ def _store_hidden(
         for j in range(K):
             expert = tl.load(indices_ptr + rows * stride_it + j * stride_ik, mask=row_ok, other=-1)
             chosen = (expert[:, None] == experts[None, :]) & column_ok[None, :]
-            places = hidden_ptr + (rows[:, None] * K + j) * RANK + within[None, :]
+            places = (hidden_ptr + rows * (K * RANK))[:, None] + (j * RANK + within)[None, :]
             tl.store(places, value, mask=chosen & row_ok[:, None])
 
 
@@ -132,8 +132,11 @@ def shrink_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """hidden = (x aᵀ) of the chosen experts (T, K, r); mixed = hidden · gate over all columns (T, E·r)."""
-    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Column blocks of one row block are neighbours, so that all but one of them find its rows in cache.
+    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0) % blocks
+    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok = rows < n_rows
     column_ok = columns < COLUMNS
     total = _project(
@@ -148,7 +151,7 @@ def shrink_kernel(
         K, DENSE, BLOCK_T, BLOCK_C,
     )  # fmt: skip
     mixed = tl.where(gate != 0.0, total * gate, 0.0).to(mixed_ptr.dtype.element_ty)
-    places = mixed_ptr + rows[:, None] * COLUMNS + columns[None, :]
+    places = (mixed_ptr + rows * COLUMNS)[:, None] + columns[None, :]
     tl.store(places, mixed, mask=row_ok[:, None] & column_ok[None, :])
 
 
@@ -222,14 +225,15 @@ def unmix_kernel(
     grad_hidden = (dy bᵀ) · gate (T, E·r), mixed = hidden · gate (T, E·r), and the partial sums of each column block
     of grad_weights = Σ_r (dy bᵀ) · hidden (blocks, T, K).
     """
-    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0) % blocks
+    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
     row_ok = rows < n_rows
     column_ok = columns < COLUMNS
     both_ok = row_ok[:, None] & column_ok[None, :]
     experts = columns // RANK
     within = columns % RANK
-    places = rows[:, None] * COLUMNS + columns[None, :]
     gate = _gate(
         weights_ptr, indices_ptr, rows, row_ok, experts, column_ok, stride_wt, stride_wk, stride_it, stride_ik,
         K, DENSE, BLOCK_T, BLOCK_C,
@@ -237,16 +241,18 @@ def unmix_kernel(
     hidden = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     if NEED_MIXED or NEED_WEIGHTS:
         if DENSE:
-            hidden = tl.load(hidden_ptr + places, mask=both_ok, other=0.0).to(tl.float32)
+            hidden = tl.load((hidden_ptr + rows * COLUMNS)[:, None] + columns[None, :], mask=both_ok, other=0.0).to(
+                tl.float32
+            )
         else:
             for j in range(K):
                 expert = tl.load(indices_ptr + rows * stride_it + j * stride_ik, mask=row_ok, other=-1)
                 chosen = (expert[:, None] == experts[None, :]) & both_ok
-                slot_ptrs = hidden_ptr + (rows[:, None] * K + j) * RANK + within[None, :]
+                slot_ptrs = (hidden_ptr + rows * (K * RANK))[:, None] + (j * RANK + within)[None, :]
                 hidden = tl.where(chosen, tl.load(slot_ptrs, mask=chosen, other=0.0).to(tl.float32), hidden)
     if NEED_MIXED:
         mixed = tl.where(gate != 0.0, hidden * gate, 0.0).to(mixed_ptr.dtype.element_ty)
-        tl.store(mixed_ptr + places, mixed, mask=both_ok)
+        tl.store((mixed_ptr + rows * COLUMNS)[:, None] + columns[None, :], mixed, mask=both_ok)
     if NEED_HIDDEN or NEED_WEIGHTS:
         total = _project(
             grad_ptr, b_ptr, rows, row_ok, columns, column_ok, 0, d, d, stride_grad, EVEN, PRECISION,
@@ -254,9 +260,9 @@ def unmix_kernel(
         )  # fmt: skip
         if NEED_HIDDEN:
             back = tl.where(gate != 0.0, total * gate, 0.0).to(grad_hidden_ptr.dtype.element_ty)
-            tl.store(grad_hidden_ptr + places, back, mask=both_ok)
+            tl.store((grad_hidden_ptr + rows * COLUMNS)[:, None] + columns[None, :], back, mask=both_ok)
         if NEED_WEIGHTS:
-            block = tl.program_id(1).to(tl.int64) * n_rows
+            part_rows = block.to(tl.int64) * n_rows + rows
             for j in range(K):
                 if DENSE:
                     chosen = (experts[None, :] == j) & both_ok
@@ -264,7 +270,7 @@ def unmix_kernel(
                     expert = tl.load(indices_ptr + rows * stride_it + j * stride_ik, mask=row_ok, other=-1)
                     chosen = (expert[:, None] == experts[None, :]) & both_ok
                 part = tl.sum(tl.where(chosen, total * hidden, 0.0), axis=1)
-                tl.store(grad_weights_ptr + (block + rows) * K + j, part, mask=row_ok)
+                tl.store(grad_weights_ptr + part_rows * K + j, part, mask=row_ok)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ..errors import BackendError
+from . import triton_decode as decode
 from . import triton_kernels as kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,16 +38,16 @@ class Sizes:
 def shrink_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles of shrink and unmix: few rows get short tiles, so that the device is still filled."""
     block_t = 16 if n_rows <= 2048 else 32 if n_rows <= 4096 else 64
-    block_c = min(128, max(16, triton.next_power_of_2(columns)))
-    block_d = 128 // itemsize
-    return Sizes(block_t, block_c, block_d, 4 if block_t * block_c <= 4096 else 8, 3)
+    # 128 columns in one tile read x once instead of twice, but spill in the epilogue on most architectures.
+    block_c = min(64, max(16, triton.next_power_of_2(columns)))
+    return Sizes(block_t, block_c, 128 // itemsize, 4 if block_t == 16 else 8, 3)
 
 
 def expand_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles of expand: the columns in chunks of at most 64, where one step would spill."""
     block_t = 16 if n_rows <= 16 else 32 if n_rows <= 1024 else 128
     block_c = min(128 // itemsize, max(16, triton.next_power_of_2(columns)))
-    return Sizes(block_t, block_c, 128, 4 if block_t < 128 else 8, 2)
+    return Sizes(block_t, block_c, 128, 4 if block_t < 128 else 8, 3)
 
 
 def gram_sizes(columns: int, itemsize: int) -> Sizes:
@@ -75,11 +76,16 @@ def forward(
     x = rows_of(x)
     n_experts, rank, _ = a.shape
     n_rows, k = weights.shape
-    hidden = x.new_empty(n_rows, k, rank)
-    mixed = x.new_empty(n_rows, n_experts * rank)
     with on_device(x):
-        _shrink(x, a.contiguous(), weights, indices, hidden, mixed)
-        y = _expand(mixed, b, bias)
+        if 0 < n_rows <= decode.MAX_ROWS:
+            strides = routing_strides(weights, indices)
+            factors = a.contiguous(), b.contiguous()
+            y, hidden = decode.mix_few_rows(x, *factors, weights, indices, bias, strides, precision())
+        else:
+            hidden = x.new_empty(n_rows, k, rank)
+            mixed = x.new_empty(n_rows, n_experts * rank)
+            _shrink(x, a.contiguous(), weights, indices, hidden, mixed)
+            y = _expand(mixed, b, bias)
     if base is not None:
         y.addmm_(x, base.T)
     return y, hidden
@@ -142,7 +148,7 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def routing_arguments(weights: Tensor, indices: Tensor | None) -> tuple[int, int, int, int]:
+def routing_strides(weights: Tensor, indices: Tensor | None) -> tuple[int, int, int, int]:
     """Return the strides of weights and indices; rows may be broadcast with stride 0."""
     places = (0, 0) if indices is None else indices.stride()
     return (*weights.stride(), *places)
@@ -154,8 +160,8 @@ def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidde
     size = shrink_sizes(n_rows, columns, x.itemsize)
     if n_rows == 0:
         return
-    kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(columns, size.block_c))](
-        x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_arguments(weights, indices),
+    kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
+        x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
         COLUMNS=columns, RANK=a.shape[1], K=weights.shape[1], DENSE=indices is None, EVEN=d % size.block_d == 0,
         PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
         num_warps=size.warps, num_stages=size.stages,
@@ -198,9 +204,9 @@ def _unmix(
     mixed = grad.new_empty(n_rows, columns) if need_mixed else None
     parts = grad.new_empty(blocks, n_rows, k, dtype=torch.float32) if need_weights else None
     if n_rows:
-        kernels.unmix_kernel[(triton.cdiv(n_rows, size.block_t), blocks)](
+        kernels.unmix_kernel[(triton.cdiv(n_rows, size.block_t) * blocks,)](
             grad, b, weights, indices, hidden, grad_hidden, mixed, parts, n_rows, d, grad.stride(0),
-            *routing_arguments(weights, indices),
+            *routing_strides(weights, indices),
             COLUMNS=columns, RANK=rank, K=k, DENSE=indices is None,
             NEED_HIDDEN=need_hidden, NEED_MIXED=need_mixed, NEED_WEIGHTS=need_weights,
             EVEN=d % size.block_d == 0, PRECISION=precision(),
