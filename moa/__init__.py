@@ -27,7 +27,7 @@ _HOMES = {
     "make_recipe": "recipes",
     "register_recipe": "recipes",
     "export_expert": "peft_format",
-    "fold": "fold",
+    "fold": "folding",
     "MoaError": "errors",
 }
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .callbacks import RoutingMonitor
     from .errors import MoaError
     from .experts import ExpertBank
-    from .fold import fold
+    from .folding import fold
     from .mixture import Branch, Mixture
     from .model import MoAModel
     from .peft_format import export_expert

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import ConfigError
-from .fold import fold, folded_delta
+from .folding import fold, folded_change
 from .mixture import Branch, Mixture
 from .recipes import Recipe
 from .sites import find_sites, inject
@@ -128,17 +128,20 @@ class Host(nn.Module):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def merge_and_unload(self) -> nn.Module:
+    def merge_and_unload(self, task_id: int | None = None) -> nn.Module:
         """Fold every mixture into its layer and return the base, as peft's method of this name.
+
+        Args:
+            task_id: fold what this task's inputs get, where routers look at the task.
 
         Raises:
             FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
         """
         mixtures = self.mixtures()
         for mixture in mixtures.values():
-            folded_delta(mixture)
+            folded_change(mixture, task_id)
         for mixture in mixtures.values():
-            fold(mixture)
+            fold(mixture, task_id)
         return self.unload()
 
     def unload(self) -> nn.Module:

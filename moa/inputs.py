@@ -27,13 +27,12 @@ def describe_batch(
         encoder: of the encoder half.
         inputs: the model's inputs; attention_mask (B, S), decoder_attention_mask and decoder_input_ids are read.
         kind: "decoder", "encoder-decoder" or "encoder".
-        task_ids: (B,); None keeps those set before.
+        task_ids: (B,); None forgets those of the batch before.
         routing_mask: (B, S) what pooled routers may look at; None finds the prompt.
         labels: (B, S) labels tell where a prompt ends.
     """
     attention = as_masks(inputs.get("attention_mask"))
-    if task_ids is not None:
-        context.task_ids = encoder.task_ids = task_ids
+    context.task_ids = encoder.task_ids = task_ids
     encoder.masks = encoder.routing_masks = attention
     context.masks = context.routing_masks = attention
     token_labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None

@@ -72,6 +72,22 @@ class ExpertBank(nn.Module):
         """
         raise FoldError(f"{type(self).__name__} experts are not a weight change: they cannot be folded or exported.")
 
+    def shift(self, expert: int) -> Tensor | None:
+        """Return the constant (o,) that one expert adds whatever x is, or None where it adds none."""
+        return None
+
+    def mixture_delta(self, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Return the weight change (o, i) and the constant (o,) or None that a routing of rows () equals.
+
+        Raises:
+            FoldError: the family is not a weight change.
+        """
+        weights = routing.dense()
+        delta = torch.stack([self.delta(e) * weights[e] for e in range(self.n_experts)]).sum(0)
+        shifts = [(weights[e], self.shift(e)) for e in range(self.n_experts)]
+        parts = [weight * shift for weight, shift in shifts if shift is not None]
+        return delta, torch.stack(parts).sum(0) if parts else None
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o): the definition, one expert at a time.
 

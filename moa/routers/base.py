@@ -26,6 +26,8 @@ class Router(nn.Module):
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
         loss_weights: name in `moa.losses.LOSSES` -> coefficient, added to the training loss.
+        known_tasks: the task ids it can route; None where it does not look at them or takes any.
+        learning_rate: its parameters' own, for `MoAModel.optimizer_groups`; None is everyone's.
 
     Raises:
         ConfigError: k < 1 or k > n_experts.
@@ -39,6 +41,8 @@ class Router(nn.Module):
         check_experts(n_experts, k)
         self.d_in, self.n_experts, self.k = d_in, n_experts, k
         self.samples = 1
+        self.known_tasks: range | None = None
+        self.learning_rate: float | None = None
         self.loss_weights: dict[str, float] = {}
 
     def forward(self, x: Tensor, context: Context) -> Routing:
@@ -48,8 +52,12 @@ class Router(nn.Module):
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""
 
-    def constant(self) -> Routing | None:
-        """Return the routing of rows () that every input gets, or None when it depends on the input."""
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () that every input gets, or None when it depends on the input.
+
+        Args:
+            task: the inputs are all of this task; None for any.
+        """
         return None
 
     def step(self) -> None:

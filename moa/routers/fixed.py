@@ -40,6 +40,6 @@ class FixedRouter(Router):
         """Return the constant routing of rows (): weights (E,)."""
         return self.constant()
 
-    def constant(self) -> Routing:
+    def constant(self, task: int | None = None) -> Routing:
         """Return the routing of rows () that every input gets."""
         return Routing(self.weights, None, self.n_experts)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import moa
 from moa.errors import ConfigError, FoldError
 from moa.experts import VectorBank
-from moa.fold import fold
 from moa.mixture import Mixture
 from moa.recipes import Site
 from moa.routers import ProjectionRouter
@@ -162,7 +161,7 @@ def test_bad_inputs() -> None:
         with pytest.raises(ConfigError, match=f"nonzeros must be in 1 … d_in=20, got {nonzeros}"):
             make(nonzeros=nonzeros)
     with pytest.raises(FoldError, match="ProjectionRouter depends on the input"):
-        fold(make())
+        moa.fold(make())
     assert (moa.make_recipe("flylora").rank, moa.make_recipe("flylora").k) == (32, 8)
     assert isinstance(make().branches[0].bank, VectorBank)
 

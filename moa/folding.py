@@ -1,0 +1,100 @@
+"""Fold a static mixture into its base weight: exact, or an error that says why not.
+
+The file is not called fold.py: importing it would hide the function `moa.fold` behind the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FoldError
+from .mixture import Branch, Mixture, is_conv1d
+
+
+@torch.no_grad()
+def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the changes of weight (o, i) and bias (o,) that a static mixture equals, in the experts' dtype.
+
+    With y0 = W x + b, branches on the input D x + c and branches on the output S y0 + t:
+    y = (W + D + S W) x + b + c + S b + t
+
+    Args:
+        mixture: whose base is a dense linear layer.
+        task: the inputs are all of this task, for routers that look at it.
+
+    Raises:
+        FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
+            weight.
+    """
+    base: Any = mixture.base
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to fold into.")
+    delta: Tensor | None = None
+    shift: Tensor | None = None
+    for branch in mixture.branches:
+        assert isinstance(branch, Branch)
+        routing = branch.router.constant(task)
+        if routing is None:
+            raise FoldError(_not_constant(mixture, branch, task))
+        change, constant = branch.bank.mixture_delta(routing)
+        if branch.tap == "output":
+            if bias is not None:
+                through = change @ bias.to(change.dtype)
+                constant = through if constant is None else constant + through
+            dense = weight.T if is_conv1d(base) else weight
+            change = change @ dense.to(change.dtype)
+        delta = change if delta is None else delta + change
+        if constant is not None:
+            shift = constant if shift is None else shift + constant
+    if delta is None:
+        raise FoldError(f"{mixture.name} has no branch to fold.")
+    return delta, shift
+
+
+def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:
+    kind = type(branch.router).__name__
+    known = branch.router.known_tasks
+    if known is not None:
+        which = "no task was named" if task is None else f"task {task} is none of them"
+        return (
+            f"{mixture.name}: the routing of {kind} depends on the task ({known.start} to {known.stop - 1}) and {which}: "
+            "fold for one of them with merge_and_unload(task_id=…)."
+        )
+    return (
+        f"{mixture.name}: the routing of {kind} depends on the input, so the mixture is not one weight. "
+        "Export its experts one by one (moa.export_expert)."
+    )
+
+
+@torch.no_grad()
+def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
+    """Return the base layer (i -> o) with the mixture added to its weight and bias, changed in place.
+
+    The sums are formed in fp32 at least and rounded once to the base's dtype. A base without a bias gets one where
+    the mixture adds a constant.
+
+    Args:
+        mixture: to fold.
+        task: fold what the inputs of this task get.
+
+    Raises:
+        FoldError: no exact weight exists, or the base's weight is quantised.
+    """
+    base: Any = mixture.base
+    delta, shift = folded_change(mixture, task)
+    _add(base.weight, delta.T if is_conv1d(base) else delta)
+    if shift is not None:
+        if getattr(base, "bias", None) is None:
+            base.bias = nn.Parameter(torch.zeros_like(shift, dtype=base.weight.dtype), requires_grad=False)
+        _add(base.bias, shift)
+    folded: nn.Module = base
+    return folded
+
+
+def _add(parameter: Tensor, change: Tensor) -> None:
+    wide = torch.promote_types(parameter.dtype, change.dtype)
+    parameter.copy_((parameter.to(wide) + change.to(wide)).to(parameter.dtype))
