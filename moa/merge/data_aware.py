@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, NumericsError, ShapeError
 from .compose import check_weights
-from .delta import Delta, Deltas, Dense, LowRank
+from .delta import Delta, DeltaLike, Dense, LowRank, as_delta, check_finite
 
 
 def gram(inputs: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class AdaMerged:
 
 
 def adamerge(
-    adapters: Sequence[Deltas],
+    adapters: Sequence[Mapping[str, DeltaLike]],
     loss: Callable[[Mapping[str, Tensor]], Tensor],
     *,
     layer_of: Callable[[str], str] | None = None,
@@ -144,7 +144,7 @@ def adamerge(
     Task-wise: one λ_t per task. Layer-wise: one λ_t^l per task and layer, l = layer_of(name).
 
     Args:
-        adapters: T sets of deltas with the same names, each (o, i).
+        adapters: T mappings name -> delta (o, i), dense or in factors, with the same names.
         loss: gives a scalar () from the merged change, name -> ΔW (o, i), differentiable; the paper's is the entropy
             of the merged model's predictions on unlabelled inputs of every task.
         layer_of: name -> layer; None is task-wise; `lambda name: name` gives every tensor its own.
@@ -158,7 +158,8 @@ def adamerge(
 
     Raises:
         ConfigError: steps or lr out of range, or weights that do not match.
-        NumericsError: the loss is not a finite scalar, or does not depend on the coefficients.
+        NumericsError: a delta holds NaN or infinity, or the loss is not a finite scalar or does not depend on the
+            coefficients.
 
     Source: Yang et al. 2023, arXiv 2310.02575, eq. 4-6; init 0.3 and Adam at 1e-3 from §4.
     """
@@ -166,7 +167,12 @@ def adamerge(
         raise ConfigError(f"adamerging: steps is {steps} and lr is {lr}; expected ≥ 0 and > 0.")
     start = check_weights(weights, len(adapters), "adamerging") if weights is not None else (init,) * len(adapters)
     names = list(adapters[0])
-    changes = {name: torch.stack([a[name].dense() for a in adapters]) for name in names}
+    changes = {
+        name: torch.stack(
+            [check_finite(as_delta(a[name], name), name, f"adapter {t}").dense() for t, a in enumerate(adapters)]
+        )
+        for name in names
+    }
     layers = tuple(dict.fromkeys(layer_of(name) for name in names)) if layer_of else ()
     row = {name: layers.index(layer_of(name)) for name in names} if layer_of else {}
     first = changes[names[0]]

@@ -107,8 +107,9 @@ def _fisher(job: Job) -> Delta:
 
 def _learn(plan: Plan) -> AdaMerged:
     options = plan.options
+    parts = {name: plan.aligned(name) for name in plan.names}
     return adamerge(
-        plan.adapters,
+        [{name: part[t] for name, part in parts.items()} for t in range(len(plan.adapters))],
         options["loss"],
         layer_of=options["layer_of"],
         init=options["init"],

@@ -211,6 +211,9 @@ def write_peft(
 ) -> Written:
     """Write low-rank deltas as a PEFT LoRA folder with scale 1: alpha = r in every module.
 
+    target_modules lists full module paths. PEFT takes each as the end of a path, so a base that holds the same path
+    again under another name gets an idle zero adapter there, and PEFT warns of missing keys.
+
     Args:
         deltas: name ("….weight") -> down (r, i), up (o, r); dense ones need `rank`.
         out: the folder to make.
