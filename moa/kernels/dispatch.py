@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 from ..errors import BackendError, unknown_name
-from . import concat, sorted_rows
 
-_MODULES: dict[str, ModuleType] = {"concat": concat, "sorted": sorted_rows}
+# Engine → module; a module is imported when its engine is first used or asked about.
+_MODULES = {
+    "concat": "concat",
+    "sorted": "sorted_rows",
+    "triton_concat": "triton_low_rank",
+    "triton_grouped": "triton_grouped",
+    "grouped_mm": "grouped_mm",
+    "megablocks": "megablocks",
+}
+# Engines whose products are torch's own on a CPU.
+PLAIN = ("concat", "sorted")
 
-# Up to this many columns E·r per active expert, running every expert beats sorting rows (measured, one core).
+# Up to this many columns E·r per active expert, running every expert beats sorting rows: measured on one CPU core,
+# modelled (not measured) for GPUs from the ratio of their arithmetic to their bandwidth.
 _CPU_COLUMNS = {torch.bfloat16: 110, torch.float16: 110}
 _CPU_COLUMNS_WIDE = 50
+_GPU_COLUMNS = {8: 180}
+_GPU_COLUMNS_LATEST = 300
+_GPU_COLUMNS_ALWAYS = 256
 
 
 def engines() -> dict[str, str | None]:
@@ -25,9 +41,19 @@ def engines() -> dict[str, str | None]:
     return {name: why_not(name) for name in _MODULES}
 
 
+@functools.cache
 def why_not(name: str) -> str | None:
     """Return why an engine cannot run here, or None if it can."""
-    return None
+    if name in PLAIN:
+        return None
+    package = "triton" if name.startswith("triton") else name
+    if package in ("triton", "megablocks") and importlib.util.find_spec(package) is None:
+        return f"it needs the package {package}, which is not installed: pip install {package}."
+    return _module(name).why_not()
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
 def choose_engine(
@@ -57,13 +83,26 @@ def choose_engine(
 
     Source: crossover measured on CPU; see `experiments/bench/kernels.py`.
     """
-    if torch.device(device).type != "cpu":
-        return "concat"
-    if k >= n_experts:  # every row has every expert: nothing to skip
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _choose_cuda(n_rows, n_experts, rank, k, dtype, device)
+    if device.type != "cpu" or k >= n_experts:  # a dense routing: nothing to skip
         return "concat"
     narrow = dtype in _CPU_COLUMNS and has_native_matmul(dtype)
     columns = _CPU_COLUMNS[dtype] if narrow else _CPU_COLUMNS_WIDE
     return "concat" if n_experts * rank <= columns * k else "sorted"
+
+
+def _choose_cuda(n_rows: int, n_experts: int, rank: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
+    if dtype == torch.float64 or why_not("triton_concat") is not None:
+        return "concat"
+    if k >= n_experts:
+        return "triton_concat"
+    major = torch.cuda.get_device_capability(device)[0] if torch.cuda.is_available() else 9
+    columns = max(_GPU_COLUMNS_ALWAYS, _GPU_COLUMNS.get(major, _GPU_COLUMNS_LATEST) * k)
+    few = n_rows * k < n_experts  # most experts would be read for nothing
+    dense = n_experts * rank <= (_GPU_COLUMNS_ALWAYS if few else columns)
+    return "triton_concat" if dense else "triton_grouped"
 
 
 def has_native_matmul(dtype: torch.dtype) -> bool:
@@ -86,4 +125,4 @@ def get_engine(name: str) -> ModuleType:
     reason = why_not(name)
     if reason is not None:
         raise BackendError(f"engine {name!r} cannot run here: {reason}")
-    return _MODULES[name]
+    return _module(name)

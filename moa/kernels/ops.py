@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import choose_engine, get_engine, has_native_matmul
+from .dispatch import PLAIN, choose_engine, get_engine, has_native_matmul
 
 # From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
@@ -32,7 +32,7 @@ def forward_op(
     engine: str,
 ) -> tuple[Tensor, Tensor]:
     with _exact_dtypes(x):
-        return _forward(x, a, b, weights, indices, base, bias, _engine(engine, x, a, b, weights))
+        return _forward(x, a, b, weights, indices, base, bias, *_engine(engine, x, a, b, weights))
 
 
 def _forward(
@@ -44,8 +44,9 @@ def _forward(
     base: Tensor | None,
     bias: Tensor | None,
     used: ModuleType,
+    emulated: bool,
 ) -> tuple[Tensor, Tensor]:
-    if not _emulated(x):
+    if not emulated:
         return used.forward(x, a, b, weights, indices, base, bias)
     late = base if x.shape[0] < _CAST_PAYS else None
     early = None if late is not None else base
@@ -75,7 +76,7 @@ def backward_op(
 ) -> list[Tensor]:
     with _exact_dtypes(grad):
         used = _engine(engine, grad, a, b, weights)
-        return _gradients(grad.contiguous(), x, a, b, weights, indices, hidden, base, used, needs)
+        return _gradients(grad.contiguous(), x, a, b, weights, indices, hidden, base, needs, *used)
 
 
 def _gradients(
@@ -87,10 +88,11 @@ def _gradients(
     indices: Tensor | None,
     hidden: Tensor | None,
     base: Tensor | None,
-    used: ModuleType,
     needs: list[bool],
+    used: ModuleType,
+    emulated: bool,
 ) -> list[Tensor]:
-    if not _emulated(grad):
+    if not emulated:
         return used.backward(grad, x, a, b, weights, indices, hidden, base, needs)
     wide = (_float(value) for value in (grad, x, a, b))
     found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
@@ -110,26 +112,23 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
     return [shape for shape, need in zip(shapes, needs, strict=True) if need]
 
 
-def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> ModuleType:
-    """Return the engine that was named, or the one that the sizes choose."""
+def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[ModuleType, bool]:
+    """Return the engine that was named, or the one that the sizes choose, and whether it runs in fp32 instead.
+
+    A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there such products run in fp32,
+    wider and hence at least as accurate, at the price of transient fp32 copies.
+    """
     n_experts, rank, d_in = a.shape
     if not name:
         name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
-    return get_engine(name)
+    emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and name in PLAIN
+    return get_engine(name), emulated and not has_native_matmul(x.dtype)
 
 
 def _exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which engines keep the dtypes they were given: autocast stays on inside custom ops."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _emulated(x: Tensor) -> bool:
-    """Return whether x is of a 16-bit dtype that this CPU multiplies only in software, 10 to 100 × slower.
-
-    Such products run in fp32: wider, hence at least as accurate, at the price of transient fp32 copies.
-    """
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not has_native_matmul(x.dtype)
 
 
 def _float(value: Tensor | None) -> Tensor | None:

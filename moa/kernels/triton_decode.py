@@ -2,6 +2,8 @@
 expand adds the splits in its prologue, applies the gate and keeps the hidden values.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+# Kernel arguments other than constants have no types in Python.
 from __future__ import annotations
 
 import torch
@@ -119,7 +121,7 @@ def mix_few_rows(
     weights: Tensor,
     indices: Tensor | None,
     bias: Tensor | None,
-    strides: tuple[int, int, int, int],
+    strides: tuple[int, ...],
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r) of T ≤ MAX_ROWS rows in two launches; base excluded.

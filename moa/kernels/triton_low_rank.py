@@ -148,7 +148,7 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def routing_strides(weights: Tensor, indices: Tensor | None) -> tuple[int, int, int, int]:
+def routing_strides(weights: Tensor, indices: Tensor | None) -> tuple[int, ...]:
     """Return the strides of weights and indices; rows may be broadcast with stride 0."""
     places = (0, 0) if indices is None else indices.stride()
     return (*weights.stride(), *places)
