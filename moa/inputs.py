@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .types import Context
 
@@ -81,3 +82,10 @@ def prompt_attention(inputs: Tensor, generation_config: Any) -> Tensor:
 def as_masks(mask: Any) -> tuple[Tensor, ...]:
     """Return (mask,) as bool where it is a (B, S) mask, () for anything else."""
     return (mask.bool(),) if isinstance(mask, Tensor) and mask.ndim == 2 else ()
+
+
+def input_names(base: nn.Module) -> tuple[str, ...]:
+    """Return the names of a base's inputs (B, …) in order, () where they cannot all be passed by name."""
+    parameters = inspect.signature(base.forward).parameters.values()
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    return () if any(p.kind in by_position for p in parameters) else tuple(p.name for p in parameters)

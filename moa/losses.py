@@ -146,6 +146,7 @@ def example_losses(logits: Tensor, labels: Tensor, shift: bool) -> Tensor | None
         if labels.ndim != 2:
             return None
         logits, labels = logits[:, :-1], labels[:, 1:]
-    flat = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="none")
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(wide, labels.flatten(), ignore_index=-100, reduction="none")
     count = (labels != -100).sum()
     return flat.view(labels.shape[0], -1).sum(1) / count

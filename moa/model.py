@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from . import checkpoint
 from .errors import ConfigError, ContextError
 from .host import Host
-from .inputs import describe_batch, prompt_attention
+from .inputs import describe_batch, input_names, prompt_attention
 from .objective import Objective
+from .outputs import logits_of, loss_of, with_loss
 from .recipes import Recipe
 from .stepping import watch
 from .trace import Trace
@@ -53,6 +53,7 @@ class MoAModel(Host, PreTrainedModel):
         self.objective = Objective()
         self.last_losses: dict[str, Tensor] = {}
         self._in_closure = False
+        self._input_names = input_names(base)
         self.observers: list[Callable[[list[Trace]], None]] = []
         self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
         self._no_split_modules = getattr(base, "_no_split_modules", None)
@@ -89,51 +90,55 @@ class MoAModel(Host, PreTrainedModel):
                 labels that leave no token.
             NumericsError: a router produced NaN or infinity (its layer is named).
         """
+        inputs = {**dict(zip(self._input_names, args, strict=False)), **kwargs}  # whichever way they were passed
+        if labels is None:
+            labels = inputs.get("labels")
+        elif "labels" not in inputs:
+            kwargs["labels"] = labels
         describe_batch(
             self.context,
             self.encoder_context,
-            kwargs,
+            inputs,
             kind=self._kind(),
             task_ids=task_ids,
             routing_mask=routing_mask,
             labels=labels,
         )
-        if labels is not None:
-            kwargs["labels"] = labels
-        if task_ids is not None and "task_ids" in inspect.signature(self.base.forward).parameters:
+        if task_ids is not None and "task_ids" in self._input_names:
             kwargs["task_ids"] = task_ids
 
         def run() -> tuple[Any, Tensor | None]:
             outputs = self.base(*args, **kwargs)
-            return outputs, _loss_of(outputs) if labels is not None else None
+            # a dict names its loss, also where it comes from start_positions and the like
+            return outputs, loss_of(outputs) if labels is not None or isinstance(outputs, dict) else None
 
         if self.training and torch.is_grad_enabled() and not self._in_closure:
             outputs, loss = self._train_forward(run, labels)
         else:
             outputs, loss = run()
         share = self.objective.share(labels, num_items_in_batch, self._shifts())
-        return outputs if loss is None else _with_loss(outputs, loss if share is None else loss * share)
+        return outputs if loss is None else with_loss(outputs, loss if share is None else loss * share)
 
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection and return the first's outputs with the whole training loss ()."""
         samples = self.samples
-        if samples > 1 and labels is None:
-            raise ContextError(
-                "a sampling recipe learns from the loss of several selections, and this training forward has no "
-                "loss: pass labels, or compute your loss inside model.routed_loss(lambda: ...)."
-            )
         passes, traces = [], []
         for _ in range(samples):
             with self.tracing() as trace:
                 passes.append(run())
             traces.append(trace)
+            if samples > 1 and passes[-1][1] is None:
+                raise ContextError(
+                    "a sampling recipe learns from the loss of several selections, and this training forward has no "
+                    "loss: pass labels, or compute your loss inside model.routed_loss(lambda: ...)."
+                )
         losses = [loss for _, loss in passes if loss is not None]
         if not losses:
             self._notice(traces)
             return passes[0]
         examples = None
         if samples > 1:
-            logits = [getattr(outputs, "logits", None) for outputs, _ in passes]
+            logits = [logits_of(outputs) for outputs, _ in passes]
             examples = self.objective.per_example(losses, logits, labels)
         total = self._add_up(losses, examples, traces, labels)
         return passes[0][0], total
@@ -348,17 +353,3 @@ class MoAModel(Host, PreTrainedModel):
         from .build import load
 
         return load(path, *args, **kwargs)
-
-
-def _loss_of(outputs: Any) -> Tensor | None:
-    if isinstance(outputs, dict):
-        return outputs.get("loss")
-    first = outputs[0] if isinstance(outputs, tuple) and outputs else None
-    return first if isinstance(first, Tensor) and first.ndim == 0 else None
-
-
-def _with_loss(outputs: Any, loss: Tensor) -> Any:
-    if isinstance(outputs, dict):
-        outputs["loss"] = loss
-        return outputs
-    return (loss, *outputs[1:])

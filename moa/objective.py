@@ -157,6 +157,6 @@ def _matching_rule(loss: Tensor, logits: Tensor, labels: Tensor) -> str:
     with torch.no_grad():
         for rule in ("aligned", "shifted"):
             rows = example_losses(logits, labels, rule == "shifted")
-            if rows is not None and torch.isclose(rows.sum(), loss.float(), rtol=1e-3, atol=1e-5):
+            if rows is not None and torch.isclose(rows.sum().float(), loss.float(), rtol=1e-3, atol=1e-5):
                 return rule
     return "none"
