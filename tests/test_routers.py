@@ -172,18 +172,19 @@ def test_a_kept_routing_of_another_batch_is_refused():
 
 def test_task_rows():
     context = Context(task_ids=torch.tensor([2, 0]))
-    assert context.task_rows(torch.zeros(2, 5, 4), 3).tolist() == [[2], [0]]
-    assert context.task_rows(torch.zeros(4, 4), 3).tolist() == [2, 2, 0, 0]  # beams, or flattened sequences
+    assert context.task_rows(torch.zeros(2, 5, 4), range(3)).tolist() == [[2], [0]]
+    assert context.task_rows(torch.zeros(4, 4), range(3)).tolist() == [2, 2, 0, 0]  # beams, or flattened sequences
     with pytest.raises(ShapeError, match="task_ids has 2 entries, but the layer sees 3 rows"):
-        context.task_rows(torch.zeros(3, 5, 4), 3)
+        context.task_rows(torch.zeros(3, 5, 4), range(3))
     with pytest.raises(ContextError, match="pass task_ids"):
-        Context().task_rows(torch.zeros(2, 5, 4), 3)
+        Context().task_rows(torch.zeros(2, 5, 4), range(3))
 
 
-@pytest.mark.parametrize("bad", [[0, 3], [-1, 0]])
-def test_task_id_out_of_range(bad):
-    with pytest.raises(ContextError, match=r"outside 0 … 2"):
-        Context(task_ids=torch.tensor(bad)).task_rows(torch.zeros(2, 5, 4), 3)
+@pytest.mark.parametrize(("bad", "words"), [([0, 3], "task id 3: this model routes tasks 0 to 2"), ([-1, 0], "id -1"),
+                                            ([0.0, 1.0], "whole numbers")])  # fmt: skip
+def test_task_id_out_of_range(bad, words):
+    with pytest.raises(ContextError, match=words):
+        Context(task_ids=torch.tensor(bad)).task_rows(torch.zeros(2, 5, 4), range(3))
 
 
 def test_repeat_to():
