@@ -61,8 +61,8 @@ def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:
     if known is not None:
         which = "no task was named" if task is None else f"task {task} is none of them"
         return (
-            f"{mixture.name}: the routing of {kind} depends on the task ({known.start} to {known.stop - 1}) and {which}: "
-            "fold for one of them with merge_and_unload(task_id=…)."
+            f"{mixture.name}: the routing of {kind} depends on the task ({known.start} to {known.stop - 1}) and "
+            f"{which}: fold for one of them with merge_and_unload(task_id=…)."
         )
     return (
         f"{mixture.name}: the routing of {kind} depends on the input, so the mixture is not one weight. "

@@ -153,6 +153,32 @@ class Host(nn.Module):
         self.recipes.clear()
         return self.base
 
+    def adapt(self, new_task: int = 0, mode: str = "full", *, collapse: bool = False) -> None:
+        """Make this trained model ready to learn one new task from its experts; see `moa.adapt.adapt`.
+
+        Args:
+            new_task: the id that the new task's examples carry in task_ids.
+            mode: "full", "z" (the new task's routing alone) or "mu" (the experts under equal weights).
+            collapse: with "mu", one LoRA in place of the experts, their mean.
+
+        Raises:
+            ConfigError: a recipe that does not route by task, or an unknown mode.
+        """
+        from .adapt import adapt
+
+        adapt(self, new_task, mode, collapse=collapse)
+
+    def optimizer_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Return an optimizer's parameter groups; routers that have a learning rate of their own get it.
+
+        Args:
+            lr: of everything else.
+            weight_decay: of everything else.
+        """
+        from .adapt import optimizer_groups
+
+        return optimizer_groups(self, lr, weight_decay)
+
     def get_base_model(self) -> nn.Module:
         """Return the wrapped model, mixtures inside."""
         return self.base

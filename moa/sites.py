@@ -133,7 +133,7 @@ def inject(model: nn.Module, recipe: Recipe, context: Context, sites: Iterable[S
             parent.activation_relu_or_gelu = 0
         branches = recipe.build(site)
         mixture = Mixture(site.module, branches, context, site.name)
-        mixture.branches.to(*_placement(site.module))
+        mixture.branches.to(*placement(site.module))
         mixture.train(site.module.training)
         made[id(site.module)] = mixture
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -145,7 +145,7 @@ def inject(model: nn.Module, recipe: Recipe, context: Context, sites: Iterable[S
     return list(made.values())
 
 
-def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return where new parameters go: the layer's device; fp32 whatever the base is in, fp64 for an fp64 base."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")

@@ -35,9 +35,13 @@ ROUTER_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "jitter": {"jitter": 0.1},
     },
     "sampled": {"token": {}, "sequence": {"granularity": "sequence"}},
+    "table": {"one-head": {}, "heads": {"n_heads": 3}, "uniform": {"unknown": "uniform"}, "plain": {"relaxed": False}},
+    "task_embedding": {"default": {"d_embedding": 5}},
 }
 BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {}
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0}},
+    "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},
 }
@@ -289,7 +293,8 @@ def router_routing_is_valid(router: Router, x: Tensor, context: Context, normali
     """Indices are distinct and in range; rows broadcast against x's; weights are finite, and sum to one per row."""
     routing = router(x, context)
     assert routing.n_experts == router.n_experts
-    torch.broadcast_shapes(routing.weights.shape[:-1], x.shape[:-1])
+    rows = routing.weights.shape[:-1]
+    torch.broadcast_shapes(rows[:-1] if len(rows) == x.ndim else rows, x.shape[:-1])  # one axis more is the heads
     assert bool(routing.weights.isfinite().all())
     if routing.indices is not None:
         assert routing.indices.dtype == torch.int64 and routing.indices.shape == routing.weights.shape

@@ -337,6 +337,10 @@ def test_fresh_model_equals_its_base(name: str, variant: str, kind: str) -> None
     batch = make_batch()
     base_logits = models.outputs_of(make(), batch)
     options = {} if RECIPES[name]().targets == "all-linear" else {"targets": "all-linear"}
+    if name == "mhr" and kind == "plain":  # 4 heads do not divide 3 features
+        with pytest.raises(ConfigError, match="n_heads=4 must divide"):
+            moa.build(make(), laws.small_recipe(name, variant, **options))
+        return
     if variant == "sequence" and kind in ("plain", "bert"):  # rows without a sequence, as BERT's pooler has
         with pytest.raises(ShapeError, match="use granularity='token'"):
             models.outputs_of(moa.build(make(), laws.small_recipe(name, variant, **options)), batch)

@@ -6,7 +6,7 @@ A row is a frozen dataclass: its fields are the keywords `moa.build` accepts for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
@@ -78,6 +78,19 @@ class Recipe:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
         options = {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
         return BANKS[self.expert](site.d_in, site.d_out, self.n_experts, **options)  # type: ignore[arg-type]
+
+    def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
+        """Return the recipe that learns one new task from what this one has learned; see `MoAModel.adapt`.
+
+        Raises:
+            ConfigError: this recipe has nothing that belongs to a task.
+        """
+        raise ConfigError(f"recipe {self.name!r} does not route by task: there is nothing to adapt to a new one.")
+
+    def carry_over(self, old: Sequence[Branch], new: Sequence[Branch]) -> None:
+        """Copy what the adapted branches of a layer, (*rows, i) -> (*rows, o), keep of the old ones: the experts."""
+        for source, target in zip(old, new, strict=True):
+            target.bank.load_state_dict(source.bank.state_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values, its name under "router"."""

@@ -5,12 +5,24 @@ from .fixed import FixedRouter
 from .linear import LinearRouter
 from .projection import ProjectionRouter
 from .sampled import SampledRouter
+from .table import TableRouter, TaskEmbeddingRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "sampled": SampledRouter,
     "fixed": FixedRouter,
     "projection": ProjectionRouter,
+    "table": TableRouter,
+    "task_embedding": TaskEmbeddingRouter,
 }
 
-__all__ = ["ROUTERS", "FixedRouter", "LinearRouter", "ProjectionRouter", "Router", "SampledRouter"]
+__all__ = [
+    "ROUTERS",
+    "FixedRouter",
+    "LinearRouter",
+    "ProjectionRouter",
+    "Router",
+    "SampledRouter",
+    "TableRouter",
+    "TaskEmbeddingRouter",
+]

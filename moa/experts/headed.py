@@ -1,0 +1,117 @@
+"""LoRA experts mixed in parameter space, head by head. Ponti et al. 2022 (Poly), Caccia et al. 2023 (MHR)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..types import Routing
+from .base import ExpertBank
+
+
+class HeadedLoRABank(ExpertBank):
+    """The LoRA whose factors are the weighted sums of E LoRAs' factors: y = s · (x A_w^T) B_w.
+
+    A_w = concat_h Σ_e w_{h,e} A_{e,h};  B_w = concat_h Σ_e w_{h,e} B_{e,h}
+
+    The features are cut into H heads, each with weights of its own; w is shared by A and B, so the product has cross
+    terms between experts: this is not Σ_e w_e E_e(x).
+
+    | parameter | shape | start |
+    |---|---|---|
+    | down (A) | (E, r, i) | uniform ±1/√(3 i), as the authors' code |
+    | up (B, transposed) | (E, r, o) | zero |
+
+    A routing's rows are (*rows, H), the head being one more row axis; one without it serves every head alike. A
+    routing per example is mixed once per example and never expanded to tokens; with a routing per token the sums go
+    over the experts' rank-sized products instead of over their factors.
+
+    Args:
+        d_in: i.
+        d_out: o.
+        n_experts: E.
+        n_heads: H, dividing both i and o.
+        options: rank, scaling, dropout as in `ExpertBank`.
+
+    Raises:
+        ConfigError: H does not divide i and o.
+    Source: arXiv 2211.03831, §3.
+    Differs: peft starts A larger by √(3 H).
+    """
+
+    mixes = "parameters"
+
+    def __init__(self, d_in: int, d_out: int, n_experts: int, *, n_heads: int = 1, **options: Any) -> None:
+        super().__init__(d_in, d_out, n_experts, **options)
+        if n_heads < 1 or d_in % n_heads or d_out % n_heads:
+            raise ConfigError(
+                f"n_heads={n_heads} must divide the features of every layer it is for, and this one is "
+                f"{d_in} -> {d_out}."
+            )
+        self.n_heads = n_heads
+        self.down = nn.Parameter(torch.empty(n_experts, self.rank, d_in))
+        self.up = nn.Parameter(torch.empty(n_experts, self.rank, d_out))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw down (E, r, i) anew and set up (E, r, o) to zero."""
+        bound = (3 * self.d_in) ** -0.5
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return s · (x down_e^T) up_e, (*rows, o), of x (*rows, i)."""
+        return F.linear(x, self.down[expert].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
+
+    def delta(self, expert: int) -> Tensor:
+        """Return s · up_e^T down_e, (o, i)."""
+        return self.up[expert].T @ self.down[expert] * self.scaling
+
+    def mixture_delta(self, routing: Routing) -> tuple[Tensor, Tensor | None]:
+        """Return s · B_w^T A_w, (o, i), of a routing of rows () or (H,), and no constant."""
+        weights = routing.dense()
+        down, up = self.mixed(weights if weights.ndim == 2 else weights.unsqueeze(0))
+        return up.T @ down * self.scaling, None
+
+    def mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mixed factors A_w (*rows, r, i) and B_w (*rows, r, o) for weights (*rows, H or 1, E)."""
+        return self._mix(weights, self.down), self._mix(weights, self.up)
+
+    def _mix(self, weights: Tensor, factor: Tensor) -> Tensor:
+        weights = weights.to(factor.dtype)
+        if weights.shape[-2] == 1:
+            flat = weights.squeeze(-2) @ factor.view(self.n_experts, -1)
+            return flat.view(*flat.shape[:-1], self.rank, factor.shape[-1])
+        per_head = factor.view(self.n_experts, self.rank, self.n_heads, -1)
+        return torch.einsum("...he,erhd->...rhd", weights, per_head).flatten(-2)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return the mixed expert's output (*rows, o) on x (*rows, i)."""
+        weights = routing.dense()
+        if weights.ndim <= x.ndim:
+            weights = weights.unsqueeze(-2)
+        x = F.dropout(x, self.dropout, self.training)
+        if weights.ndim > 2 and weights.shape[-3] != 1:
+            return self._per_row(x, weights)
+        if weights.ndim > 2:  # the last row axis, tokens, shares one mixture
+            weights = weights.squeeze(-3)
+        down, up = self.mixed(weights)
+        return (x @ down.to(x.dtype).mT) @ up.to(x.dtype) * self.scaling
+
+    def _per_row(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return the same for weights (*rows, H, E) that differ from token to token."""
+        heads = weights.shape[-2]
+        weights = weights.to(x.dtype)
+        down = self.down.to(x.dtype).view(self.n_experts, self.rank, heads, -1)
+        hidden = torch.einsum("...hd,erhd->...her", x.unflatten(-1, (heads, -1)), down)
+        hidden = torch.einsum("...her,...he->...r", hidden, weights)
+        up = self.up.to(x.dtype).view(self.n_experts, self.rank, heads, -1)
+        out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)
+        return out.flatten(-2) * self.scaling
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, n_heads={self.n_heads}, scaling={self.scaling:g}"

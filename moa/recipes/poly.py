@@ -1,0 +1,147 @@
+"""Poly and MHR: skills mixed in parameter space by a table of tasks.
+
+Ponti et al. 2022, arXiv 2202.13914; Caccia et al. 2023, arXiv 2211.03831.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..errors import ConfigError
+from ..experts import ExpertBank, HeadedLoRABank, LoRABank
+from ..mixture import Branch
+from ..routers import FixedRouter, Router, TableRouter
+from .base import Recipe, Site, register_recipe
+from .gates import Fixed
+
+MODES = ("full", "z", "mu")
+
+
+@register_recipe("poly", "Ponti et al. 2022, arXiv 2202.13914")
+@dataclass(frozen=True, kw_only=True)
+class Poly(Recipe):
+    """A table of task × skill; each example's LoRA has the factors Σ_e w_e A_e and Σ_e w_e B_e.
+
+    The table wants a larger learning rate than the skills: `model.optimizer_groups(lr=1e-3)` gives it its own.
+
+    Args:
+        n_tasks: rows of the table.
+        mode: "full" trains table and skills, "z" the table alone (for skills trained before), "mu" has no table:
+            equal weights, all skills trained.
+        relaxed: relaxed Bernoulli gates in training; False for the plain sigmoid.
+        table_lr: learning rate of the table in `MoAModel.optimizer_groups`.
+        first_task: the lowest task id.
+        unknown_tasks: "error", or "uniform" weights for tasks out of range.
+
+    Source: arXiv 2202.13914, eq. 1-5; microsoft/mttl at mhr-camera-ready.
+    Differs: k is ignored, every skill is used. The released code rounds nothing in training by default, as here; its
+        options (straight-through rounding, L2 norm, shared skill) are left out. alpha = 1 as released: s = 1/r.
+    """
+
+    n_tasks: int = 1
+    mode: Literal["full", "z", "mu"] = "full"
+    relaxed: bool = True
+    table_lr: float = 0.1
+    first_task: int = 0
+    unknown_tasks: Literal["error", "uniform"] = "error"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", self.n_experts)
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise ConfigError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}.")
+        if self.expert != "lora":
+            raise ConfigError(f"this recipe mixes the factors of LoRAs: expert={self.expert!r} cannot be chosen.")
+        self._router(Site("", torch.nn.Identity(), 1, 1))
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return 1
+
+    def scaling(self) -> float:
+        """Return alpha / rank, with alpha = 1 unless given."""
+        return (1.0 if self.alpha is None else self.alpha) / self.rank
+
+    def bank(self, site: Site) -> ExpertBank:
+        """Return a fresh bank for a site, (*rows, i) -> (*rows, o), frozen in mode "z".
+
+        Raises:
+            ConfigError: the heads do not divide the site's features.
+        """
+        options = {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        try:
+            bank = HeadedLoRABank(site.d_in, site.d_out, self.n_experts, n_heads=self.heads, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{site.name}: {error}") from error
+        return bank.requires_grad_(self.mode != "z")
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: the table, or equal weights, over the skills of a layer on x (*rows, i)."""
+        return [Branch(self._router(site), self.bank(site))]
+
+    def _router(self, site: Site) -> Router:
+        if self.mode == "mu":
+            return FixedRouter(site.d_in, self.n_experts)
+        return TableRouter(
+            site.d_in,
+            self.n_experts,
+            self.n_tasks,
+            n_heads=self.heads,
+            relaxed=self.relaxed,
+            learning_rate=self.table_lr,
+            first_task=self.first_task,
+            unknown=self.unknown_tasks,
+        )
+
+    def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
+        """Return the recipe that learns one new task from this one's skills.
+
+        Raises:
+            ConfigError: an unknown mode, or a collapse in another mode than "mu".
+        """
+        if mode not in MODES:
+            raise ConfigError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+        if not collapse:
+            return dataclasses.replace(self, n_tasks=1, first_task=new_task, mode=mode)  # type: ignore[arg-type]
+        if mode != "mu":
+            raise ConfigError(f"collapse=True needs equal weights, mode='mu', got mode={mode!r}.")
+        alpha = 1.0 if self.alpha is None else self.alpha
+        return Fixed(rank=self.rank, alpha=alpha, dropout=self.dropout, targets=self.targets, engine=self.engine)
+
+    @torch.no_grad()
+    def carry_over(self, old: Sequence[Branch], new: Sequence[Branch]) -> None:
+        """Copy the skills, or their mean where the new branch holds one LoRA, down (E, r, i) and up (E, r, o)."""
+        source, target = old[0].bank, new[0].bank
+        assert isinstance(source, HeadedLoRABank)
+        if isinstance(target, LoRABank):
+            uniform = torch.full((1, source.n_experts), 1.0 / source.n_experts, device=source.down.device)
+            for own, mean in zip((target.down, target.up), source.mixed(uniform), strict=True):
+                own[0].copy_(mean)
+        else:
+            target.load_state_dict(source.state_dict())
+
+
+@register_recipe("mhr", "Caccia et al. 2023, arXiv 2211.03831")
+@dataclass(frozen=True, kw_only=True)
+class MHR(Poly):
+    """Poly with the features cut into heads, each routed by its own row of the table.
+
+    Args:
+        n_heads: H, dividing the features of every target layer; 1 is Poly.
+
+    Source: arXiv 2211.03831, §3; MHR-z is mode="z", MHR-mu mode="mu" (then `adapt(…, collapse=True)` for one LoRA).
+    Differs: the paper's T0 runs have 64 heads of rank 1; 4 is the default here because it divides most layers.
+    """
+
+    n_heads: int = 4
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.n_heads
