@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, ShapeError
 from .experts import ExpertBank
 from .routers import Router
 from .types import Context, Routing
@@ -72,6 +72,11 @@ class Mixture(nn.Module):
         base_out: Tensor = self.base(x, *args, **kwargs)
         if not self.context.enabled:
             return base_out
+        if not isinstance(base_out, Tensor):
+            raise ShapeError(
+                f"{self.name}: a {type(self.base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
+                "tensor (*rows, o). Choose the linear layers inside it as targets."
+            )
         y = base_out
         for branch in branches:
             source = x if branch.tap == "input" else base_out
@@ -97,9 +102,11 @@ def pinned_routing(x: Tensor, expert: int, n_experts: int) -> Routing:
 def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return (weight (o, i), bias (o,) or None) of a frozen dense linear, or None for any other base.
 
-    A quantised, hooked or trainable base is not plain: it runs its own forward.
+    A quantised, hooked, offloaded or trainable base is not plain: it runs its own forward.
     """
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    if "forward" in vars(base):  # replaced on the instance, as accelerate does to move weights in and out
         return None
     if type(base) is not nn.Linear and not is_conv1d(base):
         return None
