@@ -184,9 +184,15 @@ class Host(nn.Module):
         return self.base
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: routers, experts and the modules trained whole, by their name."""
+        """Return what a checkpoint holds: routers, experts and the modules trained whole, by their name.
+
+        A layer that several parents share has one entry, under its first name.
+        """
         heads = tuple(f"base.{name}." for name in self.modules_to_save)
-        return {k: v for k, v in self.state_dict().items() if ".branches." in k or (heads and k.startswith(heads))}
+        state = self.state_dict(keep_vars=True)
+        chosen = {k: v for k, v in state.items() if ".branches." in k or (heads and k.startswith(heads))}
+        first = {id(v): k for k, v in reversed(chosen.items())}
+        return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
     def describe(self) -> dict[str, Any]:
         """Return what rebuilds this model: base, recipes, layers; plain JSON values."""
