@@ -75,7 +75,8 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         found = [s for s in sites if any(s.name == t or s.name.endswith(f".{t}") for t in targets)]
     elif targets in ("all-linear", "attention", "ffn"):
         prefix = backbone_prefix(model)
-        body = [s for s in sites if s.name.startswith(prefix)]
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # where the body has no name of its own
+        body = [s for s in sites if s.name.startswith(prefix) and s.module is not head]
         attention = [s for s in body if re.search(r"attn|attention", s.name, re.IGNORECASE)]
         if targets == "ffn":
             rest = [s for s in body if s not in attention]
