@@ -255,23 +255,22 @@ class RoutingStatistics:
         """Add a group of layers whose routings have the same rows, K, E, device and mask."""
         _, first, mask = members[0]
         weights = first.weights
-        with torch.autocast(weights.device.type, enabled=False):  # counts in bf16 would stop at 256
-            if first.indices is None:
-                use = torch.stack([r.weights for _, r, _ in members]).abs().float()
-            else:
-                chosen = torch.stack([r.indices for _, r, _ in members if r.indices is not None])
-                use = torch.zeros(*chosen.shape[:-1], first.n_experts, device=weights.device).scatter_(-1, chosen, 1.0)
-            outer = rows[0] if rows else 1
-            use = use.reshape(len(members), outer, -1, first.n_experts)
-            if mask is None:
-                counted = torch.full((outer,), float(use.shape[2]), device=weights.device)
-            else:
-                inner = mask.reshape(outer, -1).float()
-                use, counted = use * inner.unsqueeze(-1), inner.sum(1)
-            table = self._task_table(outer, task_ids, weights.device)
-            exact = torch.float32 if weights.device.type == "mps" else torch.float64
-            counts = (table @ use.sum(2)).to(exact)
-            n_rows = (table @ counted).to(exact)
+        if first.indices is None:
+            use = torch.stack([r.weights for _, r, _ in members]).abs().float()
+        else:
+            chosen = torch.stack([r.indices for _, r, _ in members if r.indices is not None])
+            use = torch.zeros(*chosen.shape[:-1], first.n_experts, device=weights.device).scatter_(-1, chosen, 1.0)
+        outer, inner = (rows[0], rows[1:].numel()) if rows else (1, 1)
+        use = use.reshape(len(members), outer, inner, first.n_experts)
+        if mask is None:
+            counted = torch.full((outer,), float(inner), device=weights.device)
+        else:
+            kept = mask.reshape(outer, inner).float()
+            use, counted = use * kept.unsqueeze(-1), kept.sum(1)
+        # fp64: autocast leaves it alone (counts in bf16 would stop at 256), and long windows stay exact
+        exact = torch.float32 if weights.device.type == "mps" else torch.float64
+        table = self._task_table(outer, task_ids, weights.device).to(exact)
+        counts, n_rows = table @ use.sum(2).to(exact), table @ counted.to(exact)
         key = (tuple(label for label, _, _ in members), None if first.indices is None else first.k, weights.device)
         if key in self._tables:
             self._tables[key][0].add_(counts)
