@@ -92,7 +92,9 @@ class TaskHeads(nn.Module):
         """Return logits (B, C) of pooled features h (B, d) for tasks (B,)."""
         n_tasks, n_classes, _ = self.weight.shape
         # every head on every row, then the row's own: one product, and a backward without scattered additions
-        every = F.linear(h, self.weight.flatten(0, 1), self.bias.flatten()).view(-1, n_tasks, n_classes)
+        every = F.linear(h.to(self.weight.dtype), self.weight.flatten(0, 1), self.bias.flatten()).view(
+            -1, n_tasks, n_classes
+        )
         own = every.gather(1, task_ids[:, None, None].expand(-1, 1, n_classes)).squeeze(1)
         return own.masked_fill(~self.present[task_ids], float("-inf"))
 
@@ -135,7 +137,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             encoder.pooler = None
         self.encoder = encoder
         self.heads = TaskHeads(encoder.config.hidden_size, [len(names) for names in config.labels.values()])
-        self.heads.to(dtype=encoder.dtype)
+        self.heads.to(dtype=torch.promote_types(encoder.dtype, torch.float32))
         self.post_init()
 
     @classmethod
