@@ -165,7 +165,7 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         for branch in mixture.branches:
             assert isinstance(branch, Branch)
             bank = branch.bank
-            if not isinstance(bank, LoRABank) or branch.tap != "input" or len(mixture.branches) > 1:
+            if not isinstance(bank, LoRABank) or bank.shift(0) is not None or branch.tap != "input" or len(mixture.branches) > 1:
                 raise ConfigError(
                     f"{name} holds {type(bank).__name__} behind {branch.tap}: only plain LoRA experts export."
                 )

@@ -42,6 +42,12 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {}
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0}},
     "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
+    "hydra": {
+        "default": {"n_experts": 1, "k": 1, "alpha": 8.0, "targets": "all-linear"},
+        "biases": {"n_experts": 1, "k": 1, "biases": True, "sequential_rank": 3},
+        "gated-branches": {"n_experts": 1, "k": 1, "gate": "branches", "alpha": 8.0, "targets": "all-linear"},
+        "gated-experts": {"gate": "experts", "alpha": 8.0, "targets": "all-linear"},
+    },
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},
 }
@@ -240,7 +246,8 @@ def bank_delta_is_expert(bank: ExpertBank, x: Tensor) -> None:
     if type(bank).delta is ExpertBank.delta:
         return
     for expert in range(bank.n_experts):
-        assert_close(x @ bank.delta(expert).T, bank.expert_forward(x, expert))
+        shift = bank.shift(expert)
+        assert_close(x @ bank.delta(expert).T + (0 if shift is None else shift), bank.expert_forward(x, expert))
 
 
 def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool) -> None:

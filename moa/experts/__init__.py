@@ -1,10 +1,11 @@
 """Expert banks: the adapter families. `BANKS` names them for `expert=`."""
 
+from .affine import AffineLoRABank
 from .base import ExpertBank
 from .headed import HeadedLoRABank
 from .lora import LoRABank
 from .vector import VectorBank
 
-BANKS: dict[str, type[ExpertBank]] = {"lora": LoRABank, "headed": HeadedLoRABank}
+BANKS: dict[str, type[ExpertBank]] = {"lora": LoRABank, "headed": HeadedLoRABank, "affine": AffineLoRABank}
 
-__all__ = ["BANKS", "ExpertBank", "HeadedLoRABank", "LoRABank", "VectorBank"]
+__all__ = ["BANKS", "AffineLoRABank", "ExpertBank", "HeadedLoRABank", "LoRABank", "VectorBank"]

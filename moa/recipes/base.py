@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ConfigError, unknown_name
 from ..experts import BANKS, ExpertBank
+from ..kernels import engines
 from ..mixture import Branch
 from ..routers.base import check_experts
 
@@ -65,6 +66,10 @@ class Recipe:
         check_experts(self.n_experts, self.k)
         if self.expert not in BANKS:
             raise ConfigError(unknown_name("expert family", self.expert, BANKS))
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        if self.engine is not None and self.engine not in engines():
+            raise ConfigError(unknown_name("engine", self.engine, engines()))
 
     def build(self, site: Site) -> list[Branch]:
         """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""
