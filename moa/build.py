@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from .mixture import Mixture
 from .model import MoAModel
 from .peft_format import load_experts, read_adapters
 from .recipes import Recipe, make_recipe
-from .sites import backbone_prefix
+from .sites import backbone_prefix, take_out
 
 HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
 ALIASES = {
@@ -85,45 +86,69 @@ def build(
     options = {**given, **options}
     if isinstance(options.get("targets"), list):
         options["targets"] = tuple(options["targets"])
+    if experts is not None and not isinstance(router, str):
+        raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
     adapters = read_adapters(experts) if experts is not None else None
     if adapters is not None:
-        if not isinstance(router, str):
-            raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
         for name, value in (("n_experts", len(adapters)), ("rank", max(a.max_rank for a in adapters))):
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
     if isinstance(router, str):
         recipes = [make_recipe(router, **options)]
     else:
-        recipes = [router] if isinstance(router, Recipe) else list(router)
+        several: list[Any] = list(router) if isinstance(router, Sequence) else []
+        recipes = [router] if isinstance(router, Recipe) else several
         if options:
             raise ConfigError(f"keywords {', '.join(options)} belong inside the recipes when router is not a name.")
         if not recipes or not all(isinstance(r, Recipe) for r in recipes):
             raise ConfigError(f"router must be a name, a Recipe or a list of Recipes, got {router!r}.")
-    out = model if isinstance(model, MoAModel) else _wrap(model, modules_to_save)
-    for recipe in recipes:
-        sites = None if adapters is None else sorted({name for a in adapters for name in a.layers})
-        names = out.add_recipe(recipe, sites)
-        if adapters is not None:
-            load_experts(out.mixtures(), names, adapters)
+    with _all_or_nothing(model):
+        out = model if isinstance(model, MoAModel) else _wrap(model)
+        if modules_to_save is None and out is not model:
+            modules_to_save = _new_heads(model)
+        _train_whole(out, modules_to_save or ())
+        for recipe in recipes:
+            sites = None if adapters is None else sorted({name for a in adapters for name in a.layers})
+            names = out.add_recipe(recipe, sites)
+            if adapters is not None:
+                load_experts(out.mixtures(), names, adapters)
     return out
 
 
-def _wrap(model: nn.Module, modules_to_save: Sequence[str] | None) -> MoAModel:
+@contextlib.contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give a model back as it was if building on it fails: its own layers, and what of them is trained."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    before = {id(m) for m in model.modules() if isinstance(m, Mixture)}
+    lists = (list(model.recipes), list(model.modules_to_save)) if isinstance(model, MoAModel) else None
+    try:
+        yield
+    except BaseException:
+        take_out(model, {id(m) for m in model.modules() if isinstance(m, Mixture)} - before)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        if isinstance(model, MoAModel) and lists is not None:
+            model.recipes, model.modules_to_save = lists
+        raise
+
+
+def _wrap(model: nn.Module) -> MoAModel:
     if any(isinstance(m, Mixture) for m in model.modules()):
         raise ConfigError(
             "this model already carries experts: build on the MoAModel that holds it, or reload the base."
         )
-    out = model_class(type(model))(model)  # type: ignore[arg-type]
-    if modules_to_save is None:
-        modules_to_save = _new_heads(model)
-    for name in modules_to_save:
+    return model_class(type(model))(model)  # type: ignore[arg-type]
+
+
+def _train_whole(out: MoAModel, names: Sequence[str]) -> None:
+    for name in names:
         try:
-            model.get_submodule(name).requires_grad_(True)
+            out.base.get_submodule(name).requires_grad_(True)
         except AttributeError as error:
-            raise ConfigError(f"modules_to_save names {name!r}, which {type(model).__name__} does not have.") from error
-    out.modules_to_save = list(modules_to_save)
-    return out
+            raise ConfigError(
+                f"modules_to_save names {name!r}, which {type(out.base).__name__} does not have."
+            ) from error
+    out.modules_to_save += [name for name in names if name not in out.modules_to_save]
 
 
 def _new_heads(model: nn.Module) -> list[str]:
@@ -155,7 +180,8 @@ def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = 
         base = load_base(description["base"], folder, kwargs)
     if check_base:
         checkpoint.check_fingerprint(description["base"], base, folder)
-    out = _wrap(base, description["modules_to_save"])
+    out = _wrap(base)
+    _train_whole(out, description["modules_to_save"])
     for row in description["recipes"]:
         options = {key: value for key, value in row.items() if key not in ("router", "layers")}
         out.add_recipe(make_recipe(row["router"], **options), row["layers"])

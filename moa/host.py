@@ -13,7 +13,7 @@ from .errors import ConfigError
 from .folding import fold, folded_change
 from .mixture import Branch, Mixture
 from .recipes import Recipe
-from .sites import find_sites, inject
+from .sites import find_sites, inject, take_out
 from .trace import Trace
 from .types import Context
 
@@ -146,10 +146,7 @@ class Host(nn.Module):
 
     def unload(self) -> nn.Module:
         """Take the mixtures out and return the base with its own layers, their weights untouched."""
-        for path, module in list(self.base.named_modules(remove_duplicate=False)):
-            if isinstance(module, Mixture):
-                parent, _, child = path.rpartition(".")
-                setattr(self.base.get_submodule(parent), child, module.base)
+        take_out(self.base)
         self.recipes.clear()
         return self.base
 
@@ -196,12 +193,14 @@ class Host(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return what rebuilds this model: base, recipes, layers; plain JSON values."""
-        config = getattr(self.base, "config", None)
+        config: Any = getattr(self.base, "config", None)
+        if not hasattr(config, "to_dict"):  # a plain module's own affair
+            config = None
         return {
             "base": {
                 "class": type(self.base).__name__,
                 "name_or_path": str(getattr(self.base, "name_or_path", "")),
-                "config": None if config is None else checkpoint.plain_config(config.to_dict()),
+                "config": checkpoint.plain_config(config.to_dict()) if config is not None else None,
                 "fingerprint": checkpoint.fingerprint(self.base),
             },
             "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],

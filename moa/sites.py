@@ -146,6 +146,19 @@ def inject(model: nn.Module, recipe: Recipe, context: Context, sites: Iterable[S
     return list(made.values())
 
 
+def take_out(model: nn.Module, chosen: set[int] | None = None) -> None:
+    """Put the layers of mixtures back in their place, their weights (o, i) untouched.
+
+    Args:
+        model: changed in place.
+        chosen: ids of the mixtures; None takes all of them.
+    """
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, Mixture) and (chosen is None or id(module) in chosen):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.base)
+
+
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return where new parameters go: the layer's device; fp32 whatever the base is in, fp64 for an fp64 base."""
     tensors = [*module.parameters(), *module.buffers()]
