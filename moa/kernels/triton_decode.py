@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_kernels import _gate, _project, _store_hidden
+from .triton_kernels import Sizes, _gate, _project, _store_hidden
 
 # Up to this many rows one row block is enough, and splitting features is what fills the device.
 MAX_ROWS = 64
@@ -109,9 +109,16 @@ def gated_expand_kernel(
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & inner_ok[None, :])
 
 
-def block_rows(n_rows: int) -> int:
-    """Return the height of the one row block that holds n_rows ≤ MAX_ROWS rows."""
-    return max(16, triton.next_power_of_2(n_rows))
+def shrink_sizes(n_rows: int, itemsize: int) -> Sizes:
+    """Return the tiles of the split shrink: one row block, and columns narrow enough to give many programs."""
+    return Sizes(max(16, triton.next_power_of_2(n_rows)), 16, 128 // itemsize, 4, 3)
+
+
+def expand_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
+    """Return the tiles of the gated expand: one row block, narrow in features."""
+    block_t = max(16, triton.next_power_of_2(n_rows))
+    block_c = min(128 // itemsize, max(16, triton.next_power_of_2(columns)))
+    return Sizes(block_t, block_c, 32, 4 if block_t == 16 else 8, 2)
 
 
 def mix_few_rows(
@@ -139,22 +146,25 @@ def mix_few_rows(
     n_rows, d_in = x.shape
     n_experts, rank, d_out = b.shape
     columns = n_experts * rank
-    block_t, block_d = block_rows(n_rows), 128 // x.itemsize
+    shrink = shrink_sizes(n_rows, x.itemsize)
+    block_d = shrink.block_d
     splits = max(1, d_in // _FEATURES_PER_SPLIT)
     d_per_split = triton.cdiv(triton.cdiv(d_in, splits), block_d) * block_d
     splits = triton.cdiv(d_in, d_per_split)
     parts = x.new_empty(splits, n_rows, columns, dtype=torch.float32)
-    partial_shrink_kernel[(triton.cdiv(columns, 16), splits)](
+    partial_shrink_kernel[(triton.cdiv(columns, shrink.block_c), splits)](
         x, a, parts, n_rows, d_in, x.stride(0), d_per_split,
         COLUMNS=columns, EVEN=d_in % block_d == 0, PRECISION=precision,
-        BLOCK_T=block_t, BLOCK_C=16, BLOCK_D=block_d, num_warps=4, num_stages=3,
+        BLOCK_T=shrink.block_t, BLOCK_C=shrink.block_c, BLOCK_D=shrink.block_d,
+        num_warps=shrink.warps, num_stages=shrink.stages,
     )  # fmt: skip
+    size = expand_sizes(n_rows, columns, x.itemsize)
     hidden = x.new_empty(n_rows, weights.shape[1], rank)
     y = x.new_empty(n_rows, d_out)
-    block_c = min(128 // x.itemsize, max(16, triton.next_power_of_2(columns)))
-    gated_expand_kernel[(triton.cdiv(d_out, 32),)](
+    gated_expand_kernel[(triton.cdiv(d_out, size.block_d),)](
         parts, b, bias, weights, indices, hidden, y, n_rows, d_out, splits, *strides,
         COLUMNS=columns, RANK=rank, K=weights.shape[1], DENSE=indices is None, HAS_BIAS=bias is not None,
-        PRECISION=precision, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_D=32, num_warps=4, num_stages=2,
+        PRECISION=precision, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+        num_warps=size.warps, num_stages=size.stages,
     )  # fmt: skip
     return y, hidden

@@ -9,8 +9,21 @@ Launchers and sizes: `triton_low_rank.py`.
 # Kernel arguments other than constants have no types in Python.
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tile sizes of one launch: rows, columns (E·r), features; warps and pipeline stages."""
+
+    block_t: int
+    block_c: int
+    block_d: int
+    warps: int
+    stages: int
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -17,22 +16,12 @@ from torch import Tensor
 from ..errors import BackendError
 from . import triton_decode as decode
 from . import triton_kernels as kernels
+from .triton_kernels import Sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs that a split product aims at: two waves on the largest GPUs known; the same everywhere, so that sums
 # have one order on every device.
 _PROGRAMS = 264
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Tile sizes of one launch: rows, columns (E·r), features; warps and pipeline stages."""
-
-    block_t: int
-    block_c: int
-    block_d: int
-    warps: int
-    stages: int
 
 
 def shrink_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
