@@ -31,7 +31,8 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     """Return how uneven the load is: E/k · Σ_e f_e P_e, 1 when uniform, scalar.
 
-    f_e is the fraction of counted rows that chose expert e (Σ f = k), P_e the mean score normalised per row.
+    f_e is the fraction of counted rows that chose expert e, k = Σ_e f_e the mean number of experts per row, P_e the
+    mean score normalised per row.
 
     Raises:
         ContextError: the routing carries no scores.
@@ -42,7 +43,8 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
         raise ContextError("balance loss needs the router's scores, and this routing has none: set balance=0.")
     scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     fraction = masked_mean(routing.selected().to(scores.dtype), mask)
-    return routing.n_experts / routing.k * (fraction * masked_mean(scores, mask)).sum()
+    per_row = fraction.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return routing.n_experts / per_row * (fraction * masked_mean(scores, mask)).sum()
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -84,6 +86,31 @@ def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return _cv_squared(masked_mean(routing.usage, mask))
 
 
+def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation of the usage over all (example, expert) pairs, scalar, minimum 0.
+
+    Args:
+        routing: with usage (B, S, E), averaged over each example's counted rows, or (B, E).
+        mask: (B, S) bool, True on rows that count.
+
+    Raises:
+        ContextError: the routing carries no usage.
+    Source: Dou et al. 2023 (LoRAMoE), arXiv 2312.09979, eq. 7.
+    Differs: var/mean² as in the released code, the paper has var/mean; means over an example's rows, where both have
+        sums, so that a long example does not count as an uneven one.
+    """
+    if routing.usage is None:
+        raise ContextError("localized balance needs a router that reports usage in training (routing.usage is None).")
+    usage = routing.usage
+    if usage.ndim > 2:
+        inner = tuple(range(1, usage.ndim - 1))
+        weight = torch.ones_like(usage[..., :1])
+        if mask is not None and mask.shape == usage.shape[:-1]:
+            weight = mask.to(usage.dtype).unsqueeze(-1)
+        usage = (usage * weight).sum(inner) / weight.sum(inner).clamp(min=1)
+    return _cv_squared(usage.flatten())
+
+
 def entropy(scores: Tensor) -> Tensor:
     """Return the entropy in nats of scores (*rows, E) normalised per row, (*rows,)."""
     p = scores / scores.sum(-1, keepdim=True)
@@ -95,6 +122,7 @@ LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
     "z": z_loss,
     "importance": importance_loss,
     "load": load_loss,
+    "localized": localized_loss,
 }
 
 

@@ -32,7 +32,8 @@ class Routing:
         logits: (*rows, E) fp32 router outputs before the score function; None where there are none.
         scores: (*rows, E) fp32 after the score function; None where there are none.
         log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
-        usage: (*rows, E) fp32 differentiable probability of being chosen under the router's noise; mostly None.
+        usage: (*rows, E) fp32 differentiable share of each expert that a balance loss of the router's counts, e.g. the
+            probability of being chosen under its noise; mostly None.
     """
 
     weights: Tensor
@@ -56,9 +57,9 @@ class Routing:
         return full.scatter(-1, self.indices, self.weights)
 
     def selected(self) -> Tensor:
-        """Return which experts are active (*rows, E), bool."""
+        """Return which experts are active (*rows, E), bool: the chosen ones, or all with a weight that is not 0."""
         if self.indices is None:
-            return torch.ones_like(self.weights, dtype=torch.bool)
+            return self.weights != 0
         full = self.weights.new_zeros(*self.weights.shape[:-1], self.n_experts, dtype=torch.bool)
         return full.scatter(-1, self.indices, True)
 

@@ -4,8 +4,14 @@ from .affine import AffineLoRABank
 from .base import ExpertBank
 from .headed import HeadedLoRABank
 from .lora import LoRABank
+from .shared import SharedLoRABank
 from .vector import VectorBank
 
-BANKS: dict[str, type[ExpertBank]] = {"lora": LoRABank, "headed": HeadedLoRABank, "affine": AffineLoRABank}
+BANKS: dict[str, type[ExpertBank]] = {
+    "lora": LoRABank,
+    "headed": HeadedLoRABank,
+    "affine": AffineLoRABank,
+    "shared": SharedLoRABank,
+}
 
-__all__ = ["BANKS", "AffineLoRABank", "ExpertBank", "HeadedLoRABank", "LoRABank", "VectorBank"]
+__all__ = ["BANKS", "AffineLoRABank", "ExpertBank", "HeadedLoRABank", "LoRABank", "SharedLoRABank", "VectorBank"]

@@ -29,6 +29,7 @@ class ExpertBank(nn.Module):
     Attributes:
         mixes: "outputs" (Σ w_e E_e(x)) or "parameters" (the expert made of Σ w_e θ_e).
         zero_at_init: a fresh bank returns exactly zero.
+        equal_at_init: fresh experts are equal, so that only weights which differ between them tell them apart.
 
     Raises:
         ConfigError: rank < 1 or dropout outside [0, 1).
@@ -36,6 +37,7 @@ class ExpertBank(nn.Module):
 
     mixes: ClassVar[Literal["outputs", "parameters"]] = "outputs"
     zero_at_init: ClassVar[bool] = True
+    equal_at_init: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class VectorBank(ExpertBank):
         options: as in `ExpertBank`; dropout acts on the weights.
     """
 
+    equal_at_init = True
+
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)
         self.up = nn.Parameter(torch.empty(n_experts, d_out))

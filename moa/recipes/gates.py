@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..mixture import Branch
-from ..routers import FixedRouter, LinearRouter
+from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
 from .base import Recipe, Site, register_recipe
 
 
@@ -104,3 +105,115 @@ class Fixed(Recipe):
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: constant weights (E,)."""
         return [Branch(FixedRouter(site.d_in, self.n_experts), self.bank(site))]
+
+
+@register_recipe("adamole", "Liu and Luo 2024, arXiv 2405.00361")
+@dataclass(frozen=True, kw_only=True)
+class AdaMoLE(Recipe):
+    """Softmax gate per linear; every expert whose probability passes a learned threshold; k is ignored.
+
+    Args:
+        max_threshold: the largest threshold; None is 1/E, with which at least one expert always passes.
+        balance: coefficient of the balance loss.
+
+    Source: arXiv 2405.00361, eq. 4-7; see `ThresholdRouter` for what differs.
+    """
+
+    rank: int = 32
+    targets: str | tuple[str, ...] = "attention"
+    max_threshold: float | None = None
+    balance: float = 0.001
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", self.n_experts)
+        super().__post_init__()
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: a gate with a threshold on x (*rows, i)."""
+        losses = {"balance": self.balance}
+        router = ThresholdRouter(site.d_in, self.n_experts, max_threshold=self.max_threshold, losses=losses)
+        return [Branch(router, self.bank(site))]
+
+
+@register_recipe("hydralora", "Tian et al. 2024, arXiv 2404.19245")
+@dataclass(frozen=True, kw_only=True)
+class HydraLoRA(Dense):
+    """One shared down projection, E up projections, a softmax gate per linear over all of them; no auxiliary loss.
+
+    Source: arXiv 2404.19245, eq. 4-5.
+    Differs: rank 4, alpha 32 and 4 experts are the released script's; the class there has 2 experts by default.
+    """
+
+    n_experts: int = 4
+    expert: str = "shared"
+    rank: int = 4
+    alpha: float | None = 32.0
+    targets: str | tuple[str, ...] = "ffn"
+
+
+@register_recipe("loramoe", "Dou et al. 2023, arXiv 2312.09979")
+@dataclass(frozen=True, kw_only=True)
+class LoRAMoE(Recipe):
+    """Softmax gate per linear over all experts; localized balance: each half of them for one kind of task.
+
+    Args:
+        task_kinds: 0 or 1 for each task id (0 keeps world knowledge, 1 is the downstream tasks, say); empty balances
+            all experts alike and needs no task ids.
+        delta: δ, how much more weight the matching half should get.
+        localized: coefficient of the loss.
+
+    Source: arXiv 2312.09979, eq. 2-7.
+    Differs: the released code has delta = 0 and the loss switched off by default; here both are 0.1, near the paper's.
+    """
+
+    rank: int = 4
+    alpha: float | None = 32.0
+    targets: str | tuple[str, ...] = "ffn"
+    task_kinds: tuple[int, ...] = ()
+    delta: float = 0.1
+    localized: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", self.n_experts)
+        object.__setattr__(self, "task_kinds", tuple(self.task_kinds))
+        super().__post_init__()
+        LocalizedRouter(1, self.n_experts, task_kinds=self.task_kinds, delta=self.delta)
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: a dense gate on x (*rows, i) that knows which expert is meant for which kind."""
+        losses = {"localized": self.localized}
+        router = LocalizedRouter(site.d_in, self.n_experts, task_kinds=self.task_kinds, delta=self.delta, losses=losses)
+        return [Branch(router, self.bank(site))]
+
+
+@register_recipe("moelora", "Liu et al. 2023, arXiv 2310.18339")
+@dataclass(frozen=True, kw_only=True)
+class MOELoRA(Recipe):
+    """Softmax gate on an embedding of the task: each task has one mixture of LoRAs, which folds; k is ignored.
+
+    Args:
+        n_tasks: how many tasks.
+        d_embedding: size of a task's embedding.
+        unknown_tasks: "error", or "uniform" weights for tasks out of range.
+
+    Source: arXiv 2310.18339, eq. 4-8.
+    Differs: the released code cuts a total rank into E experts; here `rank` is each expert's, 2 as in its 16 / 8. Its
+        table has one row more than there are tasks; here it does not.
+    """
+
+    n_tasks: int = 1
+    rank: int = 2
+    d_embedding: int = 64
+    unknown_tasks: Literal["error", "uniform"] = "error"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", self.n_experts)
+        super().__post_init__()
+        TaskEmbeddingRouter(1, self.n_experts, self.n_tasks, d_embedding=self.d_embedding, unknown=self.unknown_tasks)
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: a gate that looks at the task of x (*rows, i) alone."""
+        router = TaskEmbeddingRouter(
+            site.d_in, self.n_experts, self.n_tasks, d_embedding=self.d_embedding, unknown=self.unknown_tasks
+        )
+        return [Branch(router, self.bank(site))]

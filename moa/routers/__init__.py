@@ -3,15 +3,19 @@
 from .base import Router
 from .fixed import FixedRouter
 from .linear import LinearRouter
+from .localized import LocalizedRouter
 from .projection import ProjectionRouter
 from .sampled import SampledRouter
 from .table import TableRouter, TaskEmbeddingRouter
+from .threshold import ThresholdRouter
 
 ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "sampled": SampledRouter,
     "fixed": FixedRouter,
     "projection": ProjectionRouter,
+    "localized": LocalizedRouter,
+    "threshold": ThresholdRouter,
     "table": TableRouter,
     "task_embedding": TaskEmbeddingRouter,
 }
@@ -20,9 +24,11 @@ __all__ = [
     "ROUTERS",
     "FixedRouter",
     "LinearRouter",
+    "LocalizedRouter",
     "ProjectionRouter",
     "Router",
     "SampledRouter",
     "TableRouter",
     "TaskEmbeddingRouter",
+    "ThresholdRouter",
 ]

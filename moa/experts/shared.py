@@ -1,0 +1,64 @@
+"""LoRA experts that share one down projection. Tian et al. 2024 (HydraLoRA), arXiv 2404.19245."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..types import Routing
+from .base import ExpertBank
+
+
+class SharedLoRABank(ExpertBank):
+    """E up projections behind one down projection: E_e(x) = s · (x down^T) up_e.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | down (A) | (1, r, i) | uniform ±1/√i |
+    | up (B, transposed) | (E, r, o) | zero |
+
+    Args:
+        d_in: i.
+        d_out: o.
+        n_experts: E.
+        options: rank, scaling, dropout as in `ExpertBank`.
+
+    Source: arXiv 2404.19245, eq. 4-5.
+    """
+
+    equal_at_init = True
+
+    def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
+        super().__init__(d_in, d_out, n_experts, **options)
+        self.down = nn.Parameter(torch.empty(1, self.rank, d_in))
+        self.up = nn.Parameter(torch.empty(n_experts, self.rank, d_out))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw down (1, r, i) anew and set up (E, r, o) to zero."""
+        bound = 1 / math.sqrt(self.d_in)
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.zeros_(self.up)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return s · (x down^T) up_e, (*rows, o), of x (*rows, i)."""
+        return F.linear(x, self.down[0].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
+
+    def delta(self, expert: int) -> Tensor:
+        """Return s · up_e^T down, (o, i)."""
+        return self.up[expert].T @ self.down[0] * self.scaling
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i): one product down, one up over all experts' ranks."""
+        x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, self.down[0].to(x.dtype))
+        weights = (routing.dense() * self.scaling).to(hidden.dtype)
+        spread = (weights.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)  # (*rows, E r)
+        return spread @ self.up.to(hidden.dtype).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
