@@ -162,7 +162,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     """Print what is in a checkpoint: format, base, recipes, layers with their sizes, and the engine for each."""
     from .inspection import describe_checkpoint
 
-    print(describe_checkpoint(checkpoint_folder(arguments.checkpoint), arguments.tokens, arguments.dtype, arguments.device))
+    folder = checkpoint_folder(arguments.checkpoint)
+    print(describe_checkpoint(folder, arguments.tokens, arguments.dtype, arguments.device))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -202,7 +203,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     import subprocess
 
     if importlib.util.find_spec("experiments") is None or importlib.util.find_spec("experiments.bench") is None:
-        raise ConfigError("there is no experiments/bench here: the benchmarks are part of a checkout; run it from there.")
+        raise ConfigError("there is no experiments/bench here: run this from a checkout, which has them.")
     code = subprocess.call([sys.executable, "-m", "experiments.bench", *arguments.rest])
     if code:
         raise SystemExit(code)

@@ -172,7 +172,8 @@ class _Loader(yaml.SafeLoader):
     """YAML as most people expect it: 1e-3 is a number, yes and no are words, a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in given]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise ConfigError(f"key {twice!r} is given twice{node.start_mark}.")

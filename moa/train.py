@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -16,7 +17,8 @@ import transformers
 import yaml
 
 from . import __version__, baselines
-from .config import TrainConfig
+from .build import load
+from .config import TrainConfig, read_config
 from .errors import ConfigError
 from .model import MoAModel
 from .monitor import LayerLoad, RoutingStatistics
@@ -90,6 +92,34 @@ def train(config: TrainConfig, resume: bool = False) -> RunResult:
     return RunResult(folder, results, routing_table(layers))
 
 
+def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a checkpoint's scores on tasks, in the form of results.json.
+
+    Args:
+        checkpoint: folder of a run, or of a checkpoint.
+        config: YAML file with the tasks; None takes config.yaml of the run.
+        overrides: "a.b=c" each.
+
+    Raises:
+        ConfigError: no configuration, or tasks that the checkpoint has no head for.
+        CheckpointError: no checkpoint there.
+    """
+    folder = Path(checkpoint)
+    home = folder if (folder / CONFIG).is_file() else folder.parent
+    own = read_config(config or home / CONFIG, overrides)
+    model = load(folder / MODEL if (folder / MODEL).is_dir() else folder)
+    tokenizer = load_tokenizer(own.base)
+    labels = getattr(model.config, "labels", None)
+    if labels is not None:
+        if list(own.tasks) != list(labels):
+            raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(own.tasks)}.")
+        known = {name: dataclasses.replace(task, labels=labels[name]) for name, task in own.tasks.items()}
+        own = dataclasses.replace(own, tasks=known)
+    tasks = encode_tasks(own.tasks, tokenizer, own.max_length, own.seed)
+    scores = Run(own, tasks, tokenizer).evaluate(model)
+    return {"tasks": {task.name: _describe_task(task) for task in tasks}, "scores": {"mixture": scores}}
+
+
 def _prepare(folder: Path, config: TrainConfig, resume: bool) -> None:
     """Make the run's folder, and clear what an earlier run left in it where that is allowed."""
     if folder.exists() and not folder.is_dir():
@@ -124,16 +154,17 @@ def _describe(
             "active": baselines.active_parameters(model),
             "routers": routers,
         },
-        "tasks": {
-            task.name: {
-                "kind": task.kind,
-                "training_rows": len(task.train),
-                "evaluation_rows": len(task.eval),
-                "majority": _majority(task),
-            }
-            for task in tasks
-        },
+        "tasks": {task.name: _describe_task(task) for task in tasks},
         "routing": {name: {**layer.measures(), "load": layer.load.tolist()} for name, layer in layers.items()},
+    }
+
+
+def _describe_task(task: EncodedTask) -> dict[str, Any]:
+    return {
+        "kind": task.kind,
+        "training_rows": len(task.train),
+        "evaluation_rows": len(task.eval),
+        "majority": _majority(task),
     }
 
 
