@@ -44,7 +44,7 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     fraction = masked_mean(routing.selected().to(scores.dtype), mask)
     per_row = fraction.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return routing.n_experts / per_row * (fraction * masked_mean(scores, mask)).sum()
+    return routing.n_experts * (fraction * masked_mean(scores, mask)).sum() / per_row
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
