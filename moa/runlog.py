@@ -155,7 +155,7 @@ class RunLog:
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
         os.replace(fresh, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
         self._writer = FileWriter(str(events))
         if start_step:  # tells TensorBoard to forget the later steps of the run that was cut off
             self._writer.add_event(Event(step=start_step + 1, file_version="brain.Event:2"))
@@ -168,8 +168,8 @@ class RunLog:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard.summary import text
 
-        self._file.write(step.to_json() + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(step.to_json() + "\n")
         # one event for the whole step: a call per scalar costs more than the rest of the monitor
         summary = Summary()
         for tag, value in step.scalars(self.detailed).items():
@@ -206,8 +206,7 @@ class RunLog:
         return pixels.shape[0], pixels.shape[1], buffer.getvalue()
 
     def close(self) -> None:
-        """Close both."""
-        self._file.close()
+        """Close the event file; the other is closed after each line."""
         self._writer.close()
 
 
