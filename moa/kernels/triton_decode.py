@@ -18,7 +18,7 @@ MAX_ROWS = 64
 _FEATURES_PER_SPLIT = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def partial_shrink_kernel(
     x_ptr,
     a_ptr,
@@ -50,7 +50,7 @@ def partial_shrink_kernel(
     tl.store(places, total, mask=row_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def gated_expand_kernel(
     parts_ptr,
     factor_ptr,

@@ -2,6 +2,7 @@
 
 Columns are the E·r concatenated ranks: column c belongs to expert c // r. A gate is the sum of a row's weights for
 the expert of a column; 0 means not chosen, and `where` instead of a product keeps 0 · inf out of the results.
+Row counts are not specialised: a batch of another length compiles nothing, and a single row is no special case.
 Launchers and sizes: `triton_low_rank.py`.
 """
 
@@ -121,7 +122,7 @@ def _store_hidden(
             tl.store(places, value, mask=chosen & row_ok[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -170,7 +171,7 @@ def shrink_kernel(
     tl.store(places, mixed, mask=row_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def expand_kernel(
     mixed_ptr,
     factor_ptr,
@@ -205,7 +206,7 @@ def expand_kernel(
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def unmix_kernel(
     grad_ptr,
     b_ptr,
@@ -288,7 +289,7 @@ def unmix_kernel(
                 tl.store(grad_weights_ptr + part_rows * K + j, part, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rows_per_split"])
 def gram_kernel(
     left_ptr,
     right_ptr,
@@ -324,7 +325,7 @@ def gram_kernel(
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def add_splits_kernel(parts_ptr, out_ptr, size, n_splits, BLOCK: tl.constexpr):
     """out[n] = Σ_s parts[s, n], in the order of s: the deterministic second reduction."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

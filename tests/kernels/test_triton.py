@@ -46,9 +46,8 @@ def tiles(size: kernels.Sizes) -> dict[str, object]:
 
 
 def specialised(kernel, constants: dict[str, object]) -> dict[str, object]:
-    """Keep the constants that the kernel has; "one_" marks a name that `build` has an argument of."""
-    named = {name.removeprefix("one_"): value for name, value in constants.items()}
-    return {name: value for name, value in named.items() if name in kernel.arg_names}
+    """Keep the constants that the kernel has."""
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
 def build(name: str, arch: int, n_experts: int = 8, rank: int = 8, k: int = 2, n_rows: int = 8192, **extra):
@@ -129,13 +128,13 @@ def test_kernels_without_products_compile():
         check(build(name, 90), name, 90, None)
 
 
-def test_one_row_and_one_split_compile():
+def test_strides_of_one_compile_and_row_counts_stay_variables():
     """The JIT turns run-time integers of value 1 into constants."""
-    check(build("decode shrink", 90, n_rows=1), "decode shrink", 90, "HMMA")
-    ones = {"one_n_rows": 1, "n_splits": 1, "stride_wk": 1, "stride_ik": 1}
-    for name in ("decode shrink", "decode expand", "unmix", "gram"):
-        check(build(name, 90, n_rows=1, DENSE=name == "unmix", **ones), name, 90, None)
-    check(build("grouped gram", 90, k=1, stride_wt=1, stride_wk=1), "grouped gram", 90, None)
+    for name in ("decode expand", "shrink", "grouped gram"):
+        report = build(name, 90, n_rows=1, k=1, stride_wt=1, stride_wk=1, stride_it=1, stride_ik=1)
+        check(report, name, 90, None)
+    for kernel in (kernels.shrink_kernel, kernels.expand_kernel, kernels.unmix_kernel, kernels.gram_kernel):
+        assert all(p.do_not_specialize == (p.name in ("n_rows", "rows_per_split")) for p in kernel.params)
 
 
 def test_wide_rows_in_fp32_fit(arch=90):
