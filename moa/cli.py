@@ -124,6 +124,15 @@ def _keys() -> str:
     return "\n\n".join(parts)
 
 
+def _one_bar() -> None:
+    """Turn off the bars of loading and saving: ours is for training."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 # -------------------------------------------------------------------- commands
 
 
@@ -134,6 +143,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     """
     from . import demo
 
+    _one_bar()
     cache = demo.prepare(arguments.model)
     if arguments.prepare:
         print(f"ready: {cache}")
@@ -148,6 +158,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from .config import read_config
     from .train import summary, train
 
+    _one_bar()
     print(summary(train(read_config(arguments.config, arguments.overrides), resume=arguments.resume)))
 
 
@@ -155,6 +166,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     """Score a checkpoint on the tasks of a configuration: loss and accuracy of each."""
     from .train import evaluate, score_table
 
+    _one_bar()
     print(score_table(evaluate(arguments.checkpoint, arguments.config, arguments.overrides)))
 
 

@@ -45,7 +45,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     for name in config.training:
         if name not in known:
             raise ConfigError(unknown_name("training argument", name, known, "training"))
-    options = {"report_to": "tensorboard", "logging_steps": 10, **config.training}
+    defaults = {"report_to": "tensorboard", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
+    options = {**defaults, **config.training}
     try:
         return TrainingArguments(config.output, seed=config.seed, **options)
     except (TypeError, ValueError) as error:

@@ -31,6 +31,7 @@ __all__ = [
 KINDS = ("classification", "generation")
 FORMATS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
 IGNORED = -100
+SHOWN = 16  # evaluation prompts kept as text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +54,12 @@ class Task:
         prompt: column of the prompt.
         answer: column of the answer.
         template: text around the prompt, with "{prompt}" in it.
+        answer_template: text around the answer, with "{answer}" in it; learned with it, e.g. a space before it.
         max_train_rows: at most so many training rows, drawn with the run's seed.
         max_eval_rows: at most so many evaluation rows, drawn with the run's seed.
 
     Raises:
-        ConfigError: unknown kind or format, a value out of range, a template without "{prompt}".
+        ConfigError: unknown kind or format, a value out of range, a template without its "{prompt}" or "{answer}".
     """
 
     train: str | Sequence[str]
@@ -75,6 +77,7 @@ class Task:
     prompt: str = "prompt"
     answer: str = "answer"
     template: str = "{prompt}"
+    answer_template: str = "{answer}"
     max_train_rows: int | None = None
     max_eval_rows: int | None = None
 
@@ -85,8 +88,9 @@ class Task:
             raise ConfigError(unknown_name("format", self.format, (*FORMATS, "hub"), "a task"))
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}.")
-        if "{prompt}" not in self.template:
-            raise ConfigError(f"template {self.template!r} has no {{prompt}} in it.")
+        for text, part in ((self.template, "{prompt}"), (self.answer_template, "{answer}")):
+            if part not in text:
+                raise ConfigError(f"template {text!r} has no {part} in it.")
         for name in ("max_train_rows", "max_eval_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,6 +102,14 @@ class Task:
         if self.kind == "generation":
             return [self.prompt, self.answer]
         return [self.text, *([self.pair] if self.pair else []), self.label]
+
+    def prompts(self, rows: Dataset) -> list[str]:
+        """Return the rows' prompts in their template, n of them."""
+        return [self.template.replace("{prompt}", str(value)) for value in rows[self.prompt]]
+
+    def answers(self, rows: Dataset) -> list[str]:
+        """Return the rows' answers in their template, n of them."""
+        return [self.answer_template.replace("{answer}", str(value)) for value in rows[self.answer]]
 
 
 @dataclass(frozen=True)
@@ -153,7 +165,8 @@ def _encode_task(name: str, number: int, task: Task, tokenizer: Any, max_length:
     train, held_out = _draw(train, task.max_train_rows, seed), _draw(held_out, task.max_eval_rows, seed)
     if task.kind == "generation":
         encoded = [_encode_generation(name, rows, task, tokenizer, max_length) for rows in (train, held_out)]
-        prompts = [(_fill(task, row[task.prompt]), str(row[task.answer])) for row in held_out.select(_first(held_out))]
+        some = held_out.select(range(min(SHOWN, len(held_out))))
+        prompts = list(zip(task.prompts(some), task.answers(some), strict=True))
         labels: list[str] = []
     else:
         labels = _label_names(name, train, task)
@@ -186,7 +199,7 @@ def _read_splits(name: str, task: Task, seed: int) -> tuple[Dataset, Dataset]:
 
 def _read(name: str, source: str | Sequence[str], split: str, task: Task) -> Dataset:
     """Return the rows of files or of a hub data set."""
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     sources = [source] if isinstance(source, str) else list(source)
@@ -199,7 +212,11 @@ def _read(name: str, source: str | Sequence[str], split: str, task: Task) -> Dat
                 raise ConfigError(f"task {name!r}: no file {file} (looked from {Path.cwd()}).")
             if Path(file).stat().st_size == 0:
                 raise ConfigError(f"task {name!r}: {file} has no rows, it is empty.")
-        return load_dataset(FORMATS[kind], data_files=sources, split="train")
+        builder = load_dataset_builder(FORMATS[kind], data_files=sources)
+        builder.download_and_prepare()
+        if builder.info.splits["train"].num_examples == 0:
+            raise ConfigError(f"task {name!r}: {', '.join(sources)} has no rows.")
+        return builder.as_dataset(split="train")
     except DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise ConfigError(f"task {name!r}: {', '.join(sources)} cannot be read as {kind}: {cause}") from error
@@ -235,10 +252,6 @@ def _check_rows(where: str, rows: Dataset, task: Task) -> None:
 
 def _draw(rows: Dataset, at_most: int | None, seed: int) -> Dataset:
     return rows if at_most is None or at_most >= len(rows) else rows.shuffle(seed=seed).select(range(at_most))
-
-
-def _first(rows: Dataset, count: int = 16) -> range:
-    return range(min(count, len(rows)))
 
 
 # -------------------------------------------------------------------- encoding
@@ -280,18 +293,14 @@ def _encode_classification(
     return {**encoded, "labels": [ids[value] for value in values]}
 
 
-def _fill(task: Task, prompt: Any) -> str:
-    return task.template.replace("{prompt}", str(prompt))
-
-
 def _encode_generation(
     name: str, rows: Dataset, task: Task, tokenizer: Any, max_length: int
 ) -> dict[str, list[list[int]]]:
     """Return prompt and answer as one sequence; labels are the answer and the end, -100 on the prompt."""
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"task {name!r}: this tokenizer has no end-of-sequence token, so answers would never end.")
-    prompts = tokenizer([_fill(task, prompt) for prompt in rows[task.prompt]])["input_ids"]
-    answers = tokenizer([str(answer) for answer in rows[task.answer]], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer(task.prompts(rows))["input_ids"]
+    answers = tokenizer(task.answers(rows), add_special_tokens=False)["input_ids"]
     out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         answer = [*answer, tokenizer.eos_token_id]
