@@ -1,0 +1,11 @@
+"""The package's own names. Run: pytest tests/test_package.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def test_importing_a_module_does_not_hide_a_function_of_its_name() -> None:
+    code = "import moa.train, moa.build, moa; assert callable(moa.build) and callable(moa.load) and callable(moa.fold)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
