@@ -26,10 +26,9 @@ VOCAB, WIDTH, CLASSES = 32, 16, 3
 def llama(**options: Any) -> LlamaForCausalLM:
     """Return a decoder of two layers with grouped-query attention."""
     torch.manual_seed(1)
-    options = {"num_hidden_layers": 2, **options}
+    options = {"num_hidden_layers": 2, "hidden_size": WIDTH, **options}
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=WIDTH,
         intermediate_size=24,
         num_attention_heads=2,
         num_key_value_heads=1,
