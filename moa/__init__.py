@@ -5,7 +5,7 @@ from __future__ import annotations
 # ruff: noqa: F401
 import importlib
 import sys
-import types
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -62,11 +62,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _Package(types.ModuleType):
+class _Package(ModuleType):
     """Importing `moa.build` the module must not hide `moa.build` the function: Python would bind it to the package."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+        if not (name in _HOMES and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 
