@@ -77,7 +77,7 @@ def model_stock(deltas: Sequence[Delta]) -> Delta:
         ConfigError: fewer than two.
         NumericsError: 1 + (N - 1) cos θ is 0: the changes cancel, so no such point exists.
 
-    Source: Jang et al. 2024, arXiv 2403.19522, eq. 3 and 4.
+    Source: Jang et al. 2024, arXiv 2403.19522 (the interpolation ratio).
     """
     n = len(deltas)
     if n < 2:
@@ -113,7 +113,7 @@ def average_factors(deltas: Sequence[Delta], weights: Sequence[float] | Tensor) 
         ConfigError: a dense change, unequal ranks, or weights that do not match.
         ShapeError: i or o is not a multiple of the number of heads.
 
-    Source: Ponti et al. 2022, arXiv 2202.13914, eq. 2; Caccia et al. 2022, arXiv 2211.03831, §3.2 and MHR-μ in §3.3.
+    Source: Ponti et al. 2022, arXiv 2202.13914 (Poly); Caccia et al. 2022, arXiv 2211.03831 (MHR, MHR-μ).
     """
     parts = [d for d in deltas if isinstance(d, LowRank)]
     ranks = [d.rank for d in parts]

@@ -69,7 +69,7 @@ def code_book(bits: int) -> Tensor:
     Raises:
         ConfigError: another number of bits.
 
-    Source: Jie et al. 2023, arXiv 2307.16867, §3.3.
+    Source: Jie et al. 2023, arXiv 2307.16867.
     """
     if bits not in BIT_WIDTHS:
         raise ConfigError(f"codec: bits is {bits}, expected one of {BIT_WIDTHS} (they must fill whole bytes).")
@@ -160,7 +160,7 @@ def encode(weight: Tensor, bits: int = 1) -> Coded:
         ConfigError: another number of bits, or an empty tensor.
         NumericsError: the tensor has NaN or infinity.
 
-    Source: Jie et al. 2023, arXiv 2307.16867, eq. 5-7.
+    Source: Jie et al. 2023, arXiv 2307.16867.
     Differs: their packer drops the numbers of a last byte that is not full; here it is padded.
     """
     book = code_book(bits).to(weight.device, torch.float32)
@@ -203,7 +203,7 @@ def quantize(weight: Tensor, bits: int = 1) -> Tensor:
         ConfigError: another number of bits, or an empty tensor.
         NumericsError: the tensor has NaN or infinity.
 
-    Source: Jie et al. 2023, arXiv 2307.16867, §3.3.
+    Source: Jie et al. 2023, arXiv 2307.16867.
     Differs: they pass the gradient to the standardised weight and differentiate mean and deviation as well; here it
         goes straight to w.
     """

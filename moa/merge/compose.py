@@ -32,6 +32,19 @@ def check_weights(weights: Sequence[float] | None, n: int, where: str) -> tuple[
     return values
 
 
+def normalised(weights: Sequence[float], where: str) -> tuple[float, ...]:
+    """Return (n,) weights divided by their sum.
+
+    Raises:
+        ConfigError: the sum is 0.
+    """
+    if abs(sum(weights)) < 1e-12:
+        raise ConfigError(
+            f"{where}: the weights {list(weights)} sum to 0, so they are no average; use task_arithmetic."
+        )
+    return tuple(w / sum(weights) for w in weights)
+
+
 def stack(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> LowRank:
     """Return Σ_t w_t ΔW_t as one low-rank change, exactly, for any ranks: rank Σ r_t.
 
@@ -49,7 +62,7 @@ def stack(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Lo
         ConfigError: no deltas, a dense one, or weights that do not match.
         ShapeError: the deltas change weights of different shapes.
 
-    Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA), §3.2, eq. 6.
+    Source: Wang et al. 2024, arXiv 2409.05976 (FLoRA), stacking-based aggregation.
     Differs: the released code stores one alpha for the stack, which is right only if every alpha / r is equal.
     """
     if not deltas:

@@ -32,7 +32,7 @@ def weighted_sum(stream: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     Raises:
         ConfigError: not as many weights as deltas, or none.
 
-    Source: Ilharco et al. 2022, arXiv 2212.04089, §2.
+    Source: Ilharco et al. 2022, arXiv 2212.04089.
     """
     total: Tensor | None = None
     count = 0
@@ -73,7 +73,8 @@ def agreeing_sum(
     Raises:
         ConfigError: an unknown definition or vote; unequal weights with the paper's, which has none per task.
 
-    Source: Yadav et al. 2023, arXiv 2306.01708, §3.1 steps 2-3; PEFT 0.21 `merge_utils`; mergekit's guide (ties).
+    Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1 (elect, disjoint merge); PEFT 0.21 `merge_utils`;
+        mergekit's guide (ties).
     Differs: the paper's released code gives an exact tie the majority sign of the whole vector; here, as in the
         paper's formula, nobody agrees with sign 0 and the entry is 0.
     """

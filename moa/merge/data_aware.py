@@ -51,7 +51,7 @@ def regmean(
         ConfigError: α out of range, or not one Gram matrix per task.
         NumericsError: the summed matrix is not positive definite (too few inputs and α = 1, or inputs always 0).
 
-    Source: Jin et al. 2022, arXiv 2212.09849, eq. 2 and §3.2.
+    Source: Jin et al. 2022, arXiv 2212.09849 (closed form, and shrinking the off-diagonal).
     """
     if not 0 <= shrink <= 1:
         raise ConfigError(f"regmean: shrink is {shrink}, expected a number in [0, 1].")
@@ -95,7 +95,7 @@ def fisher(
         ConfigError: not one per task.
         NumericsError: a Fisher diagonal has a negative or non-finite entry, or some Σ w_t F_t is 0.
 
-    Source: Matena and Raffel 2021, arXiv 2111.09832, eq. 4; the floor as in their released code.
+    Source: Matena and Raffel 2021, arXiv 2111.09832 (diagonal Fisher, closed form).
     """
     if len(fishers) != len(deltas):
         raise ConfigError(f"fisher: {len(fishers)} Fisher diagonals for {len(deltas)} adapters; give one each.")
@@ -161,7 +161,7 @@ def adamerge(
         NumericsError: a delta holds NaN or infinity, or the loss is not a finite scalar or does not depend on the
             coefficients.
 
-    Source: Yang et al. 2023, arXiv 2310.02575, eq. 4-6; init 0.3 and Adam at 1e-3 from §4.
+    Source: Yang et al. 2023, arXiv 2310.02575; init 0.3 and Adam at 1e-3 as there.
     """
     if steps < 0 or lr <= 0:
         raise ConfigError(f"adamerging: steps is {steps} and lr is {lr}; expected ≥ 0 and > 0.")

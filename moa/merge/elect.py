@@ -60,7 +60,7 @@ def elect(stacked: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         τ (*shape) and M (T, *shape) bool.
 
-    Source: Huang et al. 2024, arXiv 2405.17461, eq. 4-6.
+    Source: Huang et al. 2024, arXiv 2405.17461 (elect, mask).
     Differs: where the sum is exactly 0 the released code elects "-"; here, as in the formula, the entry is 0.
     """
     sign = torch.sign(stacked.sum(0))
@@ -84,7 +84,7 @@ def emr(adapters: Sequence[Mapping[str, DeltaLike]]) -> Elected:
         ConfigError: no adapters, or other names.
         ShapeError: other shapes.
 
-    Source: Huang et al. 2024, arXiv 2405.17461, §3.2, eq. 4-7.
+    Source: Huang et al. 2024, arXiv 2405.17461 (elect, mask, rescale).
     Differs: the released code forms λ from a sum over tensors of mean magnitudes, which lets small tensors count as
         much as large ones; here, as in the paper, sums run over all entries.
     """

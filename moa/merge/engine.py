@@ -189,21 +189,23 @@ def thresholds(plan: Plan) -> tuple[float, ...] | None:
     def threshold(index: int, density: float) -> float:
         if density == 1:  # all entries are kept, and no pass over the model is needed to know it
             return 0.0
-        n, dtype = 0, torch.float32
-        for name in plan.names:
-            delta = plan.delta(index, name)
-            if delta is not None:
-                n += delta.shape.numel()
-                dtype = torch.promote_types(dtype, delta.dtype)
+        held = [name for name in plan.names if name in plan.adapters[index]]
 
         def stream() -> Iterator[Tensor]:
-            for name in plan.names:
+            for name in held:
                 delta = plan.delta(index, name)
-                if delta is not None:
-                    yield delta.dense().to(dtype)
+                assert delta is not None
+                yield delta.dense()
 
-        return model_threshold(stream, n, density, dtype)
+        first = plan.delta(index, held[0]) if held else None
+        dtype = first.dtype if first is not None else torch.float32
+        return model_threshold(stream, sum(sizes[name] for name in held), density, dtype)
 
+    sizes = {}
+    for name in plan.names:
+        known = plan.delta(next(t for t, a in enumerate(plan.adapters) if name in a), name)
+        assert known is not None
+        sizes[name] = known.shape.numel()
     return tuple(threshold(t, density) for t, density in enumerate(densities))
 
 

@@ -70,7 +70,7 @@ def fly_stack(
         ConfigError: a dense change, unequal ranks, k out of range, weights or biases that do not match.
         ShapeError: the deltas change weights of different shapes.
 
-    Source: Zou et al. 2025, arXiv 2510.08396, eq. 8-12.
+    Source: Zou et al. 2025, arXiv 2510.08396, eq. 10 (selection) and 12 (merge).
     Differs: the paper does not say whether the top-k holds after its merge; its released merge averages factors and
         drops it. Here the two are apart: this one keeps it and is exact, `fly_dense` drops it.
     """

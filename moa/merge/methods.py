@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .average import average_factors, model_stock, slerp
-from .compose import stack
+from .compose import normalised, stack
 from .consensus import DEFINITIONS, VOTES, weighted_sum
 from .data_aware import AdaMerged, adamerge, fisher, regmean
 from .delta import Delta, Dense
@@ -141,19 +141,6 @@ def _emr(job: Job) -> Delta:
     unified, agree = elect(torch.stack([d.dense() for d in job.deltas]))
     task = job.options["task"]
     return Dense(agree[task] * unified * float(job.state[task]))
-
-
-def normalised(weights: Sequence[float], where: str) -> tuple[float, ...]:
-    """Return (n,) weights divided by their sum.
-
-    Raises:
-        ConfigError: the sum is 0.
-    """
-    if abs(sum(weights)) < 1e-12:
-        raise ConfigError(
-            f"{where}: the weights {list(weights)} sum to 0, so they are no average; use task_arithmetic."
-        )
-    return tuple(w / sum(weights) for w in weights)
 
 
 def _table(*rows: Method) -> dict[str, Method]:

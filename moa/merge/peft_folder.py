@@ -55,7 +55,7 @@ def read_peft(path: str | Path) -> Deltas:
             low-rank change (each refused by name), or its ranks are not those of its config.
         ShapeError: a factor is not a matrix (convolution) or factors do not fit together.
 
-    Source: Hu et al. 2021, arXiv 2106.09685, §4.1; Kalajdzievski 2023, arXiv 2312.03732, eq. 4 for the scale.
+    Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for the scale of rsLoRA.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -21,7 +21,10 @@ DIGIT_BITS = 16
 def _keys(tensor: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger]:
     """Return the magnitudes (n,) as integers in the same order: a non-negative IEEE number sorts as its bits."""
     if tensor.dtype != dtype:
-        raise ShapeError(f"one threshold over tensors of two types, {dtype} and {tensor.dtype}; use one type.")
+        raise ShapeError(
+            f"one threshold over tensors of two types, {dtype} and {tensor.dtype}: convert the adapter to one type, or "
+            "rank each tensor alone (scope='tensor')."
+        )
     view = torch.int64 if dtype == torch.float64 else torch.int32
     # numpy's counting and selecting is two to five times as fast as torch's on CPU.
     return tensor.abs().reshape(-1).view(view).cpu().numpy()
@@ -49,7 +52,7 @@ def model_threshold(
         ConfigError: the density is outside (0, 1], or the stream does not hold n entries.
         ShapeError: a tensor of another type.
 
-    Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1, line "keep_topk_reset_rest_to_zero".
+    Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1 (trim).
     Differs: the released code keeps one entry more (it counts from the smallest and includes the boundary).
     """
     if not 0 < density <= 1:

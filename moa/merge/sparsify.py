@@ -95,7 +95,7 @@ def keep_largest(delta: Tensor, density: float) -> Tensor:
     Raises:
         ConfigError: the density is outside (0, 1].
 
-    Source: Yadav et al. 2023, arXiv 2306.01708, §3.1 step 1 (trim), per tensor.
+    Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1 (trim), here per tensor.
     """
     check_density(density, "keep_largest")
     k = int(density * delta.numel())
@@ -142,7 +142,7 @@ def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, re
     Raises:
         ConfigError: the density is outside (0, 1].
 
-    Source: Yu et al. 2023, arXiv 2311.03099, eq. 2-3.
+    Source: Yu et al. 2023, arXiv 2311.03099 (drop and rescale).
     """
     check_density(density, "drop_random")
     probability = torch.full(delta.shape, density, dtype=delta.dtype)
@@ -169,7 +169,7 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition
     Raises:
         ConfigError: a probability would leave (0, 1].
 
-    Source: Deep et al. 2024, arXiv 2406.11617, §3 step 1 (MagPrune); mergekit's guide to merge methods (della).
+    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune); mergekit's guide to merge methods (della).
     Differs: the two definitions give ε another meaning and the paper's lowest probability is one step of ε/n above
         the end of its range; both are kept, named.
     """
@@ -218,7 +218,7 @@ def drop_by_rank(
     Raises:
         ConfigError: the density is outside (0, 1], or a probability would leave (0, 1].
 
-    Source: Deep et al. 2024, arXiv 2406.11617, §3 step 1 (MagPrune).
+    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune).
     """
     check_density(density, "drop_by_rank")
     probability = keep_probabilities(delta, density, epsilon, definition)
@@ -241,7 +241,7 @@ def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
     Raises:
         ConfigError: the density is outside (0, 1] or gamma outside [0, 1).
 
-    Source: Davari and Belilovsky 2023, arXiv 2312.06795, §3 (their β is the large tail's share).
+    Source: Davari and Belilovsky 2023, arXiv 2312.06795.
     Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide.
     """
     check_density(density, "keep_middle")

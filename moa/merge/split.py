@@ -32,7 +32,7 @@ def partition_masks(shape: Sequence[int], n: int, *, by: str = "entries", seed: 
         ConfigError: n below 1 or an unknown `by`.
         ShapeError: not a matrix.
 
-    Source: Zhang et al. 2023, arXiv 2312.02923, §3.2.
+    Source: Zhang et al. 2023, arXiv 2312.02923 (split).
     """
     if by not in AXES:
         raise ConfigError(unknown_name("by", by, AXES, "partition_masks"))
@@ -67,7 +67,7 @@ def join_masked(copies: Sequence[Tensor], masks: Tensor) -> Tensor:
         ShapeError: the masks do not fit the copies.
         ConfigError: the masks overlap or leave an entry to nobody.
 
-    Source: Zhang et al. 2023, arXiv 2312.02923, §3.3 ("joint").
+    Source: Zhang et al. 2023, arXiv 2312.02923 (merge, "joint" in the code).
     Differs: the released code also divides by n, which shrinks every weight n times; not done here.
     """
     if tuple(masks.shape) != (len(copies), *copies[0].shape) or any(c.shape != copies[0].shape for c in copies):
@@ -94,7 +94,7 @@ def average_copies(copies: Sequence[Tensor]) -> Tensor:
         ConfigError: no copies.
         ShapeError: shapes differ.
 
-    Source: Zhang et al. 2023, arXiv 2312.02923, §3.3 ("add").
+    Source: Zhang et al. 2023, arXiv 2312.02923 (merge, "add" in the code).
     """
     if not copies:
         raise ConfigError("average_copies: no copies given.")
@@ -122,7 +122,7 @@ def recompose(content: LowRank, style: LowRank, *, frozen_in: Tensor, frozen_out
         ShapeError: factors or masks of different shapes.
         ConfigError: the frozen halves differ: the adapters were trained in different bases.
 
-    Source: Xu et al. 2024, arXiv 2403.19456, §3.3.
+    Source: Xu et al. 2024, arXiv 2403.19456 (second stage).
     """
     if content.down.shape != style.down.shape or content.up.shape != style.up.shape:
         raise ShapeError(

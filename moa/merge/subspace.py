@@ -43,7 +43,7 @@ def aligned(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor, list[Tensor]]:
     Raises:
         ShapeError: the changes are no matrices of one shape.
 
-    Source: Stoica et al. 2024, arXiv 2410.19735, §4, eq. 3.
+    Source: Stoica et al. 2024, arXiv 2410.19735 (shared singular basis).
     """
     if len({tuple(d.shape) for d in deltas}) != 1 or len(deltas[0].shape) != 2:
         raise ShapeError(f"aligned: expected matrices of one shape, got {[tuple(d.shape) for d in deltas]}.")
@@ -79,7 +79,7 @@ def knots(deltas: Sequence[Delta], combine: Callable[[Sequence[Tensor]], Tensor]
         ShapeError: the changes are no matrices of one shape.
         ConfigError: an unknown share.
 
-    Source: Stoica et al. 2024, arXiv 2410.19735, §4.
+    Source: Stoica et al. 2024, arXiv 2410.19735.
     Differs: the paper combines V_t ("plain"); its released code puts the singular values on V_t first ("scaled",
         `s_on_V`) in every configuration of its tables, and so do we unless told. Their code ranks entries over the
         whole model, here each tensor is combined alone.
@@ -165,7 +165,7 @@ def isotropic(deltas: Sequence[Delta], weights: Sequence[float]) -> LowRank:
         ShapeError: a change is not a matrix.
         ConfigError: weights that do not match.
 
-    Source: Marczak et al. 2025, arXiv 2502.04959, §4.1 (ISO-C).
+    Source: Marczak et al. 2025, arXiv 2502.04959 (ISO-C).
     Differs: the mean runs over the q singular values that are not zero. The paper's changes have full rank, where
         this is the same; for low-rank ones its formula would divide by min(o, i) and spread the rest over directions
         that are not determined.

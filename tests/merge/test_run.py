@@ -80,10 +80,13 @@ def test_every_row_merges_and_touches_no_input(method: str) -> None:
             assert torch.equal(s[name].up, kept[name][1])
 
 
-@pytest.mark.parametrize("method", METHODS)
+JOIN_FACTORS = ("stack", "average_factors")
+# Masks, ends, tasks or start values go by position; TSV's result is unique up to the last bit only.
+BY_POSITION = ("dare", "dare_ties", "della", "della_linear", "slerp", "emr", "tsv", "adamerging")
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in JOIN_FACTORS])
 def test_low_rank_and_dense_inputs_give_the_same(method: str) -> None:
-    if method in ("stack", "average_factors"):
-        pytest.skip("joins factors only")
     sets = adapters()
     dense = [{n: Dense(d.dense()) for n, d in s.items()} for s in sets]
     low, full = run(method, sets), run(method, dense)
@@ -105,11 +108,8 @@ def test_lazy_equals_eager_and_masks_do_not_depend_on_what_is_kept(
         assert torch.equal(lazy[name].dense(), eager[name].dense())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_order_of_adapters_and_names(method: str) -> None:
-    """Permuting adapters with their weights changes nothing, unless position itself means something."""
-    if method in ("dare", "dare_ties", "della", "della_linear", "slerp", "emr", "tsv", "adamerging"):
-        pytest.skip("masks, ends or tasks go by position; or the result is unique up to the last bit only")
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in BY_POSITION])
+def test_the_order_of_adapters_changes_nothing(method: str) -> None:
     sets = adapters()
     first, last = run(method, sets), run(method, sets[::-1])
     for name in SHAPES:
@@ -382,3 +382,11 @@ def test_half_precision_and_mixed_types_are_widened() -> None:
     assert got.dtype == torch.float32
     mixed = merge([{"w": torch.ones(2, 2)}, {"w": torch.ones(2, 2).double()}], method="average")["w"]
     assert mixed.dtype == torch.float64
+
+
+def test_one_threshold_over_two_types_is_refused() -> None:
+    sets = [{"a": torch.ones(2, 2), "b": torch.ones(2, 2).double()}] * 2
+    with pytest.raises(ShapeError, match=r"scope='tensor'"):
+        merge(sets, method="ties")
+    mixed = [{"a": torch.tensor([[3.0, 1.0]])}, {"a": torch.tensor([[1.0, 3.0]]).double()}]
+    close(merge(mixed, method="ties", density=0.5)["a"].dense(), torch.tensor([[3.0, 3.0]]), 1e-13)
