@@ -17,7 +17,7 @@ from .errors import ConfigError
 from .mixture import Mixture
 from .model import MoAModel
 from .peft_format import load_experts, read_adapters
-from .recipes import Recipe, make_recipe
+from .recipes import Recipe, make_recipe, recipe_class
 from .sites import backbone_prefix, take_out
 
 HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
@@ -56,7 +56,8 @@ def build(
         rank: r of each expert, default 8.
         alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
         targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
-        experts: folders of PEFT LoRA adapters that become the experts, on the layers that they adapt.
+        experts: folders of PEFT LoRA adapters that become the experts, on the layers that they adapt; frozen unless
+            train_experts=True.
         modules_to_save: names of modules that are trained and saved whole; default the new heads of
             classification models.
         options: the recipe's own keywords; peft's spellings (target_modules, r, lora_alpha, …) are understood.
@@ -93,7 +94,10 @@ def build(
         for name, value in (("n_experts", len(adapters)), ("rank", max(a.max_rank for a in adapters))):
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
+        options.setdefault("train_experts", False)
     if isinstance(router, str):
+        if adapters is None and recipe_class(router).wants_experts:
+            raise ConfigError(f"router={router!r} is for adapters that exist already: name them with experts=[…].")
         recipes = [make_recipe(router, **options)]
     else:
         several: list[Any] = list(router) if isinstance(router, Sequence) else []
@@ -112,6 +116,7 @@ def build(
             names = out.add_recipe(recipe, sites)
             if adapters is not None:
                 load_experts(out.mixtures(), names, adapters)
+                out.experts_changed()
     return out
 
 

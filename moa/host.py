@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .errors import ConfigError
+from .experts import LoRABank
 from .folding import fold, folded_change
 from .mixture import Branch, Mixture
+from .preview import Preview
 from .recipes import Recipe
 from .sites import find_sites, inject, take_out
 from .trace import Trace
@@ -33,6 +35,7 @@ class Host(nn.Module):
     encoder_context: Context
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
+    _preview: Preview | None = None
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
         """Put a recipe's mixtures into the base and return their names.
@@ -44,6 +47,7 @@ class Host(nn.Module):
         Raises:
             ConfigError: no layer matches, or one of them carries experts already.
         """
+        recipe = recipe.for_base(self.base)
         if sites is None:
             chosen = find_sites(self.base, recipe.targets)
         else:
@@ -74,6 +78,24 @@ class Host(nn.Module):
             for branch in mixture.branches:
                 assert isinstance(branch, Branch)
                 yield name, branch
+
+    def experts_changed(self) -> None:
+        """Tell the routers that route by their experts to look at them again, down (E, r, i) and up (E, r, o).
+
+        `build` does it for adapters that it reads in; call it after training experts behind such a router.
+        """
+        for _, branch in self.branches():
+            if isinstance(branch.bank, LoRABank):
+                branch.router.experts_changed(branch.bank.down, branch.bank.up)
+
+    @property
+    def preview(self) -> Preview | None:
+        """What runs the base alone first, (B, S, d), where a router looks at that."""
+        if not any(branch.router.needs_preview for _, branch in self.branches()):
+            return None
+        if self._preview is None:
+            self._preview = Preview(self.base, self.context)
+        return self._preview
 
     @property
     def samples(self) -> int:

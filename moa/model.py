@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,10 @@ class MoAModel(Host, PreTrainedModel):
         )
         if task_ids is not None and "task_ids" in self._input_names:
             kwargs["task_ids"] = task_ids
+
+        preview = self.preview
+        if preview is not None:
+            preview.run(args, kwargs)
 
         def run() -> tuple[Any, Tensor | None]:
             outputs = self.base(*args, **kwargs)
@@ -220,8 +225,10 @@ class MoAModel(Host, PreTrainedModel):
         describe_batch(self.context, self.encoder_context, prompt, kind=self._kind(), task_ids=task_ids)
         self.context.frozen_routings = {}
         self.encoder_context.frozen_routings = {}
+        preview = self.preview
         try:
-            return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+            with preview.before_each_forward() if preview is not None else contextlib.nullcontext():
+                return self.base.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.context.frozen_routings = self.encoder_context.frozen_routings = None
 

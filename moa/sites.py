@@ -127,14 +127,15 @@ def inject(model: nn.Module, recipe: Recipe, context: Context, sites: Iterable[S
     """
     chosen = list(find_sites(model, recipe.targets) if sites is None else sites)
     made: dict[int, Mixture] = {}
-    for site in chosen:
+    for site, mixture in zip(chosen, recipe.mixtures(chosen, context), strict=True):
         parent = model.get_submodule(site.name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer):
             # its inference fast path reads linear1.weight and would skip the experts; this switch turns it off
             parent.activation_relu_or_gelu = 0
-        branches = recipe.build(site)
-        mixture = Mixture(site.module, branches, context, site.name)
         mixture.branches.to(*placement(site.module))
+        if not recipe.train_experts:
+            for branch in mixture.branches:
+                branch.bank.requires_grad_(False)
         mixture.train(site.module.training)
         made[id(site.module)] = mixture
     for path, module in list(model.named_modules(remove_duplicate=False)):

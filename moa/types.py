@@ -84,6 +84,7 @@ class Context:
         routing_masks: (B, S) bool masks of what a pooled (sequence-level) router may look at: the prompt.
         trace: where mixtures record their routings; None records nothing.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
+        preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it.
         enabled: False makes every mixture its base layer.
         pinned: an expert that every mixture uses alone with weight 1, in place of its router; None lets routers decide.
     """
@@ -93,6 +94,7 @@ class Context:
     routing_masks: Sequence[Tensor] = ()
     trace: Recorder | None = None
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
+    preview: Tensor | None = field(default=None, repr=False)
     enabled: bool = True
     pinned: int | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)

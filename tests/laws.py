@@ -50,9 +50,16 @@ RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "gated-branches": {"n_experts": 1, "k": 1, "gate": "branches", "alpha": 8.0, "targets": "all-linear"},
         "gated-experts": {"gate": "experts", "alpha": 8.0, "targets": "all-linear"},
     },
+    "xlora": {"default": {"k": 0}, "topk": {}, "layerwise": {"layerwise": True, "depth": 2, "width": 8}},
     "moelora": {"default": {"d_embedding": 5}},
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},
+}
+# (recipe, kind of model) -> what its refusal says
+REFUSED: dict[tuple[str, str], str] = {
+    ("mhr", "plain"): "n_heads=4 must divide",
+    ("xlora", "plain"): "needs a transformers model",
+    ("xlora", "t5"): "needs a model of one stack",
 }
 UNNORMALISED = {
     "sampled",
@@ -291,7 +298,9 @@ def bank_starts_as_declared(bank: ExpertBank, x: Tensor) -> None:
     stacked = [p for p in before if bank.n_experts > 1 and p.shape[0] == bank.n_experts]
     if stacked:
         different = [bool((p[0] != p[1]).any()) for p in stacked]
-        assert any(different) != bank.equal_at_init, "all experts start equal: identical experts get identical gradients"
+        assert any(different) != bank.equal_at_init, (
+            "all experts start equal: identical experts get identical gradients"
+        )
     bank.reset_parameters()
     assert any(bool((a != b).any()) for a, b in zip(before, bank.parameters(), strict=True))
 

@@ -230,7 +230,8 @@ def test_checkpointing_gives_the_same_gradients(name: str, variant: str, reentra
     calls: list[int] = []
     model.base.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     checkpointed = step_gradients(model, batch)
-    assert len(calls) == 2 * model.samples, "nothing was recomputed"
+    first_pass = model.preview is not None
+    assert len(calls) == 2 * model.samples + first_pass, "nothing was recomputed"
     for parameter_name, grad in plain.items():
         assert_close(checkpointed[parameter_name], grad, 1e-5, parameter_name)
 
@@ -267,7 +268,7 @@ def test_compiled_mixture_is_the_same(name: str, variant: str) -> None:
     torch._dynamo.reset()
     torch.manual_seed(3)
     base = nn.Linear(16, 24).requires_grad_(False)
-    context = moa.Context(task_ids=torch.arange(2) % laws.N_TASKS)
+    context = moa.Context(task_ids=torch.arange(2) % laws.N_TASKS, preview=torch.randn(2, 5, 16))
     recipe = laws.small_recipe(name, variant)
     mixture = models.randomise(Mixture(base, recipe.build(Site("up", base, 16, 24)), context, "up")).eval()
     compiled = torch.compile(mixture, fullgraph=True, backend="aot_eager")
@@ -337,8 +338,8 @@ def test_fresh_model_equals_its_base(name: str, variant: str, kind: str) -> None
     batch = make_batch()
     base_logits = models.outputs_of(make(), batch)
     options = {} if RECIPES[name]().targets == "all-linear" else {"targets": "all-linear"}
-    if name == "mhr" and kind == "plain":  # 4 heads do not divide 3 features
-        with pytest.raises(ConfigError, match="n_heads=4 must divide"):
+    if (name, kind) in laws.REFUSED:
+        with pytest.raises(ConfigError, match=laws.REFUSED[name, kind]):
             moa.build(make(), laws.small_recipe(name, variant, **options))
         return
     if variant == "sequence" and kind in ("plain", "bert"):  # rows without a sequence, as BERT's pooler has

@@ -1,6 +1,6 @@
 """The table of systems: importing this package fills `RECIPES`, one file per family of rows."""
 
-from . import flylora, gates, hydra, poly, remix
+from . import flylora, gates, given, hydra, poly, remix
 from .base import RECIPES, Recipe, Site, make_recipe, recipe_class, register_recipe
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Site",
     "flylora",
     "gates",
+    "given",
     "hydra",
     "make_recipe",
     "poly",

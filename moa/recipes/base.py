@@ -16,8 +16,9 @@ from torch import nn
 from ..errors import ConfigError, unknown_name
 from ..experts import BANKS, ExpertBank
 from ..kernels import engines
-from ..mixture import Branch
+from ..mixture import Branch, Mixture
 from ..routers.base import check_experts
+from ..types import Context
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Recipe:
         dropout: probability on the experts' input in training.
         targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name.
         engine: kernel engine by name; None lets the dispatcher choose.
+        train_experts: False freezes the experts, so that the routers alone learn; the default with `experts=[…]`.
+
+    Attributes:
+        wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
 
     Raises:
         ConfigError: a value out of range.
@@ -50,6 +55,7 @@ class Recipe:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    wants_experts: ClassVar[bool] = False
 
     n_experts: int = 8
     k: int = 2
@@ -59,6 +65,7 @@ class Recipe:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     engine: str | None = None
+    train_experts: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):
@@ -74,6 +81,23 @@ class Recipe:
     def build(self, site: Site) -> list[Branch]:
         """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""
         raise NotImplementedError
+
+    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+        """Return one mixture for each site, (*rows, i) -> (*rows, o); for recipes whose sites share something.
+
+        Args:
+            sites: of one model, in order.
+            context: shared by the mixtures.
+        """
+        return [Mixture(site.module, self.build(site), context, site.name) for site in sites]
+
+    def for_base(self, base: nn.Module) -> Recipe:
+        """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.
+
+        Raises:
+            ConfigError: the model is of a kind that the recipe does not work on.
+        """
+        return self
 
     def scaling(self) -> float:
         """Return the factor on every expert's output: alpha / rank, with alpha = 2 · rank unless given."""

@@ -2,9 +2,11 @@
 
 from .base import Router
 from .fixed import FixedRouter
+from .given import PreviewRouter
 from .linear import LinearRouter
 from .localized import LocalizedRouter
 from .projection import ProjectionRouter
+from .prototype import PrototypeRouter
 from .sampled import SampledRouter
 from .table import TableRouter, TaskEmbeddingRouter
 from .threshold import ThresholdRouter
@@ -14,6 +16,7 @@ ROUTERS: dict[str, type[Router]] = {
     "sampled": SampledRouter,
     "fixed": FixedRouter,
     "projection": ProjectionRouter,
+    "prototype": PrototypeRouter,
     "localized": LocalizedRouter,
     "threshold": ThresholdRouter,
     "table": TableRouter,
@@ -25,7 +28,9 @@ __all__ = [
     "FixedRouter",
     "LinearRouter",
     "LocalizedRouter",
+    "PreviewRouter",
     "ProjectionRouter",
+    "PrototypeRouter",
     "Router",
     "SampledRouter",
     "TableRouter",

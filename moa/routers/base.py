@@ -23,6 +23,7 @@ class Router(nn.Module):
 
     Attributes:
         causal: the routing of a row never depends on later rows of its sequence, nor on other examples.
+        needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
         loss_weights: name in `moa.losses.LOSSES` -> coefficient, added to the training loss.
@@ -35,6 +36,7 @@ class Router(nn.Module):
 
     causal: bool = True
     stochastic: bool = False
+    needs_preview: bool = False
 
     def __init__(self, d_in: int, n_experts: int, k: int) -> None:
         super().__init__()
@@ -59,6 +61,9 @@ class Router(nn.Module):
             task: the inputs are all of this task; None for any.
         """
         return None
+
+    def experts_changed(self, down: Tensor, up: Tensor) -> None:
+        """Take note of low-rank experts read in or trained, down (E, r, i), up (E, r, o), for routing by them."""
 
     def step(self) -> None:
         """Update what is not learned by gradient; called once after each optimizer step."""

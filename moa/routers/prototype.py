@@ -1,0 +1,77 @@
+"""Routing to adapters that exist, without training. Ostapenko et al. 2024 (Arrow), arXiv 2405.11157."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..types import Context, Routing
+from . import select
+from .base import Router, exact_linear
+
+
+class PrototypeRouter(Router):
+    """Scores an expert by how much of the row lies along the direction that its weight change amplifies most.
+
+    logit_e = |v_e · x| / T, v_e the first right singular vector of ΔW_e; softmax over the k largest
+
+    | buffer | shape | start |
+    |---|---|---|
+    | prototypes (v) | (E, i), unit rows | zero; set by `experts_changed` |
+
+    It has no trainable parameter, and keeps no row for the backward pass.
+
+    Args:
+        d_in: i.
+        n_experts: E.
+        k: K.
+        temperature: T > 0.
+
+    Raises:
+        ConfigError: temperature is not positive.
+    Source: arXiv 2405.11157, §4, eq. 4-5.
+    Differs: peft finds v by 15 power iterations from a random start; here it is exact, from an r × r eigenproblem.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, d_in: int, n_experts: int, k: int, *, temperature: float = 1.0) -> None:
+        super().__init__(d_in, n_experts, k)
+        if temperature <= 0:
+            raise ConfigError(f"temperature must be positive, got {temperature}.")
+        self.temperature = temperature
+        self.register_buffer("prototypes", torch.zeros(n_experts, d_in))
+
+    def experts_changed(self, down: Tensor, up: Tensor) -> None:
+        """Find the prototypes of experts down (E, r, i), up (E, r, o)."""
+        self.prototypes.copy_(top_right_singular(down, up))
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing of x (*rows, i): weights and indices (*rows, K)."""
+        logits = exact_linear(x, self.prototypes).abs() / self.temperature
+        weights, indices = select.softmax_top_k(logits, self.k)
+        return Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
+
+
+@torch.no_grad()
+def top_right_singular(down: Tensor, up: Tensor) -> Tensor:
+    """Return each expert's first right singular vector of up_e^T down_e, (E, i), unit length, sign undefined.
+
+    With down^T = Q R and G = up up^T, ΔW^T ΔW = Q (R G R^T) Q^T: an r × r eigenproblem in fp64. An expert whose up is
+    zero gets the direction that its down amplifies most; one that is zero altogether gets zero.
+
+    Args:
+        down: (E, r, i).
+        up: (E, r, o).
+    """
+    wide_down, wide_up = down.double(), up.double()
+    q, r = torch.linalg.qr(wide_down.mT)  # (E, i, min(i, r)), (E, min(i, r), r)
+    gram = wide_up @ wide_up.mT
+    untrained = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
+    gram = torch.where(untrained, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), gram)
+    small = r @ gram @ r.mT
+    vectors = torch.linalg.eigh(small).eigenvectors[..., -1:]
+    found = (q @ vectors).squeeze(-1)
+    alive = small.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+    return torch.where(alive[:, None], found, 0).to(down.dtype)
