@@ -31,7 +31,7 @@ table { border-collapse: collapse; font-size: .85rem; } td, th { padding: .15rem
 th { border-bottom: 1px solid #999; text-align: right; vertical-align: bottom; } td.name, th.name { text-align: left; }
 td.name { font-family: ui-monospace, monospace; } tr:nth-child(even) { background: #f6f6f6; }
 .bars { display: flex; align-items: flex-end; height: 26px; gap: 1px; position: relative; }
-.bars i { flex: none; width: 9px; background: #31688e; min-height: 1px; }
+.bars i { flex: none; width: 9px; background: #31688e; min-height: 2px; }
 .bars i.dead { background: #d1495b; }
 .bars b { position: absolute; left: 0; right: 0; bottom: 50%; border-top: 1px dotted #666; }
 .warning { border-left: 4px solid #d1495b; padding: .3rem .8rem; background: #fdf1f2; margin: .4rem 0; }
@@ -209,12 +209,14 @@ def _task_figure(last: LogStep) -> str:
 def _lines_figure(panels: int) -> tuple[Figure, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.6 * panels, 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for one in axes:
         one.set_xlabel("optimizer step")
+        one.xaxis.set_major_locator(MaxNLocator(integer=True))
         one.grid(alpha=0.3)
     return figure, axes
 
