@@ -165,7 +165,12 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         for branch in mixture.branches:
             assert isinstance(branch, Branch)
             bank = branch.bank
-            if not isinstance(bank, LoRABank) or bank.shift(0) is not None or branch.tap != "input" or len(mixture.branches) > 1:
+            if (
+                not isinstance(bank, LoRABank)
+                or bank.shift(0) is not None
+                or branch.tap != "input"
+                or len(mixture.branches) > 1
+            ):
                 raise ConfigError(
                     f"{name} holds {type(bank).__name__} behind {branch.tap}: only plain LoRA experts export."
                 )
@@ -177,6 +182,9 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
             transposed |= is_conv1d(mixture.base)
     if not tensors:
         raise ConfigError("this model has no mixtures to export.")
+    names = sorted(ranks)
+    endings = tuple(f".{name}" for name in names)  # peft takes a listed name for an ending, a string for a whole name
+    alike = any(n.endswith(endings) for n, _ in model.base.named_modules() if n not in ranks)
     rank, alpha = max(set(ranks.values()), key=list(ranks.values()).count), next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
@@ -186,7 +194,7 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         "lora_alpha": alpha,
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
-        "target_modules": sorted(ranks),
+        "target_modules": "|".join(map(re.escape, names)) if alike else names,
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
