@@ -100,7 +100,7 @@ class Host(nn.Module):
     @property
     def samples(self) -> int:
         """M: forwards per training step, the most that any recipe asks for."""
-        return max((branch.router.samples for _, branch in self.branches()), default=1)
+        return max([1, *(branch.router.samples for _, branch in self.branches())])
 
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
