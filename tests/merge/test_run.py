@@ -81,8 +81,8 @@ def test_every_row_merges_and_touches_no_input(method: str) -> None:
 
 
 JOIN_FACTORS = ("stack", "average_factors")
-# Masks, ends, tasks or start values go by position; TSV's result is unique up to the last bit only.
-BY_POSITION = ("dare", "dare_ties", "della", "della_linear", "slerp", "emr", "tsv", "adamerging")
+# Masks, ends or tasks go by position.
+BY_POSITION = ("dare", "dare_ties", "della", "della_linear", "slerp", "emr")
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in JOIN_FACTORS])
