@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import checkpoint
-from .errors import ConfigError, ContextError
-from .host import Host
+from .errors import ContextError
 from .inputs import describe_batch, input_names, prompt_attention
 from .objective import Objective
 from .outputs import logits_of, loss_of, with_loss
 from .recipes import Recipe
+from .recompute import Recomputed
 from .stepping import watch
 from .trace import Trace
 from .types import Context
 
 
-class MoAModel(Host, PreTrainedModel):
+class MoAModel(Recomputed, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -245,57 +245,6 @@ class MoAModel(Host, PreTrainedModel):
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
         self.base.generation_config = value
-
-    @property
-    def supports_gradient_checkpointing(self) -> bool:  # type: ignore[override]
-        """Whether the base can checkpoint its blocks."""
-        return bool(getattr(self._modules.get("base"), "supports_gradient_checkpointing", False))
-
-    def gradient_checkpointing_enable(  # type: ignore[override]
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Checkpoint the base's blocks, as transformers does; non-reentrant unless asked otherwise.
-
-        Args:
-            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, e.g. {"use_reentrant": False}.
-            kwargs: passed on to the base (every_n_layers, offload, where transformers has them).
-
-        Raises:
-            ConfigError: reentrant mode with a router that learns from a loss of its own (it would get no gradient).
-        """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            needy = [n for n, b in self.branches() if b.router.stochastic or b.router.loss_weights]
-            if needy:
-                raise ConfigError(
-                    f"reentrant gradient checkpointing cuts the gradient of the routers' own losses ({needy[0]}, …): "
-                    "use gradient_checkpointing_kwargs={'use_reentrant': False}, or a recipe without such losses."
-                )
-            self.base.enable_input_require_grads()  # type: ignore[operator]
-        self._newer_name("gradient_checkpointing_enable")(options, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Stop checkpointing the base's blocks."""
-        self._newer_name("gradient_checkpointing_disable")()
-
-    def activation_checkpointing_enable(  # type: ignore[override]
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Do what `gradient_checkpointing_enable` does; transformers 5.2x calls it by this name."""
-        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        """Do what `gradient_checkpointing_disable` does."""
-        self.gradient_checkpointing_disable()
-
-    def _newer_name(self, method: str) -> Callable[..., None]:
-        """Return the base's method under the name it has in newer transformers, which warn about the old one."""
-        newer = method.replace("gradient", "activation")
-        return getattr(self.base, newer if hasattr(self.base, newer) else method)  # type: ignore[no-any-return]
-
-    def enable_input_require_grads(self) -> None:
-        """Make the output of the input embeddings, (B, S, d), require a gradient, as reentrant checkpointing needs."""
-        self.base.enable_input_require_grads()  # type: ignore[operator]
 
     def get_input_embeddings(self) -> Any:
         """Return the base's input embeddings, (V, d)."""
