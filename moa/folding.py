@@ -29,6 +29,10 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
         FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
             weight.
     """
+    if not mixture.folds:
+        raise FoldError(
+            f"{mixture.name} is a layer of a block whose experts are whole blocks: no weight of one layer equals that."
+        )
     base: Any = mixture.base
     weight, bias = base.weight, getattr(base, "bias", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:

@@ -35,7 +35,12 @@ class Mixture(nn.Module):
         branches: what is added.
         context: shared by all mixtures of one model.
         name: dotted path of the layer, for traces and messages.
+
+    Attributes:
+        folds: a static routing makes it one weight.
     """
+
+    folds = True
 
     def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str) -> None:
         super().__init__()

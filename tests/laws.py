@@ -51,6 +51,7 @@ RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "gated-experts": {"gate": "experts", "alpha": 8.0, "targets": "all-linear"},
     },
     "xlora": {"default": {"k": 0}, "topk": {}, "layerwise": {"layerwise": True, "depth": 2, "width": 8}},
+    "mixlora": {"default": {"dropout": 0.0}},
     "moelora": {"default": {"d_embedding": 5}},
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},

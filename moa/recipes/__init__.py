@@ -1,6 +1,6 @@
 """The table of systems: importing this package fills `RECIPES`, one file per family of rows."""
 
-from . import flylora, gates, given, hydra, poly, remix
+from . import flylora, gates, given, hydra, mixlora, poly, remix
 from .base import RECIPES, Recipe, Site, make_recipe, recipe_class, register_recipe
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "given",
     "hydra",
     "make_recipe",
+    "mixlora",
     "poly",
     "recipe_class",
     "register_recipe",
