@@ -31,14 +31,19 @@ class MegablocksProduct:
     def _gmm(left: Tensor, right: Tensor, offsets: Tensor, trans_a: bool) -> Tensor:
         from megablocks import grouped_gemm_util
 
-        if left.dtype != torch.bfloat16 or not left.is_cuda:
-            raise BackendError(
-                f"megablocks' grouped GEMM runs in bf16 on CUDA, got {left.dtype} on {left.device}: cast, or use "
-                "engine 'concat'."
-            )
+        check(left)
         # The grouped GEMM reads its batch sizes on the host: this engine syncs, and cannot be captured in a graph.
         sizes = offsets.diff().cpu()
         return grouped_gemm_util.backend.gmm(left.contiguous(), right.contiguous(), sizes, trans_a=trans_a)
+
+
+def check(values: Tensor) -> None:
+    """Raise BackendError unless the grouped GEMM takes tensors like `values`."""
+    if values.dtype != torch.bfloat16 or not values.is_cuda:
+        raise BackendError(
+            f"megablocks' grouped GEMM runs in bf16 on CUDA, got {values.dtype} on {values.device}: cast, or use "
+            "engine 'concat'."
+        )
 
 
 def why_not() -> str | None:

@@ -156,7 +156,7 @@ def mix_few_rows(
         x, a, parts, n_rows, d_in, x.stride(0), d_per_split,
         COLUMNS=columns, EVEN=d_in % block_d == 0, PRECISION=precision,
         BLOCK_T=shrink.block_t, BLOCK_C=shrink.block_c, BLOCK_D=shrink.block_d,
-        num_warps=shrink.warps, num_stages=shrink.stages,
+        **shrink.options,
     )  # fmt: skip
     size = expand_sizes(n_rows, columns, x.itemsize)
     hidden = x.new_empty(n_rows, weights.shape[1], rank)
@@ -165,6 +165,6 @@ def mix_few_rows(
         parts, b, bias, weights, indices, hidden, y, n_rows, d_out, splits, *strides,
         COLUMNS=columns, RANK=rank, K=weights.shape[1], DENSE=indices is None, HAS_BIAS=bias is not None,
         PRECISION=precision, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        num_warps=size.warps, num_stages=size.stages,
+        **size.options,
     )  # fmt: skip
     return y, hidden

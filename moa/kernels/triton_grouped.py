@@ -17,7 +17,7 @@ from torch import Tensor
 from . import triton_low_rank as concat_engine
 from .concat import slot_dot
 from .plan import Plan, sort_slots
-from .triton_kernels import _project
+from .triton_kernels import FUSED, _project
 from .triton_low_rank import on_device, precision, rows_of, why_not
 
 __all__ = ["backward", "forward", "why_not"]
@@ -232,7 +232,8 @@ class _Groups:
         d, block_d = x.shape[1], 128 // x.itemsize
         grouped_shrink_kernel[(tiles, triton.cdiv(self.rank, self.block_c))](
             x, factor, self.plan.order, self.plan.offsets, ends, out, d, x.stride(0), **self.shared,
-            EVEN=d % block_d == 0, BLOCK_T=_TILE, BLOCK_C=self.block_c, BLOCK_D=block_d, num_warps=4, num_stages=3,
+            EVEN=d % block_d == 0, BLOCK_T=_TILE, BLOCK_C=self.block_c, BLOCK_D=block_d,
+            num_warps=4, num_stages=3, **FUSED,
         )  # fmt: skip
         return out
 
@@ -244,11 +245,11 @@ class _Groups:
         grouped_expand_kernel[(tiles, triton.cdiv(d, 128))](
             values, self.weights, factor, self.plan.order, self.plan.offsets, ends, parts, d, *self.weights.stride(),
             **self.shared, BLOCK_T=_TILE, BLOCK_C=min(self.block_c, 128 // values.itemsize), BLOCK_D=128,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=2, **FUSED,
         )  # fmt: skip
         out = values.new_empty(self.n_rows, d)
         combine_kernel[(self.n_rows, triton.cdiv(d, 1024))](
-            parts, bias, out, d, K=self.k, HAS_BIAS=bias is not None, BLOCK_D=1024
+            parts, bias, out, d, K=self.k, HAS_BIAS=bias is not None, BLOCK_D=1024, **FUSED
         )
         return out
 
@@ -260,11 +261,13 @@ class _Groups:
         grouped_gram_kernel[(chunks, triton.cdiv(self.rank, self.block_c), triton.cdiv(d, 128))](
             values, self.weights, right, self.plan.order, self.plan.offsets, ends, parts, d, right.stride(0),
             *self.weights.stride(), **self.shared, CHUNK=_CHUNK,
-            BLOCK_T=128 // right.itemsize, BLOCK_C=self.block_c, BLOCK_D=128, num_warps=4, num_stages=3,
+            BLOCK_T=128 // right.itemsize, BLOCK_C=self.block_c, BLOCK_D=128,
+            num_warps=4, num_stages=3, **FUSED,
         )  # fmt: skip
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         size = self.rank * d
-        add_chunks_kernel[(self.n_experts, triton.cdiv(size, 1024))](parts, ends, out, size, BLOCK=1024)
+        grid = (self.n_experts, triton.cdiv(size, 1024))
+        add_chunks_kernel[grid](parts, ends, out, size, BLOCK=1024, **FUSED)
         return out
 
 

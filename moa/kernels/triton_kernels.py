@@ -11,9 +11,13 @@ Launchers and sizes: `triton_low_rank.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
+
+# Said outright, because triton's default changes between releases, and 3.9 warns where nobody says.
+FUSED = {"enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,11 @@ class Sizes:
     block_d: int
     warps: int
     stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
 
 
 @triton.jit
@@ -82,13 +91,14 @@ def _gate(
     """Return the weight of each column's expert on each row: (BLOCK_T, BLOCK_C) fp32."""
     if DENSE:
         places = weights_ptr + rows[:, None] * stride_wt + experts[None, :] * stride_wk
-        return tl.load(places, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
-    gate = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for j in range(K):
-        expert = tl.load(indices_ptr + rows * stride_it + j * stride_ik, mask=row_ok, other=-1)
-        weight = tl.load(weights_ptr + rows * stride_wt + j * stride_wk, mask=row_ok, other=0.0)
-        chosen = expert[:, None] == experts[None, :]
-        gate += tl.where(chosen, weight.to(tl.float32)[:, None], 0.0)
+        gate = tl.load(places, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
+    else:
+        gate = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
+        for j in range(K):
+            expert = tl.load(indices_ptr + rows * stride_it + j * stride_ik, mask=row_ok, other=-1)
+            weight = tl.load(weights_ptr + rows * stride_wt + j * stride_wk, mask=row_ok, other=0.0)
+            chosen = expert[:, None] == experts[None, :]
+            gate += tl.where(chosen, weight.to(tl.float32)[:, None], 0.0)
     return gate
 
 

@@ -153,7 +153,7 @@ def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidde
         x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
         COLUMNS=columns, RANK=a.shape[1], K=weights.shape[1], DENSE=indices is None, EVEN=d % size.block_d == 0,
         PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        num_warps=size.warps, num_stages=size.stages,
+        **size.options,
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ def _expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
         mixed, factor.contiguous(), bias, out, n_rows, d,
         COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
         BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        num_warps=size.warps, num_stages=size.stages,
+        **size.options,
     )  # fmt: skip
     return out
 
@@ -200,7 +200,7 @@ def _unmix(
             NEED_HIDDEN=need_hidden, NEED_MIXED=need_mixed, NEED_WEIGHTS=need_weights,
             EVEN=d % size.block_d == 0, PRECISION=precision(),
             BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-            num_warps=size.warps, num_stages=size.stages,
+            **size.options,
         )  # fmt: skip
     grad_weights = None
     if parts is not None:
@@ -222,9 +222,9 @@ def _gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
         left, right, parts, n_rows, d, right.stride(0), rows_per_split,
         COLUMNS=columns, PRECISION=precision(),
         BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        num_warps=size.warps, num_stages=size.stages,
+        **size.options,
     )  # fmt: skip
     if splits > 1:
-        block = 1024
-        kernels.add_splits_kernel[(triton.cdiv(out.numel(), block),)](parts, out, out.numel(), splits, BLOCK=block)
+        total, block = out.numel(), 1024
+        kernels.add_splits_kernel[(triton.cdiv(total, block),)](parts, out, total, splits, BLOCK=block, **kernels.FUSED)
     return out

@@ -1,4 +1,4 @@
-"""Compile Triton kernels ahead of time, without a GPU, and read the compiler's own report."""
+"""Compile Triton kernels through their real launchers, without a GPU, and read the compiler's own report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from moa.kernels import triton_grouped, triton_low_rank
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -19,56 +26,96 @@ ARCHITECTURES = (80, 90, 100, 120)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
-# Run-time integers that launchers pass as multiples of 16 at the sizes tested, which the JIT would find by itself.
-ALIGNED = ("d", "stride_x", "stride_grad", "stride_right", "size", "d_per_split", "rows_per_split")
-
-
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of one kernel on one architecture."""
+    """What the compiler says of one launched kernel on one architecture."""
 
+    name: str
     registers: int
-    spills: int  # bytes of stack
-    local: int  # loads and stores of local memory in the machine code
+    stack: int  # bytes
+    spills: int  # loads and stores of local memory in the machine code
     shared: int  # bytes
-    tensor_ops: frozenset[str]  # mnemonics of matrix instructions, e.g. HGMMA.64x64x16.F32.BF16
+    matrix_ops: frozenset[str]  # mnemonics, e.g. HGMMA.64x64x16.F32.BF16
 
 
-def compile_kernel(kernel, pointers: dict[str, str], constants: dict[str, object], arch: int, warps: int, stages: int):
-    """Return the report of `kernel` compiled for sm_`arch`.
+class _Driver:
+    """A driver of a GPU that is not there: it names the architecture, and nothing can be launched on it."""
 
-    Args:
-        kernel: a `triton.jit` function.
-        pointers: type of each pointer argument, e.g. "*bf16"; all other run-time arguments are i32.
-        constants: value of each constexpr argument; None makes a pointer absent.
-        arch: 80, 90, 100 or 120.
-        warps: warps of a block.
-        stages: pipeline stages.
-    """
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = pointers.get(name, "i32")
-            if name in pointers or name in ALIGNED:
-                aligned[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # compiled kernels are kept by device: one device for each architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def compile_only(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
+    """Yield a list that fills with the kernels that launchers would launch on sm_`arch`; none of them runs."""
+    launched: list = []
+    run = JITFunction.run
+
+    def compile_instead(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        launched.append((self.fn.__name__, kernel))
+        return kernel
+
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.driver, "_active", _Driver(arch))
+        patch.setattr(JITFunction, "run", compile_instead)
+        for module in (triton_low_rank, triton_grouped):
+            patch.setattr(module, "rows_of", lambda values: values)
+        yield launched
+
+
+def reports(
+    engine: ModuleType,
+    arch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    n_rows: int = 8192,
+    d_in: int = 1024,
+    d_out: int = 512,
+    n_experts: int = 8,
+    rank: int = 8,
+    k: int | None = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    with_bias: bool = False,
+    with_backward: bool = True,
+) -> list[Report]:
+    """Return one report for each distinct kernel of a forward (and a backward) with these sizes."""
+    x, a, b = (torch.empty(s, dtype=dtype) for s in ((n_rows, d_in), (n_experts, rank, d_in), (n_experts, rank, d_out)))
+    weights = torch.empty(n_rows, k or n_experts)
+    indices = None if k is None else torch.zeros(n_rows, k, dtype=torch.int64)
+    bias = torch.empty(d_out, dtype=dtype) if with_bias else None
+    with compile_only(arch, monkeypatch) as launched:
+        y, hidden = engine.forward(x, a, b, weights, indices, None, bias)
+        if with_backward:
+            engine.backward(y, x, a, b, weights, indices, hidden, None, [True] * 4)
+    distinct = {kernel.hash: (name, kernel) for name, kernel in launched}
+    return [_report(name, kernel) for name, kernel in distinct.values()]
+
+
+def _report(name: str, kernel) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(kernel.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(cubin))
         code = _run("nvdisasm", "-c", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return Report(
+        name=name,
         registers=int(found[1]),
-        spills=int(found[2]),
-        local=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        shared=compiled.metadata.shared,
-        tensor_ops=frozenset(re.findall(r"\b((?:HGMMA|HMMA|UTCHMMA|UTCQMMA|OMMA|QMMA)[\w.]*)", code)),
+        stack=int(found[2]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        shared=kernel.metadata.shared,
+        matrix_ops=frozenset(re.findall(r"\b((?:HGMMA|HMMA|UTCHMMA)[\w.]*)", code)),
     )
 
 

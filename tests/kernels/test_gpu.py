@@ -1,0 +1,116 @@
+"""Kernels on a GPU: bf16 numerics against fp64, the same bits every time, CUDA-graph replay.
+
+Run: pytest -m gpu tests/kernels/test_gpu.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moa.kernels import choose_engine, engines, low_rank_mixture, mixture_linear
+from moa.kernels.reference import low_rank_mixture_reference
+
+from .compare import EPS, Case, assert_three_way, make_case, results, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+ENGINES = ("triton_concat", "triton_grouped")
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+SHAPES = {
+    "one row": {"rows": (1,), "d_in": 1024, "d_out": 1024, "n_experts": 8, "rank": 8},
+    "sixteen rows": {"rows": (16,), "d_in": 1024, "d_out": 3072, "n_experts": 8, "rank": 8},
+    "odd sizes": {"rows": (333,), "d_in": 523, "d_out": 1111, "n_experts": 5, "rank": 7, "k": 3},
+    "tokens": {"rows": (4, 1024), "d_in": 1024, "d_out": 1024, "n_experts": 8, "rank": 8},
+    "long": {"rows": (8, 1024), "d_in": 512, "d_out": 768, "n_experts": 16, "rank": 16},
+    "sequences": {"rows": (4, 300), "wrows": (4, 1), "d_in": 256, "d_out": 256},
+    "dense": {"rows": (700,), "d_in": 256, "d_out": 512, "n_experts": 8, "rank": 8, "k": None},
+    "many experts": {"rows": (2048,), "d_in": 512, "d_out": 512, "n_experts": 64, "rank": 16},
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def on_gpu(case: Case) -> Case:
+    indices = None if case.indices is None else case.indices.cuda()
+    return Case(*(v.cuda() for v in (case.x, case.a, case.b, case.weights)), indices, case.grad.cuda())
+
+
+@each_engine
+@each_shape
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_three_way_precision(engine, shape, dtype, poisoned):
+    case = on_gpu(make_case(**shape)).to(dtype, torch.float32)
+    got = results(partial(low_rank_mixture, engine=engine), case)
+    assert_three_way(got, results(low_rank_mixture_reference, case), truth(case), eps=EPS[dtype])
+
+
+@each_engine
+@pytest.mark.parametrize("name", ["sixteen rows", "odd sizes", "long", "many experts"])
+def test_the_same_bits_every_time(engine, name):
+    case = on_gpu(make_case(**SHAPES[name])).to(torch.bfloat16, torch.float32)
+    first = results(partial(low_rank_mixture, engine=engine), case)
+    for _ in range(9):
+        for one, other in zip(first, results(partial(low_rank_mixture, engine=engine), case), strict=True):
+            assert torch.equal(one, other)
+
+
+@each_engine
+@pytest.mark.parametrize("n_rows", [1, 16, 512])
+def test_a_replayed_graph_gives_the_same(engine, n_rows):
+    """New inputs in the captured buffers, other experts included: the grids cover every routing."""
+    shape = {"d_in": 1024, "d_out": 1024, "n_experts": 8, "rank": 8}
+    case = on_gpu(make_case((n_rows,), **shape)).to(torch.bfloat16, torch.float32)
+    other = on_gpu(make_case((n_rows,), seed=1, **shape)).to(torch.bfloat16, torch.float32)
+    weight = (torch.randn(1024, 1024, device="cuda") / 32).bfloat16()
+    x, weights, indices = case.x.clone(), case.weights.clone(), case.indices.clone()
+
+    def run() -> torch.Tensor:
+        with torch.no_grad():
+            return mixture_linear(x, weight, None, case.a, case.b, weights, indices, engine=engine)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for new in (case, other):
+        x.copy_(new.x)
+        weights.copy_(new.weights)
+        indices.copy_(new.indices)
+        graph.replay()
+        replayed = captured.clone()
+        assert torch.equal(replayed, run())
+
+
+@each_engine
+def test_mixture_linear_three_way(engine):
+    case = on_gpu(make_case((600,), d_in=512, d_out=768, n_experts=8, rank=8)).to(torch.bfloat16, torch.float32)
+    weight = (torch.randn(768, 512, device="cuda") / 22).bfloat16()
+
+    def fused(x, *rest):
+        return mixture_linear(x, weight, None, *rest, engine=engine)
+
+    def apart(x, *rest):
+        return F.linear(x, weight.to(x.dtype)) + low_rank_mixture_reference(x, *rest)
+
+    exact = results(apart, case.to(torch.float64))
+    assert_three_way(results(fused, case), results(apart, case), exact, eps=EPS[torch.bfloat16])
+
+
+def test_fullgraph_compile_and_backward():
+    case = on_gpu(make_case((256,), d_in=256, d_out=256, n_experts=8, rank=8)).to(torch.float32)
+    compiled = torch.compile(low_rank_mixture, fullgraph=True, backend="aot_eager")
+    assert_three_way(results(compiled, case), results(low_rank_mixture_reference, case), truth(case), eps=1e-6)
+
+
+def test_the_dispatcher_picks_triton():
+    assert engines()["triton_concat"] is None
+    assert choose_engine(8192, 4096, 4096, 8, 8, 2, torch.bfloat16, "cuda") == "triton_concat"
+    assert choose_engine(8192, 4096, 4096, 128, 16, 2, torch.bfloat16, "cuda") == "triton_grouped"
