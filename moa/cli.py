@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: words after the program's name; None takes the process's own.
     """
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser(words).parse_args(words)
     try:
         arguments.run(arguments)
     except MoaError as error:
@@ -32,8 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of all sub-commands."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of all sub-commands.
+
+    Args:
+        words: the command line; where it asks for the help of `train`, that help lists every configuration key (to
+            read their documentation imports torch, which nothing else here does).
+    """
     from . import __version__
 
     top = argparse.ArgumentParser(prog="moa", description=DESCRIPTION)
@@ -52,12 +58,13 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    wants_keys = "train" in words and bool({"-h", "--help"} & set(words))
     demo = command("demo", _demo, "train a mixture on a real model and real tasks, in minutes")
     demo.add_argument("--model", default="minilm", help="packaged configuration: minilm (default) or smollm2")
     demo.add_argument("--prepare", action="store_true", help="only fetch the model and the data")
     _add_set(demo)
 
-    train = command("train", _train, "run a training configuration", _keys() if _wants_help("train", argv=None) else "")
+    train = command("train", _train, "run a training configuration", _keys() if wants_keys else "")
     train.add_argument("config", help="YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint-N of the run")
     _add_set(train)
@@ -99,12 +106,6 @@ def _add_set(sub: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override one key of the configuration, e.g. --set training.learning_rate=1e-3; may be repeated",
     )
-
-
-def _wants_help(name: str, argv: Sequence[str] | None) -> bool:
-    """Tell whether the keys of a configuration will be printed: reading their documentation imports torch."""
-    words = sys.argv[1:] if argv is None else argv
-    return name in words and any(word in ("-h", "--help") for word in words)
 
 
 def _keys() -> str:

@@ -58,6 +58,7 @@ def decoder_folder(folder: Path) -> Path:
         bos_token_id=None,
         eos_token_id=2,
         pad_token_id=0,
+        initializer_range=0.4,  # of the usual 0.02 the frozen output embeddings could not tell words apart
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
