@@ -29,7 +29,8 @@ class Routing:
         weights: (*rows, K) what multiplies the chosen experts' outputs.
         indices: (*rows, K) int64 chosen experts, distinct in each row; None means all of them, K = E.
         n_experts: E.
-        logits: (*rows, E) fp32 router outputs before the score function; None where there are none.
+        logits: (*rows, E) fp32 router outputs before the score function; None where there are none. With slots,
+            (*rows, E · p).
         scores: (*rows, E) fp32 after the score function; None where there are none.
         log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
         usage: (*rows, E) fp32 differentiable share of each expert that a balance loss of the router's counts, e.g. the

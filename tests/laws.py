@@ -63,6 +63,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("xlora", "t5"): "needs a model of one stack",
 }
 UNNORMALISED = {
+    "expert_choice",
     "sampled",
     "projection",
     "linear-not-renormalised",

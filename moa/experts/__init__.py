@@ -5,6 +5,7 @@ from .base import ExpertBank
 from .headed import HeadedLoRABank
 from .lora import LoRABank
 from .shared import SharedLoRABank
+from .slots import SlotBank
 from .vector import VectorBank
 
 BANKS: dict[str, type[ExpertBank]] = {
@@ -14,4 +15,13 @@ BANKS: dict[str, type[ExpertBank]] = {
     "shared": SharedLoRABank,
 }
 
-__all__ = ["BANKS", "AffineLoRABank", "ExpertBank", "HeadedLoRABank", "LoRABank", "SharedLoRABank", "VectorBank"]
+__all__ = [
+    "BANKS",
+    "AffineLoRABank",
+    "ExpertBank",
+    "HeadedLoRABank",
+    "LoRABank",
+    "SharedLoRABank",
+    "SlotBank",
+    "VectorBank",
+]

@@ -1,6 +1,7 @@
 """Routers: who decides which experts act on a row. `ROUTERS` names the classes."""
 
 from .base import Router
+from .choice import ExpertChoiceRouter, SoftRouter
 from .fixed import FixedRouter
 from .given import PreviewRouter
 from .linear import LinearRouter
@@ -19,12 +20,15 @@ ROUTERS: dict[str, type[Router]] = {
     "prototype": PrototypeRouter,
     "localized": LocalizedRouter,
     "threshold": ThresholdRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "soft": SoftRouter,
     "table": TableRouter,
     "task_embedding": TaskEmbeddingRouter,
 }
 
 __all__ = [
     "ROUTERS",
+    "ExpertChoiceRouter",
     "FixedRouter",
     "LinearRouter",
     "LocalizedRouter",
@@ -33,6 +37,7 @@ __all__ = [
     "PrototypeRouter",
     "Router",
     "SampledRouter",
+    "SoftRouter",
     "TableRouter",
     "TaskEmbeddingRouter",
     "ThresholdRouter",
