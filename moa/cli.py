@@ -58,13 +58,13 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    wants_keys = "train" in words and bool({"-h", "--help"} & set(words))
+    helps = bool({"-h", "--help"} & set(words))
     demo = command("demo", _demo, "train a mixture on a real model and real tasks, in minutes")
     demo.add_argument("--model", default="minilm", help="packaged configuration: minilm (default) or smollm2")
     demo.add_argument("--prepare", action="store_true", help="only fetch the model and the data")
     _add_set(demo)
 
-    train = command("train", _train, "run a training configuration", _keys() if wants_keys else "")
+    train = command("train", _train, "run a training configuration", _keys() if helps and "train" in words else "")
     train.add_argument("config", help="YAML file")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint-N of the run")
     _add_set(train)
@@ -82,6 +82,24 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     page = command("report", _report, "write a page with a run's routing figures")
     page.add_argument("run_dir", help="folder of a run")
+
+    epilog = _merge_methods() if helps and "merge" in words else ""
+    merge = command("merge", _merge, "merge PEFT LoRA adapters into one, offline", epilog)
+    merge.add_argument("adapters", nargs="+", help="PEFT LoRA folders")
+    merge.add_argument("--out", required=True, help="folder to write")
+    merge.add_argument("--method", default="ties", help="see below (ties)")
+    merge.add_argument("--weights", nargs="+", type=float, help="one number per adapter")
+    merge.add_argument("--base", help="folder of the base: write base plus merged change, not an adapter")
+    merge.add_argument("--rank", type=int, help="squeeze the merged change to this rank")
+    merge.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    merge.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="one option of the method, e.g. --set density=0.2; may be repeated",
+    )
 
     fold = command("fold", _fold, "fold a static mixture into its base and save the base")
     fold.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
@@ -134,6 +152,18 @@ def _one_bar() -> None:
     logging.disable_progress_bar()
 
 
+def _merge_methods() -> str:
+    """Return every merge method with its options and their neutral values."""
+    from .merge import METHODS
+    from .merge.engine import REQUIRED
+
+    lines = ["methods:"]
+    for name, row in METHODS.items():
+        options = [f"{key}={'REQUIRED' if o.default is REQUIRED else o.default}" for key, o in row.options.items()]
+        lines.append(f"  {name} ({row.paper})" + (f": {', '.join(options)}" if options else ""))
+    return "\n".join(lines)
+
+
 # -------------------------------------------------------------------- commands
 
 
@@ -184,6 +214,31 @@ def _report(arguments: argparse.Namespace) -> None:
     from .report import report
 
     print(report(arguments.run_dir))
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    """Merge PEFT LoRA adapters of one base by a named method; write an adapter, or with --base a whole checkpoint.
+
+    What squeezing to --rank loses is printed.
+    """
+    from .config import set_override
+    from .merge import merge_lazily, read_peft, write_checkpoint, write_peft
+
+    if arguments.base and arguments.rank:
+        raise ConfigError("--rank squeezes an adapter; with --base the merged change is added whole: leave one out.")
+    options: dict[str, Any] = {}
+    for override in arguments.overrides:
+        set_override(options, override)
+    adapters = [read_peft(folder) for folder in arguments.adapters]
+    merged = merge_lazily(adapters, arguments.weights, arguments.method, **options)
+    if arguments.base:
+        written = write_checkpoint(arguments.base, merged, arguments.out, overwrite=arguments.overwrite, progress=True)
+    else:
+        written = write_peft(merged, arguments.out, rank=arguments.rank, overwrite=arguments.overwrite, progress=True)
+    print(f"{written.path}: {written.changed} layers changed, {written.nbytes / 1e6:.2f} MB")
+    if written.errors:
+        worst = max(written.errors, key=lambda name: written.errors[name])
+        print(f"relative error of squeezing: largest {written.errors[worst]:.3f} in {worst}")
 
 
 def _fold(arguments: argparse.Namespace) -> None:

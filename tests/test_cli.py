@@ -105,6 +105,27 @@ def test_fold_saves_a_plain_model(saved_decoder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_merge_writes_an_adapter_or_a_checkpoint(
+    saved_decoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(saved_decoder), str(tmp_path / "out")]) == 0
+    experts = [str(tmp_path / "out" / f"expert_{e}") for e in (0, 1)]
+    assert main(["merge", *experts, "--method", "average", "--out", str(tmp_path / "merged")]) == 0
+    assert (
+        main(["merge", *experts, "--method", "average", "--base", str(tmp_path / "base"), "--out", f"{tmp_path}/m"])
+        == 0
+    )
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = moa.load(saved_decoder)(input_ids=ids).logits  # router "fixed": the average of both experts
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(whole(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    options = ["--set", "density=0.5", "--rank", "1", "--out", str(tmp_path / "ties")]
+    assert main(["merge", *experts, "--method", "ties", *options]) == 0
+    assert "relative error of squeezing" in said(capsys)
+    assert main(["merge", *experts, "--method", "tie", "--out", str(tmp_path / "x")]) == 2
+    assert "Did you mean 'ties'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -136,15 +157,19 @@ def test_an_existing_run_is_refused(run: Path, capsys: pytest.CaptureFixture[str
     assert "already holds a run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["train", "--help"], ["--help"], ["inspect", "--help"], ["demo", "-h"]])
+@pytest.mark.parametrize(
+    "words", [["train", "--help"], ["--help"], ["inspect", "--help"], ["demo", "-h"], ["merge", "-h"]]
+)
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 0
     text = said(capsys)
     if words == ["--help"]:
-        for name in ("demo", "train", "eval", "inspect", "report", "fold", "export", "bench"):
+        for name in ("demo", "train", "eval", "inspect", "report", "merge", "fold", "export", "bench"):
             assert f"    {name} " in text
+    if words[0] == "merge":
+        assert "ties (" in text and "density=REQUIRED" in text
     if words[0] == "train":
         for key in ("max_length:", "eval_fraction:", "search_epochs:", "max_new_tokens:"):
             assert key in text
