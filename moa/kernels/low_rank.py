@@ -40,7 +40,8 @@ def low_rank_mixture(
         weights come in each one's own dtype; products nobody asked for are not computed.
 
     Raises:
-        ShapeError: shapes, dtypes or devices that do not belong together.
+        ShapeError: shapes, dtypes or devices that do not belong together; an index that names no expert (on a
+            CPU always, on a GPU with MOA_DEBUG=1).
         BackendError: `engine` is not known or cannot run here.
 
     Source: Hu et al. 2021, arXiv 2106.09685, §4.1, summed over experts as in Shazeer et al. 2017, arXiv

@@ -6,6 +6,7 @@ The pair is opaque to `torch.compile`: a graph holds one node forward and one ba
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ShapeError
 from .dispatch import PLAIN, choose_engine, get_engine, has_native_matmul
 
 # From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
+# MOA_DEBUG=1 checks on a GPU what costs a sync there.
+DEBUG = os.environ.get("MOA_DEBUG") == "1"
 
 
 @torch.library.custom_op("moa::low_rank_mixture", mutates_args=())
@@ -31,6 +35,8 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
+    if indices is not None and (x.device.type == "cpu" or DEBUG):
+        check_range(indices, a.shape[0])
     with _exact_dtypes(x):
         return _forward(x, a, b, weights, indices, base, bias, *_engine(engine, x, a, b, weights))
 
@@ -123,6 +129,14 @@ def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tupl
         name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and name in PLAIN
     return get_engine(name), emulated and not has_native_matmul(x.dtype)
+
+
+def check_range(indices: Tensor, n_experts: int) -> None:
+    """Raise ShapeError where an index (T, K) names no expert. On a CPU always; on a GPU it would sync, so on demand."""
+    if indices.numel():
+        low, high = (int(value) for value in indices.aminmax())
+        if low < 0 or high >= n_experts:
+            raise ShapeError(f"indices lie between {low} and {high}; there are experts 0 … {n_experts - 1}.")
 
 
 def _exact_dtypes(x: Tensor) -> AbstractContextManager[object]:

@@ -280,6 +280,15 @@ def test_wrong_shapes_are_refused(change, message):
         low_rank_mixture(**operands)
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+@each_engine
+def test_an_index_of_no_expert_is_refused(engine, wrong):
+    case = make_case((6,))
+    case.indices[2, 1] = wrong
+    with pytest.raises(ShapeError, match=r"experts 0 … 3"):
+        low_rank_mixture(case.x, case.a, case.b, case.weights, case.indices, engine=engine)
+
+
 def test_wrong_dtypes_and_devices_are_refused():
     case = make_case((6,))
     with pytest.raises(ShapeError, match="int64"):
