@@ -138,6 +138,15 @@ def test_isotropic_has_one_singular_value(full: bool) -> None:
     close(torch.linalg.svdvals(got.dense())[:q], s[:q].mean().expand(q), 1e-12)
 
 
+def test_isotropic_counts_only_directions_that_are_there() -> None:
+    """A dense sum of low rank has zero singular values, which a mean over min(o, i) would count."""
+    low = isotropic(tasks(2), [1.0, 1.0])
+    assert low.rank == 4
+    full = isotropic(dense(tasks(2)), [1.0, 1.0])
+    assert full.rank == 4
+    close(full.dense(), low.dense(), 1e-11)
+
+
 def test_isotropic_of_nothing_is_nothing() -> None:
     assert isotropic([factors().zeros()], [1.0]).rank == 0
 
