@@ -113,7 +113,7 @@ def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path)
     """Copy a checkpoint's tensors into a model's own, which must agree in name and shape.
 
     Args:
-        own: name -> tensor of the model, changed in place.
+        own: name -> tensor of the model, of any shape, changed in place.
         tensors: name -> tensor of the checkpoint.
         folder: named in the error.
 
