@@ -15,7 +15,8 @@ from .folding import fold, folded_change
 from .mixture import Branch, Mixture
 from .preview import Preview
 from .recipes import Recipe
-from .sites import find_sites, inject, take_out
+from .sites import find_sites, inject, placement, take_out
+from .streams import Streams
 from .trace import Trace
 from .types import Context
 
@@ -28,6 +29,7 @@ class Host(nn.Module):
         context: what they share; the encoder half of an encoder-decoder shares `encoder_context`, which has its mask.
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
+        streams: in which the base runs, for recipes that have several; None for one.
     """
 
     base: nn.Module
@@ -35,6 +37,7 @@ class Host(nn.Module):
     encoder_context: Context
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
+    streams: Streams | None
     _preview: Preview | None = None
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
@@ -65,6 +68,12 @@ class Host(nn.Module):
             if part:
                 inject(self.base, recipe, context, part)
         names = [s.name for s in chosen]
+        streams = recipe.streams(self.base, names, self.context)
+        if streams is not None:
+            if self.streams is not None:
+                streams.remove()
+                raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
+            self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
         self.recipes.append((recipe, names))
         return names
 
@@ -169,6 +178,9 @@ class Host(nn.Module):
     def unload(self) -> nn.Module:
         """Take the mixtures out and return the base with its own layers, their weights untouched."""
         take_out(self.base)
+        if self.streams is not None:
+            self.streams.remove()
+            self.streams = None
         self.recipes.clear()
         return self.base
 
@@ -203,13 +215,13 @@ class Host(nn.Module):
         return self.base
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds: routers, experts and the modules trained whole, by their name.
+        """Return what a checkpoint holds: routers, experts, streams and the modules trained whole, by their name.
 
         A layer that several parents share has one entry, under its first name.
         """
         heads = tuple(f"base.{name}." for name in self.modules_to_save)
         state = self.state_dict(keep_vars=True)
-        chosen = {k: v for k, v in state.items() if ".branches." in k or (heads and k.startswith(heads))}
+        chosen = {k: v for k, v in state.items() if ".branches." in k or k.startswith(("streams.", *heads))}
         first = {id(v): k for k, v in reversed(chosen.items())}
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 

@@ -51,6 +51,7 @@ class MoAModel(Recomputed, PreTrainedModel):  # type: ignore[misc, override]
         self.encoder_context = Context()
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
+        self.streams = None
         self.objective = Objective()
         self.last_losses: dict[str, Tensor] = {}
         self._in_closure = False

@@ -52,6 +52,7 @@ RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "xlora": {"default": {"k": 0}, "topk": {}, "layerwise": {"layerwise": True, "depth": 2, "width": 8}},
     "mixlora": {"default": {"dropout": 0.0}},
+    "xcross": {"default": {"n_experts": 2, "k": 1}},
     "moelora": {"default": {"d_embedding": 5}},
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},
@@ -61,6 +62,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("mhr", "plain"): "n_heads=4 must divide",
     ("xlora", "plain"): "needs a transformers model",
     ("xlora", "t5"): "needs a model of one stack",
+    ("xcross", "plain"): "needs a transformers model",
+    ("xcross", "t5"): "needs a model of one stack",
+    ("xcross", "bert"): "lie outside",
 }
 UNNORMALISED = {
     "expert_choice",

@@ -1,6 +1,6 @@
 """The table of systems: importing this package fills `RECIPES`, one file per family of rows."""
 
-from . import choice, flylora, gates, given, hydra, mixlora, poly, remix
+from . import choice, flylora, gates, given, hydra, mixlora, poly, remix, xcross
 from .base import RECIPES, Recipe, Site, make_recipe, recipe_class, register_recipe
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "recipe_class",
     "register_recipe",
     "remix",
+    "xcross",
 ]

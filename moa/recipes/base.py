@@ -18,6 +18,7 @@ from ..experts import BANKS, ExpertBank
 from ..kernels import engines
 from ..mixture import Branch, Mixture
 from ..routers.base import check_experts
+from ..streams import Streams
 from ..types import Context
 
 
@@ -98,6 +99,16 @@ class Recipe:
             ConfigError: the model is of a kind that the recipe does not work on.
         """
         return self
+
+    def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams | None:
+        """Return the streams in which the base runs its batch (B, …), or None for a recipe that has one.
+
+        Args:
+            base: with the recipe's mixtures inside.
+            names: of their layers.
+            context: of the mixtures.
+        """
+        return None
 
     def scaling(self) -> float:
         """Return the factor on every expert's output: alpha / rank, with alpha = 2 · rank unless given."""

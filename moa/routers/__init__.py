@@ -4,6 +4,7 @@ from .base import Router
 from .choice import ExpertChoiceRouter, SoftRouter
 from .fixed import FixedRouter
 from .given import PreviewRouter
+from .identity import IdRouter
 from .linear import LinearRouter
 from .localized import LocalizedRouter
 from .projection import ProjectionRouter
@@ -30,6 +31,7 @@ __all__ = [
     "ROUTERS",
     "ExpertChoiceRouter",
     "FixedRouter",
+    "IdRouter",
     "LinearRouter",
     "LocalizedRouter",
     "PreviewRouter",

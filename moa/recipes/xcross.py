@@ -1,0 +1,60 @@
+"""X-Cross: streams of domain adapters that read each other after every block. arXiv 2504.20859, SIGIR 2025."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..mixture import Branch
+from ..preview import hidden_width
+from ..routers import IdRouter
+from ..streams import Streams, find_body
+from ..types import Context
+from .base import Recipe, Site, register_recipe
+
+
+@register_recipe("xcross", "X-Cross, arXiv 2504.20859")
+@dataclass(frozen=True, kw_only=True)
+class XCross(Recipe):
+    """One stream of the model per frozen domain adapter; after every block each stream reads the others.
+
+    The crossings, the streams' weights at the end and the head are what is trained.
+
+    Args:
+        beta: β of the direct terms.
+        gamma: γ of the difference terms.
+
+    Source: arXiv 2504.20859, §3, as far as public accounts give its equations; see `moa.streams`.
+    Differs: the paper's β, γ, its start of W and whether z is per token are not public: here 1, 1, zero (the model
+        starts as the mean of the adapted ones) and per token. One forward runs all streams, folded into the batch.
+    """
+
+    wants_experts = True
+
+    k: int = 1
+    beta: float = 1.0
+    gamma: float = 1.0
+
+    def build(self, site: Site) -> list[Branch]:
+        """Return one branch: expert m for the rows (n · B, …) of stream m."""
+        return [Branch(IdRouter(site.d_in, self.n_experts), self.bank(site))]
+
+    def for_base(self, base: nn.Module) -> Recipe:
+        """Return the recipe.
+
+        Raises:
+            ConfigError: an encoder-decoder, or a model whose width is not known.
+        """
+        hidden_width(base)
+        if self.k != 1:
+            raise ConfigError(f"a stream has one expert: k must be 1, got {self.k}.")
+        return self
+
+    def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams:
+        """Return the streams of the base, whose crossings have weights (2 n (n − 1), n · d)."""
+        body, blocks = find_body(base, names)
+        width = hidden_width(base)
+        return Streams(self.n_experts, width, body, blocks, context, beta=self.beta, gamma=self.gamma)
