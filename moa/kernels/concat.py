@@ -9,7 +9,11 @@ gradients that are asked for. Rows are flat here; weights and indices have one r
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
+_FEW_ROWS = 32
 
 
 def forward(
@@ -23,6 +27,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
     n_experts, rank, _ = a.shape
+    if indices is not None and x.shape[0] == 1:
+        # One row, as in decoding: its experts' factors are few enough to gather, and there is nothing to lay out.
+        chosen = indices[0]
+        a, b, indices = a.index_select(0, chosen), b.index_select(0, chosen), None
+        n_experts = a.shape[0]
     full = x @ a.flatten(0, 1).T  # (T, E·r)
     if indices is None:
         hidden = full.view(-1, n_experts, rank)
@@ -33,9 +42,7 @@ def forward(
         mixed = spread(scale(hidden, weights), slots, n_experts)
     up = b.flatten(0, 1)
     y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
-    if base is not None:
-        y.addmm_(x, base.T)
-    return y, hidden
+    return (y if base is None else add_base(y, x, base)), hidden
 
 
 def backward(
@@ -84,6 +91,13 @@ def backward(
     return found
 
 
+def add_base(y: Tensor, x: Tensor, base: Tensor) -> Tensor:
+    """Return y (T, o) plus x baseᵀ, in place."""
+    if x.shape[0] <= _FEW_ROWS:
+        return y.add_(F.linear(x, base))
+    return y.addmm_(x, base.T)
+
+
 def slot_rows(indices: Tensor, n_experts: int) -> Tensor:
     """Return where each slot lies (T·K,) in a (T·E)-row view of the full hidden values."""
     first = torch.arange(0, indices.shape[0] * n_experts, n_experts, device=indices.device)
@@ -94,7 +108,7 @@ def scale(values: Tensor, weights: Tensor) -> Tensor:
     """Return values (T, K, r) times weights (T, K) in values' dtype; exactly 0 where a weight is 0."""
     gate = weights[..., None]
     # The product is formed in the wider dtype, so that fp32 weights round once.
-    return torch.where(gate != 0, values * gate, 0).to(values.dtype)
+    return (values * gate).masked_fill_(gate == 0, 0).to(values.dtype)
 
 
 def spread(values: Tensor, slots: Tensor | None, n_experts: int) -> Tensor:

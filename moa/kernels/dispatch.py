@@ -52,6 +52,7 @@ def why_not(name: str) -> str | None:
     return _module(name).why_not()
 
 
+@functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..errors import ShapeError
 from . import ops
@@ -128,17 +129,23 @@ def _apply(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    y, _ = ops.forward_op(
-        x.reshape(-1, x.shape[-1]).to(dtype),
-        a.to(dtype),
-        b.to(dtype),
-        weights.reshape(-1, k),
-        None if indices is None else indices.reshape(-1, k),
-        None if base is None else base.to(dtype),
-        None if bias is None else bias.to(dtype),
-        engine or "",
-    )
-    return y.view(*rows, y.shape[-1])
+    # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
+    run = ops.run_forward if _plain(x, a, b, weights) else ops.forward_op
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if weights.ndim != 2:
+        weights = weights.reshape(-1, k)
+        indices = None if indices is None else indices.reshape(-1, k)
+    factors = (value if value.dtype == dtype else value.to(dtype) for value in (flat, a, b))
+    frozen = (value if value is None or value.dtype == dtype else value.to(dtype) for value in (base, bias))
+    y, _ = run(*factors, weights, indices, *frozen, engine or "")
+    return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
+
+
+def _plain(*operands: Tensor) -> bool:
+    """Return whether nothing traces or differentiates this call."""
+    if torch.compiler.is_compiling() or not all(type(value) in (Tensor, Parameter) for value in operands):
+        return False
+    return not torch.is_grad_enabled() or not any(value.requires_grad for value in operands)
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None) -> None:

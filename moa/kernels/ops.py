@@ -35,6 +35,20 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
+    return run_forward(x, a, b, weights, indices, base, bias, engine)
+
+
+def run_forward(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+    engine: str,
+) -> tuple[Tensor, Tensor]:
+    """Return what `forward_op` returns, without its bookkeeping: for plain tensors of which none needs a gradient."""
     if indices is not None and (x.device.type == "cpu" or DEBUG):
         check_range(indices, a.shape[0])
     with _exact_dtypes(x):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import concat
-from .concat import scale, slot_dot
+from .concat import add_base, scale, slot_dot
 from .plan import Plan, sort_slots
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -41,9 +41,7 @@ def forward(
     y = _expand(mixed, b, plan, spans, indices.shape)
     if bias is not None:
         y += bias
-    if base is not None:
-        y.addmm_(x, base.T)
-    return y, hidden
+    return (y if base is None else add_base(y, x, base)), hidden
 
 
 def backward(
