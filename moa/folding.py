@@ -76,10 +76,10 @@ def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:
 
 @torch.no_grad()
 def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
-    """Return the base layer (i -> o) with the mixture added to its weight and bias, changed in place.
+    """Return the base layer (i -> o) with new parameters: its weight and bias plus the mixture.
 
     The sums are formed in fp32 at least and rounded once to the base's dtype. A base without a bias gets one where
-    the mixture adds a constant.
+    the mixture adds a constant. The old parameters are not written to: another model may share them.
 
     Args:
         mixture: to fold.
@@ -90,15 +90,30 @@ def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
     """
     base: Any = mixture.base
     delta, shift = folded_change(mixture, task)
-    _add(base.weight, delta.T if is_conv1d(base) else delta)
+    base.weight = _sum(base.weight, delta.T if is_conv1d(base) else delta)
     if shift is not None:
-        if getattr(base, "bias", None) is None:
-            base.bias = nn.Parameter(torch.zeros_like(shift, dtype=base.weight.dtype), requires_grad=False)
-        _add(base.bias, shift)
+        bias = getattr(base, "bias", None)
+        base.bias = _sum(torch.zeros_like(shift, dtype=base.weight.dtype) if bias is None else bias, shift)
     folded: nn.Module = base
     return folded
 
 
-def _add(parameter: Tensor, change: Tensor) -> None:
+def _sum(parameter: Tensor, change: Tensor) -> nn.Parameter:
     wide = torch.promote_types(parameter.dtype, change.dtype)
-    parameter.copy_((parameter.to(wide) + change.to(wide)).to(parameter.dtype))
+    total = (parameter.to(wide) + change.to(wide)).to(parameter.dtype)
+    return nn.Parameter(total.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def check_untied(model: nn.Module, mixture: Mixture) -> None:
+    """Check that no other module uses the weight (o, i) that a mixture folds into, as tied embeddings do.
+
+    Raises:
+        FoldError: one does; both are named.
+    """
+    weight = getattr(mixture.base, "weight", None)
+    for name, module in model.named_modules():
+        if module is not mixture.base and any(p is weight for p in module._parameters.values() if p is not None):
+            raise FoldError(
+                f"{mixture.name}: its weight is also that of {name}, which has no mixture: folding would change that "
+                "too, or untie what a saved checkpoint ties again. Untie the two before building on it."
+            )

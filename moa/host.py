@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .errors import ConfigError
 from .experts import LoRABank
-from .folding import fold, folded_change
+from .folding import check_untied, fold, folded_change
 from .mixture import Branch, Mixture
 from .preview import Preview
 from .recipes import Recipe
@@ -170,6 +170,7 @@ class Host(nn.Module):
         """
         mixtures = self.mixtures()
         for mixture in mixtures.values():
+            check_untied(self.base, mixture)
             folded_change(mixture, task_id)
         for mixture in mixtures.values():
             fold(mixture, task_id)

@@ -95,3 +95,21 @@ def test_a_base_without_a_dense_weight_is_refused():
     with pytest.raises(FoldError, match="0: a Packed holds no dense weight"):
         model.merge_and_unload()
     assert torch.equal(model.base[1].base.weight, start)
+
+
+def test_the_old_parameters_are_left_to_whoever_shares_them():
+    model = build("plain")
+    shared = {name: (m.base.weight, m.base.weight.clone(), m.base.bias) for name, m in model.mixtures().items()}
+    folded = model.merge_and_unload()
+    for name, (weight, copy, _) in shared.items():
+        assert torch.equal(weight, copy) and not torch.equal(folded.get_submodule(name).weight, copy)
+        assert not folded.get_submodule(name).weight.requires_grad
+
+
+def test_a_weight_tied_to_another_module_is_refused():
+    model = moa.build(models.llama(tie_word_embeddings=True), "fixed", targets=["lm_head"])
+    models.randomise(model)
+    start = model.base.model.embed_tokens.weight.clone()
+    with pytest.raises(FoldError, match=r"lm_head: its weight is also that of model.embed_tokens"):
+        model.merge_and_unload()
+    assert torch.equal(model.base.model.embed_tokens.weight, start)
