@@ -104,9 +104,13 @@ class BlockEntry(BlockLayer):
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        slots = x.unsqueeze(-2).expand(*x.shape[:-1], routing.k, x.shape[-1])
-        one = torch.ones_like(routing.weights).unsqueeze(-1)
-        out = branch.bank(slots, Routing(one, routing.indices.unsqueeze(-1), routing.n_experts))
+        one = torch.ones_like(routing.weights[..., :1])
+        # slot by slot, so that all of them share x, which is kept for the backward pass
+        slots = [
+            branch.bank(x, Routing(one, chosen.unsqueeze(-1), routing.n_experts))
+            for chosen in routing.indices.unbind(-1)
+        ]
+        out = torch.stack(slots, -2)
         return base_out.unsqueeze(-2) + out.to(base_out.dtype)
 
 

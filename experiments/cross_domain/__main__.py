@@ -30,6 +30,7 @@ def main() -> None:
         ("n_test", int),
         ("length", int),
         ("passes", int),
+        ("source_passes", int),
         ("max_epochs", int),
         ("lr_lora", float),
         ("lr_streams", float),

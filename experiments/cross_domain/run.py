@@ -39,6 +39,7 @@ class Settings:
         length: tokens of a history.
         batch: users per step.
         passes: users seen in training, in all: max(1, passes // n_users) epochs, at most max_epochs.
+        source_passes: the same for the source adapters.
         max_epochs: see passes.
         lr_lora: learning rate of LoRA.
         lr_streams: learning rate of the crossings and stream weights.
@@ -57,6 +58,7 @@ class Settings:
     length: int = 64
     batch: int = 25
     passes: int = 2000
+    source_passes: int = 6000
     max_epochs: int = 10
     lr_lora: float = 1e-3
     lr_streams: float = 1e-4
@@ -112,12 +114,12 @@ class Bench:
                 out.append(model(**self.batch(domain, tests[start : start + 100]))["logits"])
         return torch.cat(out)
 
-    def train(self, model: Any, domain: Domain, users: list[list[str]], seed: str, groups: list[dict[str, Any]]) -> int:
+    def train(self, model: Any, domain: Domain, users: list[list[str]], seed: str, passes: int) -> int:
         """Train on the users' last purchase, the negatives drawn anew each epoch; return the number of steps."""
         settings = self.settings
-        epochs = min(settings.max_epochs, max(1, settings.passes // len(users)))
+        epochs = min(settings.max_epochs, max(1, passes // len(users)))
         total = epochs * -(-len(users) // settings.batch)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups_of(model, settings), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / total))
         model.train()
         for epoch in range(epochs):
@@ -157,9 +159,8 @@ def source_adapters(bench: Bench, folder: Path, say: Callable[[str], None]) -> l
         domain = bench.domain(name)
         model = lora(bench, head=False)
         started = time.time()
-        bench.train(
-            model, domain, domain.train[: bench.settings.source_users], "source", groups_of(model, bench.settings)
-        )
+        users = domain.train[: bench.settings.source_users]
+        bench.train(model, domain, users, "source", bench.settings.source_passes)
         tests = cases(domain, domain.test, "test")
         before, after = (metrics(bench.scores(m, domain, tests), tests) for m in (bench.ranker(), model))
         say(f"source {name}: {before} -> {after} in {time.time() - started:.0f} s")
@@ -197,7 +198,7 @@ def run(settings: Settings, say: Callable[[str], None] = print, bench: Bench | N
                     else:
                         model = lora(bench, head=True)
                     started = time.time()
-                    bench.train(model, target, order[:size], str(seed), groups_of(model, settings))
+                    bench.train(model, target, order[:size], str(seed), settings.passes)
                     seconds = time.time() - started
                     parameters = model.get_nb_trainable_parameters()[0]
                     note(method, size, seed, bench.scores(model, target, tests), parameters, seconds)
