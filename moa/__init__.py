@@ -30,6 +30,7 @@ _HOMES = {
     "register_recipe": "recipes",
     "export_expert": "peft_format",
     "fold": "folding",
+    "distill": "distill",
     "MoaError": "errors",
 }
 
@@ -38,6 +39,7 @@ __all__ = ["__version__", *_HOMES]
 if TYPE_CHECKING:
     from .build import build, load
     from .callbacks import RoutingMonitor
+    from .distill import distill
     from .errors import MoaError
     from .experts import ExpertBank
     from .folding import fold
