@@ -192,6 +192,9 @@ def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
                 compare.validation_fraction,
                 run.config.seed,
             )
+        elif all(branch.bank.zero_at_init for _, branch in model.branches()):
+            scores = results["scores"]["before"]
+            about = {"what": "the base as it is, not trained (experts that start at zero: the same as before)"}
         else:
             with model.disable_adapter():
                 scores, about = run.evaluate(model), {"what": "the base as it is, not trained"}
