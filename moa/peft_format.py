@@ -17,9 +17,12 @@ from torch import Tensor
 from .checkpoint import replacing
 from .errors import CheckpointError, ConfigError
 from .experts import LoRABank
+from .merge.card import model_card
 from .mixture import Branch, Mixture, is_conv1d
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# end of a base's class name -> peft's name for what it does, where that changes nothing but peft's class
+TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 KEY = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -145,9 +148,9 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
 
 
 def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
-    """Write one expert as a PEFT LoRA folder that peft loads alone, and return its path.
+    """Write one expert as a PEFT LoRA folder that peft loads alone, with a model card, and return its path.
 
-    Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`).
+    Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
 
     Args:
         model: a `MoAModel` whose layers hold one `LoRABank` each, down (E, r, i) and up (E, r, o).
@@ -182,14 +185,19 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
             transposed |= is_conv1d(mixture.base)
     if not tensors:
         raise ConfigError("this model has no mixtures to export.")
+    for head in model.modules_to_save:
+        for key, value in model.base.get_submodule(head).state_dict().items():
+            tensors[f"base_model.model.{head}.{key}"] = value.detach().cpu().contiguous()
+    base = getattr(model.base, "name_or_path", None) or None
+    task_type = next((kind for end, kind in TASK_TYPES.items() if type(model.base).__name__.endswith(end)), None)
     names = sorted(ranks)
     endings = tuple(f".{name}" for name in names)  # peft takes a listed name for an ending, a string for a whole name
     alike = any(n.endswith(endings) for n, _ in model.base.named_modules() if n not in ranks)
     rank, alpha = max(set(ranks.values()), key=list(ranks.values()).count), next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(model.base, "name_or_path", None) or None,
+        "task_type": task_type,
+        "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
@@ -198,6 +206,7 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
+        "modules_to_save": list(model.modules_to_save) or None,
         "inference_mode": True,
     }
     target.mkdir(parents=True, exist_ok=True)
@@ -205,4 +214,6 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with replacing(target / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
+    with replacing(target / "README.md") as temporary:
+        temporary.write_text(model_card(base, f"Expert {expert} of a mixture of adapters made by moa.", task_type))
     return target

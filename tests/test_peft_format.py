@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -117,6 +118,41 @@ def test_recipes_of_unequal_rank_export_with_patterns(tmp_path):
     with model.pin_expert(1):
         expected = models.outputs_of(model, models.lm_batch())
     theirs = PeftModel.from_pretrained(models.llama(), moa.export_expert(model, 1, tmp_path)).eval()
+    assert_close(models.outputs_of(theirs, models.lm_batch()), expected, 1e-5)
+
+
+def test_a_head_trained_whole_is_exported_with_the_expert(tmp_path):
+    model = models.randomise(moa.build(models.bert(), "topk", n_experts=2, k=1, rank=2)).eval()
+    assert model.modules_to_save == ["classifier"]
+    with model.pin_expert(1):
+        expected = models.outputs_of(model, models.class_batch())
+    theirs = PeftModel.from_pretrained(models.bert(), moa.export_expert(model, 1, tmp_path)).eval()
+    assert_close(models.outputs_of(theirs, models.class_batch()), expected, 1e-5)
+
+
+def test_the_card_says_what_pefts_own_does(tmp_path):
+    model = models.randomise(moa.build(models.llama(), "topk", n_experts=2, k=1, rank=2))
+    model.base.name_or_path = "some/base: #1"
+    ours = ModelCard.load(moa.export_expert(model, 1, tmp_path / "ours") / "README.md")
+    base = models.llama()
+    base.config._name_or_path = base.name_or_path = "some/base: #1"
+    get_peft_model(base, LoraConfig(target_modules=LLAMA, task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path / "theirs", save_embedding_layers=False
+    )
+    theirs = ModelCard.load(tmp_path / "theirs" / "README.md")
+    wanted = {key: theirs.data.to_dict()[key] for key in ("base_model", "library_name", "pipeline_tag")}
+    assert wanted["base_model"] == "some/base: #1"
+    assert {key: ours.data.to_dict()[key] for key in wanted} == wanted
+    assert set(ours.data.tags) == set(theirs.data.tags) - {"transformers"}
+    assert "Expert 1" in ours.text and theirs.text.splitlines()[-1] in ours.text
+
+
+def test_a_distilled_mixture_is_an_adapter_that_peft_loads(tmp_path):
+    model = models.randomise(moa.build(models.gpt2(), "topk", n_experts=3, k=1, rank=2)).eval()
+    student = moa.distill(model, 4, [models.lm_batch()]).model
+    folder = moa.export_expert(student, 0, tmp_path)
+    theirs = PeftModel.from_pretrained(models.gpt2(), folder).eval()
+    expected = models.outputs_of(student, models.lm_batch())
     assert_close(models.outputs_of(theirs, models.lm_batch()), expected, 1e-5)
 
 

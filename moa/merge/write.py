@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ..errors import CheckpointError, ConfigError, ShapeError
 from .atomic import TYPE_NAMES, plan_shards, staged, write_safetensors
+from .card import model_card, peft_version
 from .checkpoint import Checkpoint, read_json
 from .compose import Squeezed, squeeze
 from .delta import Delta, DeltaLike, LowRank, as_delta, check_finite, listed
@@ -209,7 +209,7 @@ def write_peft(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Written:
-    """Write low-rank deltas as a PEFT LoRA folder with scale 1: alpha = r in every module.
+    """Write low-rank deltas as a PEFT LoRA folder with scale 1 (alpha = r in every module) and a model card.
 
     target_modules lists full module paths. PEFT takes each as the end of a path, so a base that holds the same path
     again under another name gets an idle zero adapter there, and PEFT warns of missing keys.
@@ -260,6 +260,8 @@ def write_peft(
         specs = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
         nbytes = write_safetensors(partial / "adapter_model.safetensors", specs, tensors.items())
         write_json(partial / "adapter_config.json", _peft_config(ranks, base, task_type))
+        what = f"A low-rank change of {len(ranks)} linear layers, made by moa ({Path(source).name})."
+        (partial / "README.md").write_text(model_card(base, what, task_type), encoding="utf-8")
     return Written(Path(out), ("adapter_model.safetensors",), nbytes, len(ranks), errors)
 
 
@@ -286,10 +288,6 @@ def _peft_config(ranks: Mapping[str, int], base: str | None, task_type: str | No
     most = max(ranks.values())
     # "^" and escapes: PEFT reads the keys as regular expressions for the end of a module's path.
     other = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != most}
-    try:
-        peft_version: str | None = version("peft")
-    except PackageNotFoundError:
-        peft_version = None
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -312,5 +310,5 @@ def _peft_config(ranks: Mapping[str, int], base: str | None, task_type: str | No
         "target_modules": sorted(ranks),
         "rank_pattern": other,
         "alpha_pattern": dict(other),
-        **({"peft_version": peft_version} if peft_version else {}),
+        **({"peft_version": number} if (number := peft_version()) else {}),
     }

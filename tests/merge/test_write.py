@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 import moa.merge.write as module
@@ -262,6 +263,17 @@ def test_peft_loads_unequal_ranks_with_the_same_outputs(tmp_path: Path) -> None:
     for name, delta in deltas.items():
         assert torch.equal(back[name].down, delta.down.float())  # type: ignore[attr-defined]
         assert torch.equal(back[name].up, delta.up.float())  # type: ignore[attr-defined]
+
+
+def test_the_card_names_the_base_and_what_it_is(tmp_path: Path) -> None:
+    write_peft({"q.weight": factors(2, 6, 8)}, tmp_path / "out", base_model="toy/base", task_type="CAUSAL_LM")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "toy/base" and card.data.library_name == "peft"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["base_model:adapter:toy/base", "lora"]
+    assert "1 linear layers" in card.text and f"- PEFT {peft.__version__}" in card.text
+    write_peft({"q.weight": factors(2, 6, 8)}, tmp_path / "unnamed")
+    assert ModelCard.load(tmp_path / "unnamed" / "README.md").data.base_model is None
 
 
 def test_merged_adapters_round_trip_through_peft(tmp_path: Path) -> None:
