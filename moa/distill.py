@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from .experts import LoRABank
 from .mean_routing import branch_key, mean_change, mean_routings
 from .merge import Squeezed, squeeze
 from .outputs import logits_of, loss_of
-from .sites import take_out
+from .sites import copy_sharing, take_out
 
 if TYPE_CHECKING:
     from .model import MoAModel
@@ -163,12 +162,9 @@ def _student(model: MoAModel, rank: int) -> MoAModel:
     """Return a fresh LoRA on the layers of the mixtures, over a copy of the base that shares its frozen tensors."""
     from .build import build
 
-    heads = tuple(f"{name}." for name in model.modules_to_save)
-    frozen = [p for n, p in model.base.named_parameters() if not p.requires_grad and not n.startswith(heads)]
-    names = list(model.mixtures())
-    base: nn.Module = copy.deepcopy(model.base, {id(t): t for t in [*frozen, *model.base.buffers()]})
+    base = copy_sharing(model.base, model.modules_to_save)
     take_out(base)
-    targets = "|".join(map(re.escape, names))
+    targets = "|".join(map(re.escape, model.mixtures()))
     student = build(
         base, "fixed", n_experts=1, rank=rank, alpha=rank, targets=targets, modules_to_save=model.modules_to_save
     )

@@ -39,6 +39,7 @@ class Host(nn.Module):
     modules_to_save: list[str]
     streams: Streams | None
     _preview: Preview | None = None
+    _folded: bool = False
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
         """Put a recipe's mixtures into the base and return their names.
@@ -128,7 +129,12 @@ class Host(nn.Module):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the frozen base alone inside the block."""
+        """Run the frozen base alone inside the block.
+
+        Raises:
+            ConfigError: inside `folded`, where the base is not the frozen one.
+        """
+        self._check_not_folded("disable_adapter")
         before = self.context.enabled
         self.context.enabled = self.encoder_context.enabled = False
         try:
@@ -141,8 +147,9 @@ class Host(nn.Module):
         """Use one expert with weight 1 in every layer inside the block, in place of the routers.
 
         Raises:
-            ConfigError: at the first layer that has no such expert.
+            ConfigError: at the first layer that has no such expert; inside `folded`.
         """
+        self._check_not_folded("pin_expert")
         before = self.context.pinned
         self.context.pinned = self.encoder_context.pinned = expert
         try:
@@ -175,6 +182,19 @@ class Host(nn.Module):
         for mixture in mixtures.values():
             fold(mixture, task_id)
         return self.unload()
+
+    def folded(self, task_id: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
+        """Run with the mixtures folded into their layers inside the block, the base bit for bit as it was afterwards.
+
+        Args:
+            task_id: fold what this task's inputs get, where routers look at the task.
+
+        Raises:
+            FoldError: a mixture has no exact weight; the layer and the reason are named.
+        """
+        from .folded import folded
+
+        return folded(self, task_id)
 
     def unload(self) -> nn.Module:
         """Take the mixtures out and return the base with its own layers, their weights untouched."""
@@ -227,7 +247,12 @@ class Host(nn.Module):
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
     def describe(self) -> dict[str, Any]:
-        """Return what rebuilds this model: base, recipes, layers; plain JSON values."""
+        """Return what rebuilds this model: base, recipes, layers; plain JSON values.
+
+        Raises:
+            ConfigError: inside `folded`, where the base is not the frozen one.
+        """
+        self._check_not_folded("saving")
         config: Any = getattr(self.base, "config", None)
         if not hasattr(config, "to_dict"):  # a plain module's own affair
             config = None
@@ -241,6 +266,12 @@ class Host(nn.Module):
             "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,
         }
+
+    def _check_not_folded(self, what: str) -> None:
+        if self._folded:
+            raise ConfigError(
+                f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
+            )
 
 
 def _encoder_modules(base: nn.Module) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
@@ -158,6 +159,18 @@ def take_out(model: nn.Module, chosen: set[int] | None = None) -> None:
         if isinstance(module, Mixture) and (chosen is None or id(module) in chosen):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base)
+
+
+def copy_sharing(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
+    """Return a copy of a model that shares its frozen tensors (o, i): its modules can change, its memory hardly grows.
+
+    Args:
+        model: with mixtures inside or not; what is trained is copied.
+        own: names of modules that are copied though they may be frozen.
+    """
+    heads = tuple(f"{name}." for name in own)
+    frozen = [p for n, p in model.named_parameters() if not p.requires_grad and not n.startswith(heads)]
+    return copy.deepcopy(model, {id(t): t for t in [*frozen, *model.buffers()]})
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:

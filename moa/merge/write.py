@@ -106,7 +106,7 @@ def write_checkpoint(
     }
     inputs = [folder, *(s for s in [getattr(deltas, "source", "")] if s and Path(s).exists())]
     with staged(out, overwrite=overwrite, inputs=inputs) as partial:
-        _copy_rest(folder, partial)
+        copy_rest(folder, partial)
         shards = plan_shards(weights, types, max_shard_bytes)
         bar = tqdm(total=len(weights), desc="write", disable=not progress)
         files: dict[str, list[str]] = {}
@@ -166,8 +166,8 @@ def _changed(weight: Tensor, deltas: Mapping[str, DeltaLike], name: str) -> Tens
     return wide + delta.dense().to(dtype)
 
 
-def _copy_rest(folder: Path, partial: Path) -> None:
-    """Copy every file that holds no weights, in sub-folders too; hidden ones (caches, .git) are left."""
+def copy_rest(folder: Path, partial: Path) -> None:
+    """Copy every file that holds no weights (no tensors of any shape), in sub-folders too; hidden ones are left."""
     for source in sorted(folder.rglob("*")):
         inside = source.relative_to(folder)
         if any(part.startswith(".") for part in inside.parts) or source.name.endswith(WEIGHT_SUFFIXES):

@@ -1,0 +1,111 @@
+"""A static mixture as a plain model: folded for a while and taken back bit for bit, or written as a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import ConfigError
+from .folding import check_untied, fold, folded_change
+from .merge.atomic import staged
+from .merge.write import copy_rest
+from .mixture import Mixture
+from .sites import copy_sharing, take_out
+
+if TYPE_CHECKING:
+    from .host import Host
+
+
+@contextlib.contextmanager
+def folded(model: Host, task_id: int | None = None) -> Iterator[nn.Module]:
+    """Run with every mixture folded into its layer inside the block; afterwards the base is what it was, bit for bit.
+
+    The old parameters are kept and put back, not computed: while the block lasts, the folded layers take twice their
+    memory. An error on the way leaves them as they were, too.
+
+    Args:
+        model: whose mixtures are static.
+        task_id: fold what this task's inputs get.
+
+    Yields:
+        The base, which gives the mixture's outputs.
+
+    Raises:
+        FoldError: a mixture has no exact weight; the layer and the reason are named.
+    """
+    _check(model, task_id)
+    kept: list[tuple[Any, Any, Any]] = []
+    enabled = model.context.enabled
+    try:
+        for mixture in model.mixtures().values():
+            base: Any = mixture.base
+            kept.append((base, base.weight, getattr(base, "bias", None)))
+            fold(mixture, task_id)
+        model.context.enabled = model.encoder_context.enabled = False
+        model._folded = True
+        yield model.base
+    finally:
+        model._folded = False
+        model.context.enabled = model.encoder_context.enabled = enabled
+        for base, weight, bias in kept:
+            base.weight = weight
+            if getattr(base, "bias", None) is not bias:
+                base.bias = bias
+
+
+def save_folded(
+    model: Host,
+    out: str | Path,
+    *,
+    task_id: int | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write the base with every mixture folded in, as a checkpoint that transformers loads without moa.
+
+    Sharded safetensors with the base's config; where the base came from a folder, its other files (tokenizer, licence)
+    go along. The folder appears whole or not at all. The model is left as it was.
+
+    Args:
+        model: whose mixtures are static, on a transformers base; layers (*rows, i) -> (*rows, o).
+        out: the folder to make.
+        task_id: fold what this task's inputs get.
+        max_shard_size: above which a new file begins, bytes or "5GB".
+        overwrite: replace `out` if it holds a checkpoint.
+
+    Returns:
+        `out` as a path.
+
+    Raises:
+        FoldError: a mixture has no exact weight; the layer and the reason are named.
+        ConfigError: the base is no transformers model, or `out` is the base's folder.
+        CheckpointError: `out` exists.
+    """
+    base: Any = model.base
+    if not hasattr(base, "save_pretrained"):
+        raise ConfigError(
+            f"a {type(base).__name__} is no transformers model: call merge_and_unload() and save its state_dict."
+        )
+    source = Path(getattr(base, "name_or_path", "") or "")
+    known = source != Path() and source.is_dir()
+    _check(model, task_id)
+    with staged(out, overwrite=overwrite, inputs=[source] if known else []) as partial:
+        if known:
+            copy_rest(source, partial)
+        plain: Any = copy_sharing(base)
+        for mixture in [m for m in plain.modules() if isinstance(m, Mixture)]:
+            fold(mixture, task_id)
+        take_out(plain)
+        plain.save_pretrained(partial, max_shard_size=max_shard_size)
+    return Path(out)
+
+
+def _check(model: Host, task_id: int | None) -> None:
+    """Refuse before anything has changed."""
+    for mixture in model.mixtures().values():
+        check_untied(model.base, mixture)
+        folded_change(mixture, task_id)
