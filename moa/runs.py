@@ -28,9 +28,10 @@ from .build import build
 from .config import TrainConfig
 from .errors import ConfigError, unknown_name
 from .heads import MultiTaskForSequenceClassification
+from .metrics import best_ids, exact_match
 from .model import MoAModel
 from .monitor import RoutingStatistics
-from .tasks import Collator, EncodedTask, best_ids, exact_match
+from .tasks import Collator, EncodedTask
 from .trace import Record
 from .types import Routing
 

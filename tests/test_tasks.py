@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from moa.errors import ConfigError
-from moa.tasks import IGNORED, Collator, Task, best_ids, encode_tasks, exact_match
+from moa.metrics import best_ids, exact_match
+from moa.tasks import IGNORED, Collator, Task, encode_tasks
 
 from .tiny_run import VOCAB, rows, tokenizer, write_jsonl
 
