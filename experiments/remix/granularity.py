@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 import moa
 from experiments.bench.common import write
+from moa.demo import cache_folder
 from moa.heads import MultiTaskForSequenceClassification
 from moa.tasks import Collator, EncodedTask, Task, encode_tasks
 
@@ -32,7 +33,13 @@ def load_tasks(model: str, data: Path, rows: int, seed: int) -> tuple[Any, list[
     """Return the tokenizer and the four tasks, `rows` training rows each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tasks = {
-        name: Task(train=str(data / f"{name}.jsonl"), max_train_rows=rows, max_eval_rows=400) for name in DOMAINS
+        name: Task(
+            train=str(data / f"{name}.train.jsonl"),
+            eval=str(data / f"{name}.eval.jsonl"),
+            max_train_rows=rows,
+            max_eval_rows=300,
+        )
+        for name in DOMAINS
     }
     return tokenizer, encode_tasks(tasks, tokenizer, 40, seed)
 
@@ -102,27 +109,27 @@ def signal_to_noise(model: moa.MoAModel, batch: dict[str, Tensor], draws: int) -
 def main() -> None:
     """Run all of them and write experiments/results/remix_granularity.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--data", type=Path, required=True, help="folder with tweets.jsonl, amazon.jsonl, …")
+    parser.add_argument("--cache", type=Path, default=cache_folder(), help="what `moa demo --prepare` filled")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    folder = str(options.cache / "all-MiniLM-L6-v2")
     rows: dict[str, Any] = {}
     for granularity in ("token", "sequence"):
         for learns in (True, False):
             name = f"{granularity}, router {'learns' if learns else 'frozen'}"
             scores, ratios = [], []
             for seed in range(options.seeds):
-                tokenizer, tasks = load_tasks(options.model, options.data, options.rows, seed)
+                tokenizer, tasks = load_tasks(folder, options.cache / "vader", options.rows, seed)
                 collate = Collator(tokenizer)
-                model = build(options.model, tasks, granularity, learns, seed)
+                model = build(folder, tasks, granularity, learns, seed)
                 train(model, tasks, collate, options.epochs, seed)
                 scores.append([accuracy(model, task, collate) for task in tasks])
                 if learns:
                     mixed = [row for task in tasks for row in task.train.select(range(8))]
-                    ratios.append(signal_to_noise(model, collate(mixed), 48))
+                    ratios.append(signal_to_noise(model, collate(mixed), 32))
                 print(name, seed, [round(s, 3) for s in scores[-1]], ratios[-1:], flush=True)
             means = [statistics.mean(s) for s in scores]
             rows[name] = {
