@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "switch": {"k": 1},
     "xcross": {"k": 1, "train_experts": False},
     "xlora": {"k": 0, "train_experts": False},
-    "arrow": {"k": 2},
+    "arrow": {"k": 2, "train_experts": False},
 }
 
 
@@ -234,7 +234,7 @@ def peers(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Measure all of it and write experiments/results/systems.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("rounds", 7), ("batch", 8), ("length", 64), ("tokens", 16), ("layers", 4), ("width", 256)):
+    for name, default in (("rounds", 3), ("batch", 8), ("length", 64), ("tokens", 8), ("layers", 2), ("width", 192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

@@ -100,7 +100,20 @@ class HeadedLoRABank(ExpertBank):
         if weights.ndim > 2:  # the last row axis, tokens, shares one mixture
             weights = weights.squeeze(-3)
         down, up = self.mixed(weights)
-        return (x @ down.to(x.dtype).mT) @ up.to(x.dtype) * self.scaling
+        return (x @ down.to(x.dtype).mT * self.scaling) @ up.to(x.dtype)
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b and the mixed expert's output, (*rows, o); one per example adds onto the first product."""
+        weights = routing.dense()
+        if weights.ndim <= x.ndim:
+            weights = weights.unsqueeze(-2)
+        if x.ndim != 3 or weights.ndim != 4 or weights.shape[:2] != (x.shape[0], 1):
+            return super().add_linear(x, routing, weight, bias)
+        y = F.linear(x, weight, bias)
+        x = F.dropout(x, self.dropout, self.training)
+        down, up = self.mixed(weights.squeeze(1))
+        hidden = torch.bmm(x, down.to(x.dtype).mT) * self.scaling
+        return torch.baddbmm(y, hidden.to(y.dtype), up.to(y.dtype))
 
     def _per_row(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return the same for weights (*rows, H, E) that differ from token to token."""
