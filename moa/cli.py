@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .commands import add_distill, add_export, add_fold, add_merge
 from .errors import ConfigError, MoaError
 
 DESCRIPTION = "Mixtures of adapters behind a router: train them, look at them, take them apart."
@@ -83,32 +84,10 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     page = command("report", _report, "write a page with a run's routing figures")
     page.add_argument("run_dir", help="folder of a run")
 
-    epilog = _merge_methods() if helps and "merge" in words else ""
-    merge = command("merge", _merge, "merge PEFT LoRA adapters into one, offline", epilog)
-    merge.add_argument("adapters", nargs="+", help="PEFT LoRA folders")
-    merge.add_argument("--out", required=True, help="folder to write")
-    merge.add_argument("--method", default="ties", help="see below (ties)")
-    merge.add_argument("--weights", nargs="+", type=float, help="one number per adapter")
-    merge.add_argument("--base", help="folder of the base: write base plus merged change, not an adapter")
-    merge.add_argument("--rank", type=int, help="squeeze the merged change to this rank")
-    merge.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
-    merge.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="OPTION=VALUE",
-        help="one option of the method, e.g. --set density=0.2; may be repeated",
-    )
-
-    fold = command("fold", _fold, "fold a static mixture into its base and save the base")
-    fold.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
-    fold.add_argument("out", help="folder for the folded model")
-
-    export = command("export", _export, "write experts as PEFT LoRA folders")
-    export.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
-    export.add_argument("out", help="folder; each expert goes into OUT/expert_N")
-    export.add_argument("--expert", type=int, help="only this one")
+    add_merge(command, helps and "merge" in words)
+    add_fold(command)
+    add_distill(command)
+    add_export(command)
 
     bench = command("bench", _bench, "run the benchmarks of a checkout")
     bench.add_argument("rest", nargs=argparse.REMAINDER, help="passed on to python -m experiments.bench")
@@ -150,18 +129,6 @@ def _one_bar() -> None:
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
-
-
-def _merge_methods() -> str:
-    """Return every merge method with its options and their neutral values."""
-    from .merge import METHODS
-    from .merge.engine import REQUIRED
-
-    lines = ["methods:"]
-    for name, row in METHODS.items():
-        options = [f"{key}={'REQUIRED' if o.default is REQUIRED else o.default}" for key, o in row.options.items()]
-        lines.append(f"  {name} ({row.paper})" + (f": {', '.join(options)}" if options else ""))
-    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------- commands
@@ -214,55 +181,6 @@ def _report(arguments: argparse.Namespace) -> None:
     from .report import report
 
     print(report(arguments.run_dir))
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    """Merge PEFT LoRA adapters of one base by a named method; write an adapter, or with --base a whole checkpoint.
-
-    What squeezing to --rank loses is printed.
-    """
-    from .config import set_override
-    from .merge import merge_lazily, read_peft, write_checkpoint, write_peft
-
-    if arguments.base and arguments.rank:
-        raise ConfigError("--rank squeezes an adapter; with --base the merged change is added whole: leave one out.")
-    options: dict[str, Any] = {}
-    for override in arguments.overrides:
-        set_override(options, override)
-    adapters = [read_peft(folder) for folder in arguments.adapters]
-    merged = merge_lazily(adapters, arguments.weights, arguments.method, **options)
-    if arguments.base:
-        written = write_checkpoint(arguments.base, merged, arguments.out, overwrite=arguments.overwrite, progress=True)
-    else:
-        written = write_peft(merged, arguments.out, rank=arguments.rank, overwrite=arguments.overwrite, progress=True)
-    print(f"{written.path}: {written.changed} layers changed, {written.nbytes / 1e6:.2f} MB")
-    if written.errors:
-        worst = max(written.errors, key=lambda name: written.errors[name])
-        print(f"relative error of squeezing: largest {written.errors[worst]:.3f} in {worst}")
-
-
-def _fold(arguments: argparse.Namespace) -> None:
-    """Fold every mixture of a checkpoint into its base weight and save the base as a plain model.
-
-    Exact, or an error that says why not: a routing that depends on the input has no one weight.
-    """
-    from .build import load
-
-    model = load(checkpoint_folder(arguments.checkpoint))
-    base: Any = model.merge_and_unload()
-    base.save_pretrained(arguments.out)
-    print(arguments.out)
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    """Write experts as PEFT LoRA folders that peft loads alone."""
-    from .build import load
-    from .peft_format import export_expert
-
-    model = load(checkpoint_folder(arguments.checkpoint))
-    number = max(branch.bank.n_experts for _, branch in model.branches())
-    for expert in range(number) if arguments.expert is None else [arguments.expert]:
-        print(export_expert(model, expert, Path(arguments.out) / f"expert_{expert}"))
 
 
 def _bench(arguments: argparse.Namespace) -> None:

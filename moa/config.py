@@ -157,7 +157,7 @@ def parse(values: Mapping[str, Any], where: str = "the configuration") -> TrainC
     Raises:
         ConfigError: as `read_config`.
     """
-    config: TrainConfig = _build(TrainConfig, values, where)
+    config: TrainConfig = read_dataclass(TrainConfig, values, where)
     tasks = {
         name: dataclasses.replace(task, train=_expand(task.train), eval=task.eval and _expand(task.eval))
         for name, task in config.tasks.items()
@@ -202,8 +202,12 @@ def read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} is not YAML: {error}") from error
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
-    """Return the dataclass made of plain values, with every key and type checked."""
+def read_dataclass(cls: type, values: Any, where: str) -> Any:
+    """Return the dataclass made of plain values, with every key and type checked.
+
+    Raises:
+        ConfigError: an unknown key (the nearest known one is named), a missing one, or a value of another type.
+    """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must hold keys and values, got {values!r}.")
     hints = typing.get_type_hints(cls)
@@ -239,7 +243,7 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         hint = choices[0] if isinstance(value, str) else choices[1]  # the one such hint: a name, or several
         return _value(value, hint, where)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
+        return read_dataclass(typing.cast(type, hint), value, where)
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must hold keys and values, got {value!r}.")

@@ -37,7 +37,7 @@ def folded(model: Host, task_id: int | None = None) -> Iterator[nn.Module]:
     Raises:
         FoldError: a mixture has no exact weight; the layer and the reason are named.
     """
-    _check(model, task_id)
+    check_folds(model, task_id)
     kept: list[tuple[Any, Any, Any]] = []
     enabled = model.context.enabled
     try:
@@ -92,7 +92,7 @@ def save_folded(
         )
     source = Path(getattr(base, "name_or_path", "") or "")
     known = source != Path() and source.is_dir()
-    _check(model, task_id)
+    check_folds(model, task_id)
     with staged(out, overwrite=overwrite, inputs=[source] if known else []) as partial:
         if known:
             copy_rest(source, partial)
@@ -104,8 +104,12 @@ def save_folded(
     return Path(out)
 
 
-def _check(model: Host, task_id: int | None) -> None:
-    """Refuse before anything has changed."""
+def check_folds(model: Host, task_id: int | None = None) -> None:
+    """Check that every mixture, (*rows, i) -> (*rows, o), has an exact weight, and change nothing.
+
+    Raises:
+        FoldError: one has not; the layer and the reason are named.
+    """
     for mixture in model.mixtures().values():
         check_untied(model.base, mixture)
         folded_change(mixture, task_id)

@@ -166,7 +166,7 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = said(capsys)
     if words == ["--help"]:
-        for name in ("demo", "train", "eval", "inspect", "report", "merge", "fold", "export", "bench"):
+        for name in ("demo", "train", "eval", "inspect", "report", "merge", "fold", "distill", "export", "bench"):
             assert f"    {name} " in text
     if words[0] == "merge":
         assert "ties (" in text and "density=REQUIRED" in text

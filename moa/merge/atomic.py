@@ -46,21 +46,7 @@ def staged(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | P
         CheckpointError: `out` exists and overwrite is False, or it holds no checkpoint to replace.
         ConfigError: `out` is one of the inputs, or lies in or around one.
     """
-    target = Path(out).absolute()
-    for source in inputs:
-        read, written = Path(source).resolve(), target.resolve()
-        if read == written or read in written.parents or written in read.parents:
-            raise ConfigError(f"the output {target} and the input {source} are the same or one holds the other.")
-    if target.exists() or target.is_symlink():
-        if not overwrite:
-            raise CheckpointError(
-                f"{target} exists already: choose another output folder, or pass overwrite=True to replace it."
-            )
-        if target.is_symlink() or not target.is_dir() or not _replaceable(target):
-            raise CheckpointError(
-                f"{target} is no folder with a checkpoint ({' or '.join(MARKS)} in it), so overwrite=True does not "
-                "replace it: remove it yourself or choose another output folder."
-            )
+    target = check_target(out, overwrite=overwrite, inputs=inputs)
     target.parent.mkdir(parents=True, exist_ok=True)
     tag = f".{target.name}.{uuid.uuid4().hex[:12]}"
     partial, replaced = target.with_name(f"{tag}.partial"), target.with_name(f"{tag}.replaced")
@@ -83,6 +69,31 @@ def staged(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | P
             shutil.rmtree(partial)
     if replaced.exists():
         shutil.rmtree(replaced)
+
+
+def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> Path:
+    """Return the absolute path of an output folder that may be written, by the rules of `staged`; no tensors.
+
+    Raises:
+        CheckpointError: `out` exists and overwrite is False, or it holds no checkpoint to replace.
+        ConfigError: `out` is one of the inputs, or lies in or around one.
+    """
+    target = Path(out).absolute()
+    for source in inputs:
+        read, written = Path(source).resolve(), target.resolve()
+        if read == written or read in written.parents or written in read.parents:
+            raise ConfigError(f"the output {target} and the input {source} are the same or one holds the other.")
+    if target.exists() or target.is_symlink():
+        if not overwrite:
+            raise CheckpointError(
+                f"{target} exists already: choose another output folder, or pass overwrite=True to replace it."
+            )
+        if target.is_symlink() or not target.is_dir() or not _replaceable(target):
+            raise CheckpointError(
+                f"{target} is no folder with a checkpoint ({' or '.join(MARKS)} in it), so overwrite=True does not "
+                "replace it: remove it yourself or choose another output folder."
+            )
+    return target
 
 
 def _replaceable(folder: Path) -> bool:

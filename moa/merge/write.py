@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,7 +100,7 @@ def write_checkpoint(
     if dtype is not None and (not dtype.is_floating_point or dtype not in TYPE_NAMES):
         raise ConfigError(f"dtype is {dtype}, expected a floating type that safetensors holds.")
     weights = Checkpoint(folder)
-    _check_targets(weights, deltas, folder)
+    check_targets(weights, deltas, folder)
     types = {
         name: dtype if dtype is not None and own.is_floating_point else own for name, own in weights.dtypes.items()
     }
@@ -131,8 +131,13 @@ def write_checkpoint(
     return Written(Path(out), tuple(files), nbytes, len(deltas))
 
 
-def _check_targets(weights: Checkpoint, deltas: Mapping[str, DeltaLike], folder: Path) -> None:
-    lost = [name for name in deltas if name not in weights]
+def check_targets(weights: Checkpoint, names: Collection[str], folder: Path) -> None:
+    """Check that a base checkpoint holds every weight (o, i) that is to change, as plain floats.
+
+    Raises:
+        CheckpointError: one is not there, or the base is quantised.
+    """
+    lost = [name for name in names if name not in weights]
     if lost:
         raise CheckpointError(
             f"the base {folder} holds no {listed(lost)}, which a delta changes: the adapter is for another base, or "
@@ -144,7 +149,7 @@ def _check_targets(weights: Checkpoint, deltas: Mapping[str, DeltaLike], folder:
             f"the base {folder} is quantised (quantization_config in its config.json): a delta cannot be added to its "
             "codes; merge into the unquantised base."
         )
-    packed = [name for name in deltas if not weights.dtypes[name].is_floating_point]
+    packed = [name for name in names if not weights.dtypes[name].is_floating_point]
     if packed:
         raise CheckpointError(f"the base {folder} stores {listed(packed)} as integers; merge into a float base.")
 
