@@ -80,6 +80,17 @@ def test_token_routings_are_averaged_over_real_tokens(router):
     assert_close(delta_of(moa.distill(model, 6, data).model, name), expected, 1e-9)
 
 
+def test_without_a_mask_every_row_counts():
+    model = build("plain", targets=["up"], k=1)
+    batch = batch_of("plain", rows=5)
+    with torch.no_grad(), model.tracing() as trace:
+        model(**batch)
+    expected = trace.records[0].routing.dense().double().mean(0)
+    (mean,) = mean_routings(model, [batch]).values()
+    assert_close(mean.weights, expected)
+    assert float(mean.chosen.sum()) == pytest.approx(1)
+
+
 def test_a_routing_per_sequence_counts_once_per_token():
     model = build(router="remix", k=1, granularity="sequence")
     batch = batch_of("llama")

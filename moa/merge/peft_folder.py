@@ -35,6 +35,12 @@ REFUSED: dict[str, str] = {
     "monteclora_config": "its factors are random variables",
     "trainable_token_indices": "it replaces rows of the embedding",
 }
+# Mixtures behind a router, which are no one weight change, and what to do with them.
+ROUTED = {
+    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those.",
+    "MIXLORA": "Its experts are feed-forward blocks behind a gate, and its layout is not read.",
+    "POLY": "It mixes its experts by task, and its layout is not read.",
+}
 # Initialisations that move part of the base weight into the factors: the file is a change of another base.
 MOVED_BASE = ("pissa", "olora", "corda", "lora_ga")
 
@@ -111,7 +117,8 @@ def peft_deltas(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, sou
 def _check_config(config: Mapping[str, Any], source: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{source} has peft_type {kind!r}: expected 'LORA'.")
+        hint = f" {ROUTED[kind]}" if kind in ROUTED else ""
+        raise CheckpointError(f"{source} has peft_type {kind!r}: expected 'LORA'.{hint}")
     for key, reason in REFUSED.items():
         if config.get(key):
             raise CheckpointError(f"{source} sets {key}={config[key]!r}, and {reason}: it is refused.")

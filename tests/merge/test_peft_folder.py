@@ -70,6 +70,8 @@ def test_settings_that_are_no_plain_change_are_refused_by_name(tmp_path: Path, k
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "moves part of the base"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"peft_type": "XLORA"}, "that its config lists under .adapters."),
+        ({"peft_type": "MIXLORA"}, "feed-forward blocks behind a gate"),
         ({"r": 3}, "has rank 2, its config says 3"),
         ({"rank_pattern": {"m": 5}}, "has rank 2, its config says 5"),
         ({"r": "2"}, "r='2'"),
