@@ -256,7 +256,7 @@ class Run:
         size = training_arguments(self.config).per_device_eval_batch_size
         with model.disable_adapter():
             for dataset in rows:
-                lengths = [len(ids) for ids in dataset["input_ids"]]
+                lengths = [len(ids) for ids in dataset["input_ids"][:]]
                 order = sorted(range(len(lengths)), key=lengths.__getitem__)  # so that little is padding
                 for start in range(0, len(order), size):
                     batch = self.collator(dataset.select(order[start : start + size]))

@@ -172,8 +172,8 @@ def _majority(task: EncodedTask) -> float | None:
     """Return the accuracy of always answering with the commonest training label; None for generation."""
     if task.kind != "classification":
         return None
-    commonest = Counter(task.train["labels"]).most_common(1)[0][0]
-    return sum(label == commonest for label in task.eval["labels"]) / len(task.eval)
+    commonest = Counter(task.train["labels"][:]).most_common(1)[0][0]
+    return sum(label == commonest for label in task.eval["labels"][:]) / len(task.eval)
 
 
 def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
