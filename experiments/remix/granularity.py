@@ -37,11 +37,11 @@ def load_tasks(model: str, data: Path, rows: int, seed: int) -> tuple[Any, list[
             train=str(data / f"{name}.train.jsonl"),
             eval=str(data / f"{name}.eval.jsonl"),
             max_train_rows=rows,
-            max_eval_rows=300,
+            max_eval_rows=200,
         )
         for name in DOMAINS
     }
-    return tokenizer, encode_tasks(tasks, tokenizer, 40, seed)
+    return tokenizer, encode_tasks(tasks, tokenizer, 24, seed)
 
 
 def build(model: str, tasks: list[EncodedTask], granularity: str, router_learns: bool, seed: int) -> moa.MoAModel:
@@ -111,14 +111,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="what `moa demo --prepare` filled")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     folder = str(options.cache / "all-MiniLM-L6-v2")
     rows: dict[str, Any] = {}
-    for granularity in ("token", "sequence"):
-        for learns in (True, False):
+    for learns in (True, False):
+        for granularity in ("token", "sequence"):
             name = f"{granularity}, router {'learns' if learns else 'frozen'}"
             scores, ratios = [], []
             for seed in range(options.seeds):
@@ -128,8 +128,8 @@ def main() -> None:
                 train(model, tasks, collate, options.epochs, seed)
                 scores.append([accuracy(model, task, collate) for task in tasks])
                 if learns:
-                    mixed = [row for task in tasks for row in task.train.select(range(8))]
-                    ratios.append(signal_to_noise(model, collate(mixed), 32))
+                    mixed = [row for task in tasks for row in task.train.select(range(4))]
+                    ratios.append(signal_to_noise(model, collate(mixed), 24))
                 print(name, seed, [round(s, 3) for s in scores[-1]], ratios[-1:], flush=True)
             means = [statistics.mean(s) for s in scores]
             rows[name] = {
@@ -139,8 +139,8 @@ def main() -> None:
                 "router_gradient_snr": ratios,
             }
             print(name, rows[name]["accuracy_mean"], rows[name]["accuracy_std"], flush=True)
-    setting = {"rows_per_task": options.rows, "epochs": options.epochs, "seeds": options.seeds}
-    print(write("remix_granularity", {"setting": setting, "rows": rows}, COMMAND))
+            setting = {"rows_per_task": options.rows, "epochs": options.epochs, "seeds": options.seeds}
+            write("remix_granularity", {"setting": setting, "rows": rows}, COMMAND)
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ def _apply(
     if weights.ndim != 2:
         weights = weights.reshape(-1, k)
         indices = None if indices is None else indices.reshape(-1, k)
-    factors = (value if value.dtype == dtype else value.to(dtype) for value in (flat, a, b))
-    frozen = (value if value is None or value.dtype == dtype else value.to(dtype) for value in (base, bias))
-    y, _ = run(*factors, weights, indices, *frozen, engine or "")
+    base = None if base is None else base.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    y, _ = run(flat.to(dtype), a.to(dtype), b.to(dtype), weights, indices, base, bias, engine or "")
     return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
 
 
