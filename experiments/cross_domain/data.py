@@ -24,12 +24,14 @@ class Domain:
         name: of the domain.
         texts: item id -> text.
         train: users to learn from, in a random order.
-        test: users to rank for, apart from train.
+        valid: users to choose learning rates by.
+        test: users to rank for. No user is in two of the three.
     """
 
     name: str
     texts: dict[str, str]
     train: list[list[str]]
+    valid: list[list[str]]
     test: list[list[str]]
 
 
@@ -42,8 +44,8 @@ class Case:
     label: int
 
 
-def load(folder: Path, name: str, n_test: int) -> Domain:
-    """Return a domain with n_test users set apart, the same ones for every seed."""
+def load(folder: Path, name: str, n_test: int, n_valid: int) -> Domain:
+    """Return a domain with n_test and n_valid users set apart, the same ones for every seed."""
 
     def rows(kind: str) -> list[dict[str, object]]:
         with gzip.open(folder / f"{name}.{kind}.jsonl.gz", "rt") as file:
@@ -52,7 +54,12 @@ def load(folder: Path, name: str, n_test: int) -> Domain:
     texts = {str(row["item"]): str(row["text"]) for row in rows("items")}
     users = [[str(i) for i in row["items"]] for row in rows("users")]  # type: ignore[attr-defined]
     random.Random(f"{name} split").shuffle(users)
-    return Domain(name, texts, users[n_test:], users[:n_test])
+    return Domain(name, texts, users[n_test + n_valid :], users[n_test : n_test + n_valid], users[:n_test])
+
+
+def text_of(domain: Domain, case: Case) -> str:
+    """Return a history as a text, the latest item first: what is too long loses its oldest items."""
+    return "; ".join(domain.texts[item] for item in reversed(case.history))
 
 
 def cases(domain: Domain, users: list[list[str]], seed: str) -> list[Case]:

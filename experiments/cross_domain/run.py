@@ -2,138 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import hashlib
+import json
 import random
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
 
 import moa
-from moa.candidates import CandidateRanker
 
-from .data import Case, Domain, cases, load, metrics, popularity
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run does.
-
-    Args:
-        model: folder or hub id of an encoder.
-        data: folder of the five domains.
-        sources: domains whose adapters exist.
-        target: domain to learn.
-        sizes: numbers of target users to learn from.
-        seeds: one run each: other users, negatives and order.
-        source_users: users behind each source adapter.
-        n_test: target users ranked for.
-        rank: of every LoRA.
-        length: tokens of a history.
-        batch: users per step.
-        passes: users seen in training, in all: max(1, passes // n_users) epochs, at most max_epochs.
-        source_passes: the same for the source adapters.
-        max_epochs: see passes.
-        lr_lora: learning rate of LoRA.
-        lr_streams: learning rate of the crossings and stream weights.
-        lr_head: learning rate of the pooler.
-    """
-
-    model: str
-    data: str
-    sources: tuple[str, ...] = ("office", "industrial", "food")
-    target: str = "toys"
-    sizes: tuple[int, ...] = (50, 100, 500, 1000)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    source_users: int = 1500
-    n_test: int = 500
-    rank: int = 8
-    length: int = 64
-    batch: int = 25
-    passes: int = 2000
-    source_passes: int = 6000
-    max_epochs: int = 10
-    lr_lora: float = 1e-3
-    lr_streams: float = 1e-4
-    lr_head: float = 1e-4
-
-
-class Bench:
-    """The encoder, the tokeniser and every item's vector from the frozen encoder."""
-
-    def __init__(self, settings: Settings, encoder: nn.Module | None = None, tokenizer: Any = None) -> None:
-        self.settings = settings
-        self.encoder = encoder if encoder is not None else AutoModel.from_pretrained(settings.model)
-        self.encoder.eval()
-        self.tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(settings.model)
-        self.vectors: dict[str, dict[str, Tensor]] = {}
-
-    def domain(self, name: str) -> Domain:
-        """Return a domain, its items encoded once."""
-        domain = load(Path(self.settings.data), name, self.settings.n_test)
-        if name not in self.vectors:
-            ids = sorted(domain.texts, key=lambda item: len(domain.texts[item]))  # little padding
-            ranker = CandidateRanker(self.encoder)
-            rows = []
-            with torch.no_grad():
-                for start in range(0, len(ids), 128):
-                    rows.append(ranker.encode(**self.tokens([domain.texts[i] for i in ids[start : start + 128]])))
-            self.vectors[name] = dict(zip(ids, torch.cat(rows), strict=True))
-        return domain
-
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return input_ids and attention_mask (B, S)."""
-        options = {"padding": True, "truncation": True, "max_length": self.settings.length, "return_tensors": "pt"}
-        encoded = self.tokenizer(list(texts), **options)
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-
-    def batch(self, domain: Domain, rows: Sequence[Case]) -> dict[str, Tensor]:
-        """Return the ranker's inputs: histories latest first, candidates (B, C, d), the positive's place (B,)."""
-        texts = ["; ".join(domain.texts[item] for item in reversed(case.history)) for case in rows]
-        own = self.vectors[domain.name]
-        candidates = torch.stack([torch.stack([own[item] for item in case.candidates]) for case in rows])
-        return {**self.tokens(texts), "candidates": candidates, "labels": torch.tensor([c.label for c in rows])}
-
-    def ranker(self) -> CandidateRanker:
-        """Return a ranker over a fresh copy of the encoder."""
-        return CandidateRanker(copy.deepcopy(self.encoder))
-
-    def scores(self, model: nn.Module, domain: Domain, tests: Sequence[Case]) -> Tensor:
-        """Return a model's scores (T, C)."""
-        model.eval()
-        out = []
-        with torch.no_grad():
-            for start in range(0, len(tests), 100):
-                out.append(model(**self.batch(domain, tests[start : start + 100]))["logits"])
-        return torch.cat(out)
-
-    def train(self, model: Any, domain: Domain, users: list[list[str]], seed: str, passes: int) -> int:
-        """Train on the users' last purchase, the negatives drawn anew each epoch; return the number of steps."""
-        settings = self.settings
-        epochs = min(settings.max_epochs, max(1, passes // len(users)))
-        total = epochs * -(-len(users) // settings.batch)
-        optimizer = torch.optim.AdamW(groups_of(model, settings), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / total))
-        model.train()
-        for epoch in range(epochs):
-            rows = cases(domain, users, f"{seed} epoch {epoch}")
-            random.Random(f"{seed} order {epoch}").shuffle(rows)
-            for start in range(0, len(rows), settings.batch):
-                model(**self.batch(domain, rows[start : start + settings.batch]))["loss"].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-        return total
-
+from .bench import Bench, Settings
+from .data import Case, Domain, cases, metrics, popularity
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+METHODS = ("xcross", "lora", "head")
 
 
 def lora(bench: Bench, head: bool) -> Any:
@@ -142,67 +29,189 @@ def lora(bench: Bench, head: bool) -> Any:
     return moa.build(bench.ranker(), "fixed", **options, modules_to_save=["pooler"] if head else [])
 
 
-def groups_of(model: Any, settings: Settings) -> list[dict[str, Any]]:
-    """Return parameter groups: the pooler, the streams, the LoRAs."""
-    rates = {"base.pooler.": settings.lr_head, "streams.": settings.lr_streams, "": settings.lr_lora}
-    groups: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in rates}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[next(prefix for prefix in rates if name.startswith(prefix))].append(parameter)
-    return [{"params": own, "lr": rates[prefix]} for prefix, own in groups.items() if own]
+def make(bench: Bench, method: str, paths: list[Path]) -> nn.Module:
+    """Return a method's untrained ranker; the pooler trains with all of them."""
+    if method == "xcross":
+        return moa.build(bench.ranker(), "xcross", experts=paths, modules_to_save=["pooler"])
+    if method == "lora":
+        return lora(bench, head=True)
+    ranker = bench.ranker()
+    ranker.encoder.requires_grad_(False)
+    return ranker
 
 
-def source_adapters(bench: Bench, folder: Path, say: Callable[[str], None]) -> list[Path]:
-    """Train one LoRA per source domain and return their PEFT folders."""
-    paths = []
-    for name in bench.settings.sources:
-        domain = bench.domain(name)
-        model = lora(bench, head=False)
-        started = time.time()
-        users = domain.train[: bench.settings.source_users]
-        bench.train(model, domain, users, "source", bench.settings.source_passes)
-        tests = cases(domain, domain.test, "test")
-        before, after = (metrics(bench.scores(m, domain, tests), tests) for m in (bench.ranker(), model))
-        say(f"source {name}: {before} -> {after} in {time.time() - started:.0f} s")
-        paths.append(moa.export_expert(model, 0, folder / name))
+def rates_of(method: str, rate: float | None, head: float) -> dict[str, float]:
+    """Return prefix of parameter names -> learning rate."""
+    own = {} if rate is None else {"streams." if method == "xcross" else "": rate}
+    return {"base.pooler.": head, "pooler.": head, **own}
+
+
+class Kept:
+    """Rows that a run has made, one JSON line each, so that a run cut short goes on where it was."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say = path, say
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            self.rows = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def get(self, key: dict[str, Any], make_row: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the row of a key, made and written only if there is none."""
+        for row in self.rows:
+            if row.items() >= key.items():
+                return row
+        started = time.process_time()
+        row = {**key, **make_row()}
+        row["cpu_s"] = round(time.process_time() - started, 1)
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.say(json.dumps(row))
+        return row
+
+
+def source_adapters(bench: Bench, kept: Kept) -> list[Path]:
+    """Train one LoRA per source domain, the pooler left at zero, and return their PEFT folders."""
+    settings, paths = bench.settings, []
+    for name in settings.sources:
+        paths.append(bench.folder / f"adapter-{name}")
+
+        def train(name: str = name, path: Path = paths[-1]) -> dict[str, Any]:
+            torch.manual_seed(0)
+            domain, model = bench.domain(name), lora(bench, head=False)
+            users = domain.train[: settings.source_users]
+            bench.train(model, domain, users, "source", settings.source_passes, {"": settings.lr_source})
+            tests = cases(domain, domain.valid, "valid")
+            before, after = (metrics(bench.scores(m, domain, tests), tests) for m in (bench.ranker(), model))
+            moa.export_expert(model, 0, path)
+            return {"own domain, zero-shot": before, "own domain, adapted": after}
+
+        kept.get({"source": name}, train)
     return paths
 
 
-def run(settings: Settings, say: Callable[[str], None] = print, bench: Bench | None = None) -> dict[str, Any]:
-    """Return every method's Hit@1 and NDCG@10 on the target, for each number of users and seed."""
+def grid(settings: Settings, method: str) -> list[tuple[float | None, float]]:
+    """Return the pairs of learning rates tried for a method: its own and the head's."""
+    own: tuple[float | None, ...] = {
+        "xcross": settings.grid_streams,
+        "lora": settings.grid_lora,
+        "head": (None,),
+    }[method]
+    return [(rate, head) for rate in own for head in settings.grid_head]
+
+
+def tune(bench: Bench, paths: list[Path], kept: Kept) -> dict[str, dict[str, Any]]:
+    """Return each method's best learning rates by NDCG@10 of validation users of the target, at one size and seed."""
+    settings = bench.settings
+    best = {}
+    for method in METHODS:
+        tried = []
+        for rate, head in grid(settings, method):
+            key = {"method": method, "lr": rate, "lr_head": head}
+
+            def one(method: str = method, rate: float | None = rate, head: float = head) -> dict[str, Any]:
+                target = bench.domain(settings.target)
+                tests = cases(target, target.valid, "valid")
+                users = some(target, "tune", settings.tune_users)
+                model, _ = fit(bench, method, paths, users, "tune", settings.tune_passes, rates_of(method, rate, head))
+                return metrics(bench.scores(model, target, tests), tests)
+
+            tried.append(kept.get(key, one))
+        best[method] = max(tried, key=lambda row: row["ndcg@10"])
+    return best
+
+
+def some(domain: Domain, seed: str, size: int) -> list[list[str]]:
+    """Return a number of training users; of one seed, the smaller set lies in the larger."""
+    order = list(domain.train)
+    random.Random(f"{seed} users").shuffle(order)
+    return order[:size]
+
+
+def fit(
+    bench: Bench,
+    method: str,
+    paths: list[Path],
+    users: list[list[str]],
+    seed: str,
+    passes: int,
+    rates: dict[str, float],
+) -> tuple[nn.Module, int]:
+    """Return a method's ranker trained on users of the target, and its number of trained parameters."""
     torch.manual_seed(0)
-    bench = bench or Bench(settings)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        paths = source_adapters(bench, Path(folder), say)
-        target = bench.domain(settings.target)
-        tests = cases(target, target.test, "test")
+    model = make(bench, method, paths)
+    bench.train(model, bench.domain(bench.settings.target), users, seed, passes, rates)
+    return model, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-        def note(method: str, size: int, seed: int | None, scores: Tensor, parameters: int, seconds: float) -> None:
-            row = {"method": method, "users": size, "seed": seed, **metrics(scores, tests)}
-            rows.append({**row, "trainable": parameters, "seconds": round(seconds, 1)})
-            say(str(rows[-1]))
 
-        note("popularity", 0, None, popularity(target, tests), 0, 0)
-        note("zero-shot", 0, None, bench.scores(bench.ranker(), target, tests), 0, 0)
-        mean = moa.build(bench.ranker(), "xcross", experts=paths)
-        note("mean of the sources' streams, no training", 0, None, bench.scores(mean, target, tests), 0, 0)
-        for seed in settings.seeds:
-            order = list(target.train)
-            random.Random(f"{seed} users").shuffle(order)
-            for size in settings.sizes:
-                for method in ("xcross", "lora"):
-                    torch.manual_seed(seed)
-                    if method == "xcross":
-                        model = moa.build(bench.ranker(), "xcross", experts=paths, modules_to_save=["pooler"])
-                    else:
-                        model = lora(bench, head=True)
-                    started = time.time()
-                    bench.train(model, target, order[:size], str(seed), settings.passes)
-                    seconds = time.time() - started
-                    parameters = model.get_nb_trainable_parameters()[0]
-                    note(method, size, seed, bench.scores(model, target, tests), parameters, seconds)
-    return {"settings": dataclasses.asdict(settings), "rows": rows}
+def run(
+    settings: Settings, folder: Path, say: Callable[[str], None] = print, bench: Bench | None = None
+) -> dict[str, Any]:
+    """Return every method's Hit@1 and NDCG@10 on the target, for each number of users and seed.
+
+    Args:
+        settings: of the run.
+        folder: keeps adapters, vectors and rows, apart for other settings; a run that was cut goes on from them.
+        say: gets each row as a line.
+        bench: in place of the one that settings describe, for tests.
+    """
+    same = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("sizes", "seeds")}
+    folder = folder / hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = bench or Bench(settings, folder)
+    bench.folder = folder
+    sources = Kept(folder / "sources.jsonl", say)
+    paths = source_adapters(bench, sources)
+    tuning = Kept(folder / "tuning.jsonl", say)
+    best = tune(bench, paths, tuning)
+    kept = Kept(folder / "rows.jsonl", say)
+    rows = untrained(bench, paths, kept)
+    for seed in settings.seeds:
+        for size in settings.sizes:
+            for method in METHODS:
+
+                def one(method: str = method, size: int = size, seed: int = seed) -> dict[str, Any]:
+                    users = some(bench.domain(settings.target), str(seed), size)
+                    rates = rates_of(method, best[method]["lr"], best[method]["lr_head"])
+                    model, trained = fit(bench, method, paths, users, str(seed), settings.passes, rates)
+                    return {"trainable": trained, **tested(bench, model)}
+
+                rows.append(kept.get({"method": method, "users": size, "seed": seed}, one))
+    return {
+        "settings": dataclasses.asdict(settings),
+        "sources": sources.rows,
+        "tuning": {"chosen": best, "tried": tuning.rows},
+        "rows": rows,
+    }
+
+
+def tested(bench: Bench, model: nn.Module) -> dict[str, float]:
+    """Return Hit@1 and NDCG@10 on the target's test users."""
+    target, tests = test_cases(bench)
+    return metrics(bench.scores(model, target, tests), tests)
+
+
+def test_cases(bench: Bench) -> tuple[Domain, list[Case]]:
+    """Return the target and a case for each of its test users, the same ones for every method and seed."""
+    target = bench.domain(bench.settings.target)
+    return target, cases(target, target.test, "test")
+
+
+def untrained(bench: Bench, paths: list[Path], kept: Kept) -> list[dict[str, Any]]:
+    """Return the rows that nothing of the target is trained for."""
+
+    def of(scores: Tensor) -> dict[str, Any]:
+        return {"trainable": 0, **metrics(scores, test_cases(bench)[1])}
+
+    rows = [kept.get({"method": "popularity", "users": 0}, lambda: of(popularity(*test_cases(bench))))]
+    models: dict[str, Callable[[], nn.Module]] = {"zero-shot": bench.ranker}
+    for name, path in zip(bench.settings.sources, paths, strict=True):
+        models[f"adapter of {name}"] = lambda path=path: moa.build(bench.ranker(), "xcross", experts=[path])  # type: ignore[misc]
+    models["xcross, untrained"] = lambda: moa.build(bench.ranker(), "xcross", experts=paths)
+    for name, build in models.items():
+        row = {"method": name, "users": 0}
+        rows.append(kept.get(row, lambda build=build: of(bench.scores(build(), *test_cases(bench)))))  # type: ignore[misc]
+    return rows
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -210,12 +219,12 @@ def summary(result: dict[str, Any]) -> str:
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["method"], row["users"]), []).append(row)
-    lines = [f"{'method':<42} {'users':>5} {'trainable':>9}  {'Hit@1':>13}  {'NDCG@10':>13}  seeds"]
+    lines = [f"{'method':<22} {'users':>5} {'trainable':>9}  {'Hit@1':>13}  {'NDCG@10':>13}  seeds"]
     for (method, users), own in groups.items():
         cells = []
         for key in ("hit@1", "ndcg@10"):
             values = torch.tensor([row[key] for row in own], dtype=torch.float64)
             spread = f" ± {values.std():.3f}" if len(own) > 1 else ""
             cells.append(f"{values.mean():.3f}{spread}")
-        lines.append(f"{method:<42} {users:>5} {own[0]['trainable']:>9,}  {cells[0]:>13}  {cells[1]:>13}  {len(own)}")
+        lines.append(f"{method:<22} {users:>5} {own[0]['trainable']:>9,}  {cells[0]:>13}  {cells[1]:>13}  {len(own)}")
     return "\n".join(lines)
