@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import FoldError
-from .mixture import Branch, Mixture, is_conv1d
+from .layers import as_weight, matrix
+from .mixture import Branch, Mixture
 
 
 @torch.no_grad()
@@ -22,7 +23,7 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
     y = (W + D + S W) x + b + c + S b + t
 
     Args:
-        mixture: whose base is a dense linear layer.
+        mixture: whose base is a dense linear layer or a convolution, then (o, C · kernel).
         task: the inputs are all of this task, for routers that look at it.
 
     Raises:
@@ -34,8 +35,8 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
             f"{mixture.name} is a layer of a block whose experts are whole blocks: no weight of one layer equals that."
         )
     base: Any = mixture.base
-    weight, bias = base.weight, getattr(base, "bias", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+    dense, bias = matrix(base), getattr(base, "bias", None)
+    if dense is None:
         raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to fold into.")
     delta: Tensor | None = None
     shift: Tensor | None = None
@@ -49,7 +50,6 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
             if bias is not None:
                 through = change @ bias.to(change.dtype)
                 constant = through if constant is None else constant + through
-            dense = weight.T if is_conv1d(base) else weight
             change = change @ dense.to(change.dtype)
         delta = change if delta is None else delta + change
         if constant is not None:
@@ -90,7 +90,7 @@ def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
     """
     base: Any = mixture.base
     delta, shift = folded_change(mixture, task)
-    base.weight = _sum(base.weight, delta.T if is_conv1d(base) else delta)
+    base.weight = _sum(base.weight, as_weight(base, delta))
     if shift is not None:
         bias = getattr(base, "bias", None)
         base.bias = _sum(torch.zeros_like(shift, dtype=base.weight.dtype) if bias is None else bias, shift)

@@ -12,8 +12,9 @@ from torch import Tensor
 from .blocks import BlockLayer
 from .errors import ConfigError, FoldError
 from .experts import HeadedLoRABank, LoRABank, SharedLoRABank, VectorBank
+from .layers import matrix
 from .merge import Delta, Dense, LowRank, low_rank, stack
-from .mixture import Branch, Mixture, is_conv1d
+from .mixture import Branch, Mixture
 from .routers import ProjectionRouter
 from .trace import Record
 from .types import Routing
@@ -143,10 +144,10 @@ def _branch_change(mixture: Mixture, branch: Branch, mean: MeanRouting) -> Delta
     change, shift = _bank_change(mixture, branch, mean)
     base: Any = mixture.base
     if branch.tap == "output":
-        weight = base.weight
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        weight = matrix(base)
+        if weight is None:
             raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to go through.")
-        dense = (weight.T if is_conv1d(base) else weight).double()
+        dense = weight.double()
         if getattr(base, "bias", None) is not None:
             through = change.dense() @ base.bias.double()
             shift = through if shift is None else shift + through

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, ShapeError
 from .experts import ExpertBank
+from .layers import is_conv1d, is_convolution, patches
 from .routers import Router
 from .types import Context, Routing
 
@@ -82,14 +83,47 @@ class Mixture(nn.Module):
                 f"{self.name}: a {type(self.base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
                 "tensor (*rows, o). Choose the linear layers inside it as targets."
             )
-        y = base_out
-        for branch in branches:
-            source = x if branch.tap == "input" else base_out
+        return self.add(x, base_out)
+
+    def add(self, x: Tensor, y0: Tensor) -> Tensor:
+        """Return y0 (*rows, o) and what the branches add to it for x (*rows, i)."""
+        y = y0
+        for branch in self.branches:
+            assert isinstance(branch, Branch)
+            source = x if branch.tap == "input" else y0
             y = y + branch.bank(source, self.route(branch, source)).to(y.dtype)
         return y
 
     def extra_repr(self) -> str:
         return f"name={self.name!r}"
+
+
+class ConvMixture(Mixture):
+    """The same on a convolution: rows are its places, x's features the patches under its kernel.
+
+    Every router and bank works here as on a linear layer, and a static mixture folds exactly, because a convolution is
+    a linear layer on patches. Routers see one row per place, (B, L, C · kernel).
+
+    The patches are a copy of x, kernel / stride² times its size (1 for a patch embedding, 9 for 3 × 3 at stride 1),
+    which training keeps for the backward pass. A convolution of rank r in their place would not need it, but would be
+    another forward for each family.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (B, o, *places) for x (B, C, *size)."""
+        base_out: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.enabled:
+            return base_out
+        return self.add(patches(self.base, x), base_out.flatten(2).mT).mT.reshape(base_out.shape)
+
+
+def mixture_on(base: nn.Module, branches: list[Branch], context: Context, name: str) -> Mixture:
+    """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution.
+
+    Args:
+        base, branches, context, name: see `Mixture`.
+    """
+    return (ConvMixture if is_convolution(base) else Mixture)(base, branches, context, name)
 
 
 def pinned_routing(x: Tensor, expert: int, n_experts: int) -> Routing:
@@ -120,8 +154,3 @@ def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if weight.requires_grad or not weight.is_floating_point():
         return None
     return weight.T if is_conv1d(base) else weight, bias
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Tell whether module is transformers' Conv1D: a linear layer whose weight is stored (i, o)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")

@@ -17,8 +17,9 @@ from torch import Tensor
 from .checkpoint import replacing
 from .errors import CheckpointError, ConfigError
 from .experts import LoRABank
+from .layers import as_factors, is_conv1d
 from .merge.card import model_card
-from .mixture import Branch, Mixture, is_conv1d
+from .mixture import Branch, Mixture
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # end of a base's class name -> peft's name for what it does, where that changes nothing but peft's class
@@ -75,7 +76,7 @@ def _read(folder: Path) -> Adapter:
         match = KEY.fullmatch(key)
         if match is None:
             raise CheckpointError(f"{folder} holds {key}, which is not a LoRA factor of a linear layer: not supported.")
-        factors.setdefault(match["layer"], {})[match["factor"]] = tensor
+        factors.setdefault(match["layer"], {})[match["factor"]] = tensor.flatten(1)  # a convolution's has more axes
     layers = {}
     for layer, pair in factors.items():
         if set(pair) != {"A", "B"}:
@@ -179,8 +180,9 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
                 )
             if not 0 <= expert < bank.n_experts:
                 raise ConfigError(f"expert {expert} does not exist: {name} has experts 0 to {bank.n_experts - 1}.")
-            tensors[f"base_model.model.{name}.lora_A.weight"] = bank.down[expert].detach().cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = bank.up[expert].detach().T.cpu().contiguous()
+            factors = as_factors(mixture.base, bank.down[expert].detach(), bank.up[expert].detach())
+            for letter, factor in zip("AB", factors, strict=True):
+                tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
             ranks[name], alphas[name] = bank.rank, bank.scaling * bank.rank
             transposed |= is_conv1d(mixture.base)
     if not tensors:

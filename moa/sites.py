@@ -11,27 +11,14 @@ import torch
 from torch import nn
 
 from .errors import ConfigError
-from .mixture import Mixture, is_conv1d
+from .layers import features, is_convolution
+from .mixture import Mixture
 from .recipes import Recipe, Site
 from .types import Context
 
 
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """Return (i, o) of a linear layer, dense or quantised, or None for any other module.
-
-    Quantised linears are not all `nn.Linear`, but they all say how many features they have.
-    """
-    if is_conv1d(module):
-        return int(module.nx), int(module.nf)  # type: ignore[arg-type]
-    pairs = (("in_features", "out_features"), ("infeatures", "outfeatures"))
-    for d_in, d_out in pairs:
-        if isinstance(getattr(module, d_in, None), int) and isinstance(getattr(module, d_out, None), int):
-            return int(getattr(module, d_in)), int(getattr(module, d_out))
-    return None
-
-
 def linear_sites(model: nn.Module) -> list[Site]:
-    """Return every linear layer (i -> o) below model that is called as a module, in order, each once.
+    """Return every linear layer and convolution (i -> o) below model that is called as a module, in order, each once.
 
     Left out: children of `nn.MultiheadAttention`, which reads their weight and never calls them, and what already
     is inside a mixture.
@@ -66,10 +53,10 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         model: any module.
         targets: "all-linear" (every linear of the body, heads left out), "attention" or "ffn" (those of it inside or
             outside attention blocks; ffn layers come as a pair d -> f, f -> d), a tuple of name endings, or a regex
-            on the whole name.
+            on the whole name. The last two find convolutions too.
 
     Raises:
-        ConfigError: nothing matches; near misses are named.
+        ConfigError: nothing matches (near misses are named), or a grouped convolution does.
     """
     sites = linear_sites(model)
     if isinstance(targets, tuple):
@@ -77,7 +64,7 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
     elif targets in ("all-linear", "attention", "ffn"):
         prefix = backbone_prefix(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()  # where the body has no name of its own
-        body = [s for s in sites if s.name.startswith(prefix) and s.module is not head]
+        body = [s for s in sites if s.name.startswith(prefix) and s.module is not head and not is_convolution(s.module)]
         attention = [s for s in body if re.search(r"attn|attention", s.name, re.IGNORECASE)]
         if targets == "ffn":
             rest = [s for s in body if s not in attention]
@@ -93,6 +80,12 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         found = [s for s in sites if pattern.fullmatch(s.name)]
     if not found:
         raise ConfigError(_no_match(model, targets, sites))
+    for site in found:
+        if getattr(site.module, "groups", 1) != 1:
+            raise ConfigError(
+                f"{site.name} is a {type(site.module).__name__} of {site.module.groups} groups, each of which sees its "
+                "own channels: experts would mix them, which no grouped weight equals. Choose other targets."
+            )
     return found
 
 

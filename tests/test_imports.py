@@ -29,8 +29,9 @@ ALLOWED = {
     "outputs": {"errors", "types"},
     "objective": {"errors", "types", "trace", "losses"},
     "merge": {"errors"},
-    "mixture": {"errors", "types", "routers", "experts", "kernels"},
-    "folding": {"errors", "types", "mixture"},
+    "layers": {"errors"},
+    "mixture": {"errors", "types", "routers", "experts", "kernels", "layers"},
+    "folding": {"errors", "types", "layers", "mixture"},
     "checkpoint": {"errors"},
     "stepping": {"errors"},
 }

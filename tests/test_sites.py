@@ -10,8 +10,9 @@ from torch import nn
 
 import moa
 from moa.errors import ConfigError
+from moa.layers import features
 from moa.mixture import Mixture
-from moa.sites import backbone_prefix, features, find_sites, linear_sites
+from moa.sites import backbone_prefix, find_sites, linear_sites
 
 from . import models
 

@@ -53,21 +53,21 @@ class Settings:
     target: str = "toys"
     sizes: tuple[int, ...] = (50, 100, 500, 1000)
     seeds: tuple[int, ...] = (0, 1, 2)
-    n_test: int = 400
-    n_valid: int = 300
+    n_test: int = 300
+    n_valid: int = 250
     rank: int = 8
     length: int = 64
-    batch: int = 25
-    passes: int = 1500
-    max_epochs: int = 10
-    source_users: int = 2000
-    source_passes: int = 2000
-    lr_source: float = 1e-3
+    batch: int = 16
+    passes: int = 1000
+    max_epochs: int = 6
+    source_users: int = 1200
+    source_passes: int = 1200
+    lr_source: float = 3e-4
     grid_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     grid_streams: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     grid_head: tuple[float, ...] = (1e-4, 1e-3)
-    tune_users: int = 500
-    tune_passes: int = 1000
+    tune_users: int = 200
+    tune_passes: int = 400
 
 
 class Bench:
@@ -83,8 +83,8 @@ class Bench:
         self, settings: Settings, folder: Path, encoder: nn.Module | None = None, tokenizer: Any = None
     ) -> None:
         self.settings, self.folder = settings, folder
-        none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # few steps: dropout costs more than
-        self.encoder = encoder if encoder is not None else AutoModel.from_pretrained(settings.model, **none)  # it gives
+        none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # the runs are short
+        self.encoder = encoder if encoder is not None else AutoModel.from_pretrained(settings.model, **none)
         self.encoder.eval()
         self.tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(settings.model)
         self.vectors: dict[str, dict[str, Tensor]] = {}

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import ConfigError, unknown_name
 from ..experts import BANKS, ExpertBank
 from ..kernels import engines
-from ..mixture import Branch, Mixture
+from ..mixture import Branch, Mixture, mixture_on
 from ..routers.base import check_experts
 from ..streams import Streams
 from ..types import Context
@@ -24,7 +24,7 @@ from ..types import Context
 
 @dataclass(frozen=True)
 class Site:
-    """One layer that gets experts: its dotted name, the module, its features i and o."""
+    """One layer that gets experts: its dotted name, the module, its features i and o (`moa.layers.features`)."""
 
     name: str
     module: nn.Module
@@ -43,7 +43,8 @@ class Recipe:
         rank: r of each expert.
         alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
         dropout: probability on the experts' input in training.
-        targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name.
+        targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name; the last two
+            find convolutions too.
         engine: kernel engine by name; None lets the dispatcher choose.
         train_experts: False freezes the experts, so that the routers alone learn; the default with `experts=[…]`.
 
@@ -84,13 +85,13 @@ class Recipe:
         raise NotImplementedError
 
     def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
-        """Return one mixture for each site, (*rows, i) -> (*rows, o); for recipes whose sites share something.
+        """Return one mixture for each site, (*rows, i) -> (*rows, o); recipes whose sites share something override it.
 
         Args:
             sites: of one model, in order.
             context: shared by the mixtures.
         """
-        return [Mixture(site.module, self.build(site), context, site.name) for site in sites]
+        return [mixture_on(site.module, self.build(site), context, site.name) for site in sites]
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.

@@ -34,6 +34,7 @@ class Hydra(Recipe):
     Source: arXiv 2309.06922, eq. 4-7.
     Differs: the released language code sets `apply_hyra` and reads `apply_hydra`, so that its branch does not run; the
         released VTAB fold multiplies the attention branch by the wrong layer's weight. The gates are not the paper's.
+        On a convolution (name it in targets) the parallel branch is one of rank r, the sequential one 1 × 1.
     """
 
     n_experts: int = 1

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ..blocks import routed_block
 from ..errors import ConfigError
 from ..experts import BANKS, ExpertBank
-from ..mixture import Branch, Mixture
+from ..layers import is_convolution
+from ..mixture import Branch, Mixture, mixture_on
 from ..routers import FixedRouter, LinearRouter
 from ..types import Context
 from .base import Recipe, Site, register_recipe
@@ -66,7 +67,7 @@ class MixLoRA(Recipe):
                 made[layer.name] = layer
         for site in sites:
             if site.name not in made:
-                made[site.name] = Mixture(site.module, self.build(site), context, site.name)
+                made[site.name] = mixture_on(site.module, self.build(site), context, site.name)
         return [made[site.name] for site in sites]
 
     def _bank(self, site: Site, n_experts: int) -> ExpertBank:
@@ -92,7 +93,7 @@ def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
     blocks: list[list[Site]] = []
     opened: list[Site] = []
     for site in sites:
-        if re.search(r"attn|attention", site.name, re.IGNORECASE):
+        if re.search(r"attn|attention", site.name, re.IGNORECASE) or is_convolution(site.module):
             continue
         together = bool(opened) and _numbers(site) == _numbers(opened[0])
         if together and site.d_in == opened[0].d_out:
