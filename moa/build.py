@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, foreign
 from .errors import ConfigError
 from .mixture import Mixture
 from .model import MoAModel
@@ -167,17 +167,27 @@ def _new_heads(model: nn.Module) -> list[str]:
 def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any) -> MoAModel:
     """Return the model saved under a path or hub id.
 
+    Folders of MixLoRA (TUDB-Labs' package, MoE-PEFT) and of peft's X-LoRA are read, too, into the recipes `mixlora` and
+    `xlora`; saved again, they are checkpoints of moa.
+
     Args:
-        path: folder with model.safetensors, or a hub id.
+        path: folder with model.safetensors, or with adapter_config.json; or a hub id.
         base: the model to put the mixtures into; None loads the one that the checkpoint names.
         check_base: refuse a base whose weights are not those the mixture was trained on.
         kwargs: for the base's `from_pretrained` (dtype, device_map, …).
 
     Raises:
-        CheckpointError: not a moa checkpoint, truncated, another base, or tensors that are missing, unexpected or of
-            another shape, grouped by kind.
+        CheckpointError: not such a folder, truncated, another base, or tensors that are missing, unexpected or of
+            another shape, grouped by kind; an option of another library that has no counterpart, named.
     """
     folder = checkpoint.locate(path)
+    if foreign.is_foreign(folder):
+        found = foreign.read_foreign(folder)
+        out = _wrap(foreign.foreign_base(found, kwargs) if base is None else base)
+        with _all_or_nothing(out.base):
+            foreign.adopt(out, found)
+        out.eval()
+        return out
     description, tensors = checkpoint.read(folder)
     if base is None:
         from .tasks import load_base

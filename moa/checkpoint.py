@@ -77,7 +77,7 @@ def locate(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG]))
+        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG, "adapter_*", "*/adapter_*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"no folder {path!s}, and the hub does not give it either: {error}") from error
 
@@ -159,7 +159,7 @@ def fingerprint(base: nn.Module, n_tensors: int = 8, n_values: int = 4) -> dict[
     frozen = {
         original_name(name): tensor
         for name, tensor in base.named_parameters()
-        if ".branches." not in name and not tensor.requires_grad and tensor.is_floating_point() and tensor.ndim == 2
+        if ".branches." not in name and not tensor.requires_grad and _is_dense(tensor) and tensor.ndim == 2
     }
     names = sorted(frozen)
     chosen = [names[i * len(names) // n_tensors] for i in range(min(n_tensors, len(names)))] if names else []
@@ -174,6 +174,11 @@ def fingerprint(base: nn.Module, n_tensors: int = 8, n_values: int = 4) -> dict[
             "values": flat[at.to(flat.device)].float().tolist(),
         }
     return probes
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Tell floats as such from codes, which some libraries hide behind a subclass that calls itself floating."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
 
 
 def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> None:
@@ -193,7 +198,7 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
         was = f"{folder} was made on {stored['class']} {stored['name_or_path']!r}"
         if tensor is None:
             raise CheckpointError(f"wrong base: {was}, which has a matrix {name}; {type(base).__name__} has none.")
-        if not tensor.is_floating_point():  # a quantised base holds codes, which cannot be compared
+        if not _is_dense(tensor):  # a quantised base holds codes, which cannot be compared
             continue
         if list(tensor.shape) != probe["shape"]:
             raise CheckpointError(

@@ -28,7 +28,7 @@ def mean_of(scores: Mapping[str, float]) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
-    """Return, for each kind: accuracy before and after each merge, per task and mean, and the loss, also against LoRA r8.
+    """Return, for each kind: accuracy before and after each merge, per task and mean, and the loss, also over LoRA r8.
 
     The loss of a merge is the mean accuracy over tasks before minus after, of one seed. Its difference to LoRA r8's is
     taken seed by seed: the rows are the same.

@@ -37,8 +37,8 @@ REFUSED: dict[str, str] = {
 }
 # Mixtures behind a router, which are no one weight change, and what to do with them.
 ROUTED = {
-    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those.",
-    "MIXLORA": "Its experts are feed-forward blocks behind a gate, and its layout is not read.",
+    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those. moa.load reads it whole.",
+    "MIXLORA": "Its experts are feed-forward blocks behind a gate: no weight change; moa.load reads it as a model.",
     "POLY": "It mixes its experts by task, and its layout is not read.",
 }
 # Initialisations that move part of the base weight into the factors: the file is a change of another base.
