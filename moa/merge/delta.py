@@ -237,15 +237,23 @@ class Deltas(Mapping[str, Delta]):
         load: name -> its delta (o, i); called at every access, so memory holds one tensor at a time.
         source: where they come from, used in errors.
         base: id or folder of the base model they change; None when unknown.
+        transposed: the base's layers store weights (i, o), as transformers' Conv1D does, so these changes are (i, o),
+            too; None when unknown. Only a LoRA folder has to know: `write_peft`.
     """
 
     def __init__(
-        self, names: Iterable[str], load: Callable[[str], Delta], source: str, base: str | None = None
+        self,
+        names: Iterable[str],
+        load: Callable[[str], Delta],
+        source: str,
+        base: str | None = None,
+        transposed: bool | None = None,
     ) -> None:
         self._names = dict.fromkeys(names)
         self._load = load
         self.source = source
         self.base = base
+        self.transposed = transposed
 
     def __getitem__(self, name: str) -> Delta:
         if name not in self._names:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ShapeError
 from .checkpoint import Checkpoint, read_json
-from .delta import Delta, Deltas, listed, low_rank
+from .delta import Delta, Deltas, LowRank, listed, low_rank
 
 PREFIX = "base_model.model."
 
@@ -23,7 +23,6 @@ PREFIX = "base_model.model."
 REFUSED: dict[str, str] = {
     "use_dora": "DoRA rescales the whole weight, so its change depends on the base and is no low-rank delta",
     "lora_bias": "it trains a bias beside each factor, which a weight delta cannot hold",
-    "fan_in_fan_out": "its base stores weights transposed (Conv1D), so up · down is not the change as stored",
     "modules_to_save": "it replaces whole modules; take the difference of two full checkpoints instead",
     "target_parameters": "its factors belong to fused expert parameters, not to linear layers",
     "layer_replication": "it changes the layers of the base",
@@ -37,7 +36,7 @@ REFUSED: dict[str, str] = {
 }
 # Mixtures behind a router, which are no one weight change, and what to do with them.
 ROUTED = {
-    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those. moa.load reads it whole.",
+    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those, or moa.load it.",
     "MIXLORA": "Its experts are feed-forward blocks behind a gate: no weight change; moa.load reads it as a model.",
     "POLY": "It mixes its experts by task, and its layout is not read.",
 }
@@ -54,7 +53,8 @@ def read_peft(path: str | Path) -> Deltas:
     Returns:
         Low-rank deltas named as the base names its weights ("….q_proj.weight"): down (r, i), up (o, r) with the
         scale, rank_pattern and alpha_pattern included; float32, or float64 if the file is. `base` is the id
-        written in the config.
+        written in the config. With fan_in_fan_out they are as such a base stores its weights, (i, o): the factors
+        change places.
 
     Raises:
         CheckpointError: a file is missing, truncated or damaged, is no LoRA, uses a setting that is not a plain
@@ -108,10 +108,12 @@ def peft_deltas(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, sou
     def load(name: str) -> Delta:
         module = name.removesuffix(".weight")
         down, up = modules[module]
-        return low_rank(tensors[down], tensors[up], _scale(config, module), where=module)
+        delta = low_rank(tensors[down], tensors[up], _scale(config, module), where=module)
+        return LowRank(delta.up.T, delta.down.T) if transposed else delta
 
+    transposed = bool(config.get("fan_in_fan_out"))
     names = [f"{module}.weight" for module in modules]
-    return Deltas(names, load, source, base=config.get("base_model_name_or_path") or None)
+    return Deltas(names, load, source, config.get("base_model_name_or_path") or None, transposed)
 
 
 def _check_config(config: Mapping[str, Any], source: str) -> None:

@@ -27,7 +27,7 @@ def merge(
     same_base: bool = True,
     progress: bool = False,
     **options: Any,
-) -> dict[str, Delta]:
+) -> Deltas:
     """Return several deltas merged into one, tensor by tensor, by a row of `METHODS`.
 
     Args:
@@ -52,7 +52,8 @@ def merge(
     Source: the method's row.
     """
     lazy = merge_lazily(adapters, weights, method, missing=missing, same_base=same_base, **options)
-    return {name: lazy[name] for name in tqdm(lazy, desc=f"merge {method}", disable=not progress)}
+    made = {name: lazy[name] for name in tqdm(lazy, desc=f"merge {method}", disable=not progress)}
+    return Deltas(made, made.__getitem__, lazy.source, lazy.base, lazy.transposed)
 
 
 def merge_lazily(
@@ -96,7 +97,8 @@ def merge_lazily(
         return row.run(Job(plan, name, parts, state))
 
     base = next((a.base for a in plan.adapters if a.base is not None), None)
-    return Deltas(plan.names, load, source=f"merge {method}", base=base)
+    transposed = next((a.transposed for a in plan.adapters if a.transposed is not None), None)
+    return Deltas(plan.names, load, f"merge {method}", base, transposed)
 
 
 def make_plan(
@@ -135,6 +137,7 @@ def make_plan(
     complete = read_options(row, options)
     if same_base:
         _check_base(sets)
+    _check_layout(sets)
     return Plan(row, sets, _names(sets, missing), values, complete)
 
 
@@ -153,6 +156,15 @@ def _check_base(sets: Sequence[Deltas]) -> None:
                 f"{source} changes the base {base!r}, {known[0][0]} changes {known[0][1]!r}: deltas of different bases "
                 "do not add up. If the two names mean the same weights, pass same_base=False."
             )
+
+
+def _check_layout(sets: Sequence[Deltas]) -> None:
+    layouts = {s.transposed: s.source for s in sets if s.transposed is not None}
+    if len(layouts) > 1:
+        raise ConfigError(
+            f"{layouts[True]} has fan_in_fan_out=True, {layouts[False]} has False: one of them is not for this base, "
+            "or its configuration is wrong; square layers would be merged with one of them transposed."
+        )
 
 
 def _names(sets: Sequence[Deltas], missing: str) -> tuple[str, ...]:

@@ -220,7 +220,8 @@ def write_peft(
     again under another name gets an idle zero adapter there, and PEFT warns of missing keys.
 
     Args:
-        deltas: name ("….weight") -> down (r, i), up (o, r); dense ones need `rank`.
+        deltas: name ("….weight") -> down (r, i), up (o, r); dense ones need `rank`. Those that are `transposed` are
+            written with fan_in_fan_out.
         out: the folder to make.
         base_model: id or folder of the base; taken from the deltas if they know it and None is given.
         rank: squeeze every module to at most this rank, the nearest in Frobenius norm; the errors are returned.
@@ -244,6 +245,7 @@ def write_peft(
         raise ConfigError(f"write_peft: dtype is {dtype}, expected a floating type that safetensors holds.")
     source = getattr(deltas, "source", "the given deltas")
     base = base_model if base_model is not None else getattr(deltas, "base", None)
+    transposed = bool(getattr(deltas, "transposed", False))
     inputs = [s for s in [source] if Path(s).exists()]
     with staged(out, overwrite=overwrite, inputs=inputs) as partial:
         tensors: dict[str, Tensor] = {}
@@ -259,12 +261,13 @@ def write_peft(
                 errors[name] = squeezed.relative
             rounded = LowRank(small.down.to(dtype), small.up.to(dtype))
             check_finite(rounded, name, f"{source} rounded to {dtype}")
-            tensors[f"{PREFIX}{module}.lora_A.weight"] = rounded.down
-            tensors[f"{PREFIX}{module}.lora_B.weight"] = rounded.up
+            down, up = (rounded.up.T, rounded.down.T) if transposed else (rounded.down, rounded.up)
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = down.contiguous()
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = up.contiguous()
             ranks[module] = rounded.rank
         specs = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
         nbytes = write_safetensors(partial / "adapter_model.safetensors", specs, tensors.items())
-        write_json(partial / "adapter_config.json", _peft_config(ranks, base, task_type))
+        write_json(partial / "adapter_config.json", _peft_config(ranks, base, task_type, transposed))
         what = f"A low-rank change of {len(ranks)} linear layers, made by moa ({Path(source).name})."
         (partial / "README.md").write_text(model_card(base, what, task_type), encoding="utf-8")
     return Written(Path(out), ("adapter_model.safetensors",), nbytes, len(ranks), errors)
@@ -289,7 +292,9 @@ def _at_rank(delta: Delta, name: str, rank: int | None) -> tuple[LowRank, Squeez
     return small, squeezed
 
 
-def _peft_config(ranks: Mapping[str, int], base: str | None, task_type: str | None) -> dict[str, object]:
+def _peft_config(
+    ranks: Mapping[str, int], base: str | None, task_type: str | None, transposed: bool
+) -> dict[str, object]:
     most = max(ranks.values())
     # "^" and escapes: PEFT reads the keys as regular expressions for the end of a module's path.
     other = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != most}
@@ -306,7 +311,7 @@ def _peft_config(ranks: Mapping[str, int], base: str | None, task_type: str | No
         "use_rslora": False,
         "use_dora": False,
         "lora_bias": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "bias": "none",
         "init_lora_weights": True,
         "modules_to_save": None,

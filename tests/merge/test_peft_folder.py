@@ -8,11 +8,13 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
-from moa.errors import CheckpointError, ShapeError
-from moa.merge import read_peft
+from moa.errors import CheckpointError, ConfigError, ShapeError
+from moa.merge import merge, read_peft, write_checkpoint, write_peft
 from moa.merge.peft_folder import REFUSED
+from tests import models
 
 from .tools import close, lora_folder
 
@@ -127,3 +129,64 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_config.json is missing"):
         read_peft(folder)
+
+
+# ------------------------------------------------------------------------------------------------ Conv1D
+
+
+def conv1d_adapters(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Return a GPT-2, whose layers store weights (i, o), and two adapters of it that peft saved."""
+    base = tmp_path / "gpt2"
+    models.gpt2().save_pretrained(base)
+    folders = []
+    for seed in range(2):
+        targets = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square: there a wrong side raises nothing
+        config = peft.LoraConfig(r=2 + seed, lora_alpha=5, target_modules=targets, fan_in_fan_out=True)
+        model = peft.get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter)
+        model.save_pretrained(tmp_path / f"adapter{seed}")
+        folders.append(tmp_path / f"adapter{seed}")
+    return base, folders
+
+
+def unloaded(base: Path, folder: Path) -> dict[str, Tensor]:
+    """Return the weights that peft's merge_and_unload gives."""
+    model = peft.PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(base), folder)
+    state: dict[str, Tensor] = model.merge_and_unload().state_dict()
+    return state
+
+
+# peft calls what transformers 5 has renamed
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_fan_in_fan_out_is_merged_as_peft_does(tmp_path: Path) -> None:
+    base, folders = conv1d_adapters(tmp_path)
+    plain = GPT2LMHeadModel.from_pretrained(base).state_dict()
+    expected = {
+        name: plain[name] + sum(0.5 * (own[name] - plain[name]) for own in (unloaded(base, f) for f in folders))
+        for name in plain
+    }
+    merged = merge([read_peft(f) for f in folders], method="average")
+    write_checkpoint(base, merged, tmp_path / "whole")
+    ours = GPT2LMHeadModel.from_pretrained(tmp_path / "whole").state_dict()
+    for name in plain:
+        close(ours[name], expected[name], 1e-6)
+    square = "transformer.h.0.attn.c_proj.weight"
+    wrong = plain[square] + (expected[square] - plain[square]).T
+    with pytest.raises(AssertionError):
+        close(ours[square], wrong, 1e-6)
+    # as an adapter again
+    write_peft(merged, tmp_path / "adapter", rank=5)
+    again = unloaded(base, tmp_path / "adapter")
+    for name in plain:
+        close(again[name], expected[name], 1e-5)
+
+
+def test_adapters_of_two_layouts_are_not_merged(tmp_path: Path) -> None:
+    pair = (torch.ones(2, 4), torch.ones(4, 2))
+    one = lora_folder(tmp_path / "a", {"m": pair})
+    other = lora_folder(tmp_path / "b", {"m": pair}, fan_in_fan_out=True)
+    with pytest.raises(ConfigError, match="one of them is not for this base"):
+        merge([read_peft(one), read_peft(other)], method="average")
