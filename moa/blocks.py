@@ -94,6 +94,7 @@ class BlockEntry(BlockLayer):
         base_out: Tensor = self.base(x, *args, **kwargs)
         if not self.context.enabled:
             return base_out
+        self.check_differentiable(x, base_out)
         branch = self.branch
         if not isinstance(branch.router, FollowRouter):
             self.shared.routing = _on_rows(self.route(branch, x), x)
@@ -136,6 +137,7 @@ class BlockExit(BlockLayer):
         weights = routing.weights.unsqueeze(-1)
         mixed = (x * weights.to(x.dtype)).sum(-2)
         y: Tensor = self.base(mixed, *args, **kwargs)
+        self.check_differentiable(mixed, y)
         if self.bias is not None:
             y = y + (weights.sum(-2) - 1).to(y.dtype) * self.bias.to(y.dtype)
         bank = self.branch.bank

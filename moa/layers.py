@@ -42,10 +42,18 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_dense(weight: Any) -> bool:
+    """Tell whether weight, of any shape, is a tensor of floats as such.
+
+    Some libraries hide codes behind a subclass of Tensor that calls itself floating and knows few operations.
+    """
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
 def matrix(base: nn.Module) -> Tensor | None:
     """Return the dense weight of a layer as a view (o, i), or None where it holds none, as quantised ones do."""
     weight: Any = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not is_dense(weight):
         return None
     if isinstance(base, CONVOLUTIONS):
         return weight.flatten(1) if base.groups == 1 else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, ShapeError
 from .experts import ExpertBank
-from .layers import is_conv1d, is_convolution, patches
+from .layers import is_conv1d, is_convolution, is_dense, patches
 from .routers import Router
 from .types import Context, Routing
 
@@ -52,13 +52,15 @@ class Mixture(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base's weight (o, i): some models look at its dtype or device."""
-        return self.base.weight
+        """The base's weight (o, i): some models look at its dtype or device. PyTorch's quantised layers unpack it."""
+        weight: Any = self.base.weight
+        return weight if isinstance(weight, Tensor) else weight()
 
     @property
     def bias(self) -> Any:
         """The base's bias (o,) or None."""
-        return getattr(self.base, "bias", None)
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, Tensor | None) else bias()
 
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
@@ -83,7 +85,24 @@ class Mixture(nn.Module):
                 f"{self.name}: a {type(self.base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
                 "tensor (*rows, o). Choose the linear layers inside it as targets."
             )
+        self.check_differentiable(x, base_out)
         return self.add(x, base_out)
+
+    def check_differentiable(self, x: Tensor, y0: Tensor) -> None:
+        """Check that a gradient goes through the base from y0 (*rows, o) to x (*rows, i), if training needs it.
+
+        Raises:
+            ConfigError: it does not, as in layers quantised for inference: the layers before it would not learn.
+        """
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled() and x.requires_grad):
+            return
+        if y0.grad_fn is None or "NotImplemented" in y0.grad_fn.name():  # PyTorch's mark of an op without a gradient
+            kind = type(self.base)
+            raise ConfigError(
+                f"{self.name}: no gradient goes through a {kind.__module__}.{kind.__name__}, so what is trained before "
+                "it would learn nothing. Train on the base before it was quantised for inference, or quantise it by a "
+                "library whose layers are differentiable."
+            )
 
     def add(self, x: Tensor, y0: Tensor) -> Tensor:
         """Return y0 (*rows, o) and what the branches add to it for x (*rows, i)."""
@@ -114,6 +133,7 @@ class ConvMixture(Mixture):
         base_out: Tensor = self.base(x, *args, **kwargs)
         if not self.context.enabled:
             return base_out
+        self.check_differentiable(x, base_out)
         return self.add(patches(self.base, x), base_out.flatten(2).mT).mT.reshape(base_out.shape)
 
 
@@ -151,6 +171,6 @@ def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         return None
     weight: Tensor = base.weight  # type: ignore[assignment]
     bias: Tensor | None = base.bias  # type: ignore[assignment]
-    if weight.requires_grad or not weight.is_floating_point():
+    if not is_dense(weight) or weight.requires_grad:
         return None
     return weight.T if is_conv1d(base) else weight, bias

@@ -19,6 +19,8 @@ from .bench import Settings
 from .data import DOMAINS
 from .run import run, summary
 
+CHOICES = {"sources": DOMAINS, "target": DOMAINS, "methods": Settings.methods}
+
 
 def main() -> None:
     """Run the experiment and keep its result."""
@@ -33,7 +35,7 @@ def main() -> None:
         default = field.default
         several = isinstance(default, tuple)
         kind = type(default[0] if isinstance(default, tuple) else default)
-        choices = DOMAINS if field.name in ("sources", "target") else None
+        choices = CHOICES.get(field.name)
         flag = f"--{field.name.replace('_', '-')}"
         if several:
             parser.add_argument(flag, nargs="+", type=kind, default=default, choices=choices)

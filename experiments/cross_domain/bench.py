@@ -30,6 +30,8 @@ class Settings:
         target: domain to learn.
         sizes: numbers of target users to learn from.
         seeds: one run each: other users, negatives and order.
+        methods: of "xcross" (crossings over frozen source adapters), "lora" (one on the target alone) and "head"; the
+            pooler is trained with each of them, and alone in the last.
         n_test: users of each domain ranked for in the end.
         n_valid: users of each domain by which learning rates are chosen.
         rank: of every LoRA.
@@ -53,21 +55,22 @@ class Settings:
     target: str = "toys"
     sizes: tuple[int, ...] = (50, 100, 500, 1000)
     seeds: tuple[int, ...] = (0, 1, 2)
-    n_test: int = 300
-    n_valid: int = 250
+    methods: tuple[str, ...] = ("xcross", "lora", "head")
+    n_test: int = 200
+    n_valid: int = 200
     rank: int = 8
     length: int = 64
-    batch: int = 16
-    passes: int = 1000
-    max_epochs: int = 6
-    source_users: int = 1200
-    source_passes: int = 1200
-    lr_source: float = 3e-4
+    batch: int = 25
+    passes: int = 500
+    max_epochs: int = 4
+    source_users: int = 1600
+    source_passes: int = 1600
+    lr_source: float = 2e-4
     grid_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     grid_streams: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     grid_head: tuple[float, ...] = (1e-4, 1e-3)
     tune_users: int = 200
-    tune_passes: int = 400
+    tune_passes: int = 200
 
 
 class Bench:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import random
 import time
@@ -20,7 +21,6 @@ from .bench import Bench, Settings
 from .data import Case, Domain, cases, metrics, popularity
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-METHODS = ("xcross", "lora", "head")
 
 
 def lora(bench: Bench, head: bool) -> Any:
@@ -81,7 +81,7 @@ def source_adapters(bench: Bench, kept: Kept) -> list[Path]:
             domain, model = bench.domain(name), lora(bench, head=False)
             users = domain.train[: settings.source_users]
             bench.train(model, domain, users, "source", settings.source_passes, {"": settings.lr_source})
-            tests = cases(domain, domain.valid, "valid")
+            tests = cases(domain, domain.valid + domain.test, "valid")
             before, after = (metrics(bench.scores(m, domain, tests), tests) for m in (bench.ranker(), model))
             moa.export_expert(model, 0, path)
             return {"own domain, zero-shot": before, "own domain, adapted": after}
@@ -104,7 +104,7 @@ def tune(bench: Bench, paths: list[Path], kept: Kept) -> dict[str, dict[str, Any
     """Return each method's best learning rates by NDCG@10 of validation users of the target, at one size and seed."""
     settings = bench.settings
     best = {}
-    for method in METHODS:
+    for method in settings.methods:
         tried = []
         for rate, head in grid(settings, method):
             key = {"method": method, "lr": rate, "lr_head": head}
@@ -155,7 +155,7 @@ def run(
         say: gets each row as a line.
         bench: in place of the one that settings describe, for tests.
     """
-    same = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("sizes", "seeds")}
+    same = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("sizes", "seeds", "methods")}
     folder = folder / hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
     folder.mkdir(parents=True, exist_ok=True)
     bench = bench or Bench(settings, folder)
@@ -166,17 +166,15 @@ def run(
     best = tune(bench, paths, tuning)
     kept = Kept(folder / "rows.jsonl", say)
     rows = untrained(bench, paths, kept)
-    for seed in settings.seeds:
-        for size in settings.sizes:
-            for method in METHODS:
+    for seed, size, method in itertools.product(settings.seeds, settings.sizes, settings.methods):
 
-                def one(method: str = method, size: int = size, seed: int = seed) -> dict[str, Any]:
-                    users = some(bench.domain(settings.target), str(seed), size)
-                    rates = rates_of(method, best[method]["lr"], best[method]["lr_head"])
-                    model, trained = fit(bench, method, paths, users, str(seed), settings.passes, rates)
-                    return {"trainable": trained, **tested(bench, model)}
+        def one(method: str = method, size: int = size, seed: int = seed) -> dict[str, Any]:
+            users = some(bench.domain(settings.target), str(seed), size)
+            rates = rates_of(method, best[method]["lr"], best[method]["lr_head"])
+            model, trained = fit(bench, method, paths, users, str(seed), settings.passes, rates)
+            return {"trainable": trained, **tested(bench, model)}
 
-                rows.append(kept.get({"method": method, "users": size, "seed": seed}, one))
+        rows.append(kept.get({"method": method, "users": size, "seed": seed}, one))
     return {
         "settings": dataclasses.asdict(settings),
         "sources": sources.rows,

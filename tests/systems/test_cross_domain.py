@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 import moa
 from experiments.cross_domain.bench import Bench, Settings, batches, groups_of
 from experiments.cross_domain.data import Case, cases, load, metrics, popularity, text_of
-from experiments.cross_domain.run import METHODS, make, rates_of, run, some, summary
+from experiments.cross_domain.run import make, rates_of, run, some, summary
 from moa.candidates import CandidateRanker
 from moa.errors import ConfigError, ShapeError
 from tests.laws import assert_close
@@ -148,7 +148,7 @@ def test_every_method_trains_the_pooler_at_the_same_rate(folder: Path, tmp_path:
     bench = Bench(settings_of(folder), tmp_path, encoder(), tokens)
     path = tmp_path / "adapter"
     moa.export_expert(moa.build(bench.ranker(), "fixed", n_experts=1, rank=2, targets=["query"]), 0, path)
-    for method in METHODS:
+    for method in Settings.methods:
         model = make(bench, method, [path, path])
         groups = groups_of(model, rates_of(method, None if method == "head" else 3.0, 7.0))
         by_rate = {group["lr"]: group["params"] for group in groups}
