@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,26 @@ def load_tokenizer(base: str) -> Any:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: no tokenizer can be loaded from {base!r}: {error}") from error
+
+
+def with_heads_of(config: TrainConfig, model: MoAModel, folder: Path) -> TrainConfig:
+    """Return a configuration whose tasks have the labels of a trained model's heads, (C, d) each, in their order.
+
+    Args:
+        config: with the same tasks, in the same order.
+        model: of a checkpoint; one without a head per task needs nothing.
+        folder: of the checkpoint, named in the error.
+
+    Raises:
+        ConfigError: other tasks than the model has heads for.
+    """
+    labels = getattr(model.config, "labels", None)
+    if labels is None:
+        return config
+    if list(config.tasks) != list(labels):
+        raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(config.tasks)}.")
+    tasks = {name: dataclasses.replace(task, labels=labels[name]) for name, task in config.tasks.items()}
+    return dataclasses.replace(config, tasks=tasks)
 
 
 def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any) -> MoAModel:

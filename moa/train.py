@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import time
@@ -23,7 +22,7 @@ from .errors import ConfigError
 from .model import MoAModel
 from .monitor import LayerLoad, RoutingStatistics
 from .report import routing_table
-from .runs import Run, build_model, load_tokenizer, training_arguments
+from .runs import Run, build_model, load_tokenizer, training_arguments, with_heads_of
 from .tasks import EncodedTask, encode_tasks
 
 RESULTS, FIGURE, CONFIG, MODEL = "results.json", "routing.png", "config.yaml", "model"
@@ -108,13 +107,8 @@ def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides
     home = folder if (folder / CONFIG).is_file() else folder.parent
     own = read_config(config or home / CONFIG, overrides)
     model = load(folder / MODEL if (folder / MODEL).is_dir() else folder)
+    own = with_heads_of(own, model, folder)
     tokenizer = load_tokenizer(own.base)
-    labels = getattr(model.config, "labels", None)
-    if labels is not None:
-        if list(own.tasks) != list(labels):
-            raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(own.tasks)}.")
-        known = {name: dataclasses.replace(task, labels=labels[name]) for name, task in own.tasks.items()}
-        own = dataclasses.replace(own, tasks=known)
     tasks = encode_tasks(own.tasks, tokenizer, own.max_length, own.seed)
     scores = Run(own, tasks, tokenizer).evaluate(model)
     return {"tasks": {task.name: _describe_task(task) for task in tasks}, "scores": {"mixture": scores}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +153,7 @@ def _batches(model: MoAModel, arguments: argparse.Namespace) -> list[dict[str, A
     """Return batches of the tasks' training rows; None where there is no configuration."""
     from ..config import read_config
     from ..errors import ConfigError
-    from ..runs import load_tokenizer
+    from ..runs import load_tokenizer, with_heads_of
     from ..tasks import Collator, encode_tasks
 
     folder = Path(arguments.checkpoint)
@@ -164,17 +163,11 @@ def _batches(model: MoAModel, arguments: argparse.Namespace) -> list[dict[str, A
         return None
     if arguments.rows < 1 or arguments.batch_size < 1:
         raise ConfigError(f"--rows {arguments.rows} and --batch-size {arguments.batch_size} must be at least 1.")
-    config = read_config(source)
-    labels = getattr(model.config, "labels", None)
-    tasks = dict(config.tasks)
-    if labels is not None:
-        if list(tasks) != list(labels):
-            raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(tasks)}.")
-        tasks = {name: dataclasses.replace(task, labels=labels[name]) for name, task in tasks.items()}
+    config = with_heads_of(read_config(source), model, folder)
     tokenizer = load_tokenizer(config.base)
     collate = Collator(tokenizer)
     batches = []
-    for task in encode_tasks(tasks, tokenizer, config.max_length, config.seed):
+    for task in encode_tasks(config.tasks, tokenizer, config.max_length, config.seed):
         rows = [task.train[i] for i in range(min(arguments.rows, len(task.train)))]
         size = arguments.batch_size
         batches += [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
