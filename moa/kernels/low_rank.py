@@ -129,15 +129,13 @@ def _apply(
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
-    run = ops.run_forward if _plain(x, a, b, weights) else ops.forward_op
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weights.ndim != 2:
         weights = weights.reshape(-1, k)
         indices = None if indices is None else indices.reshape(-1, k)
-    base = None if base is None else base.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    y, _ = run(flat.to(dtype), a.to(dtype), b.to(dtype), weights, indices, base, bias, engine or "")
+    # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
+    run = ops.run_forward if _plain(x, a, b, weights) else ops.forward_op
+    y, _ = run(flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
     return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
 
 

@@ -67,12 +67,12 @@ def _forward(
     emulated: bool,
 ) -> tuple[Tensor, Tensor]:
     if not emulated:
-        return used.forward(x, a, b, weights, indices, base, bias)
+        return used.forward(x, *_cast(x.dtype, a, b), weights, indices, *_cast(x.dtype, base, bias))
     late = base if x.shape[0] < _CAST_PAYS else None
     early = None if late is not None else base
     wide = used.forward(x.float(), a.float(), b.float(), weights, indices, _float(early), _float(bias))
     y, hidden = (value.to(x.dtype) for value in wide)
-    return (y if late is None else y.add_(F.linear(x, late))), hidden
+    return (y if late is None else y.add_(F.linear(x, late.to(x.dtype)))), hidden
 
 
 @forward_op.register_fake
@@ -112,10 +112,12 @@ def _gradients(
     used: ModuleType,
     emulated: bool,
 ) -> list[Tensor]:
-    if not emulated:
-        return used.backward(grad, x, a, b, weights, indices, hidden, base, needs)
-    wide = (_float(value) for value in (grad, x, a, b))
-    found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
+    if emulated:
+        wide = (_float(value) for value in (grad, x, a, b))
+        found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
+    else:
+        factors = _cast(grad.dtype, a, b)
+        found = used.backward(grad, x, *factors, weights, indices, hidden, *_cast(grad.dtype, base), needs)
     dtypes = (grad.dtype, a.dtype, b.dtype, weights.dtype)
     kept = [dtype for dtype, need in zip(dtypes, needs, strict=True) if need]
     return [value.to(dtype) for value, dtype in zip(found, kept, strict=True)]
@@ -157,6 +159,11 @@ def _exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which engines keep the dtypes they were given: autocast stays on inside custom ops."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _cast(dtype: torch.dtype, *values: Tensor | None) -> list[Any]:
+    """Return the values in one dtype: inside the op, so that the masters are kept for backward, not their copies."""
+    return [None if value is None else value.to(dtype) for value in values]
 
 
 def _float(value: Tensor | None) -> Tensor | None:
