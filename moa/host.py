@@ -15,7 +15,7 @@ from .folding import check_untied, fold, folded_change
 from .mixture import Branch, Mixture
 from .preview import Preview
 from .recipes import Recipe
-from .sites import find_sites, inject, placement, take_out
+from .sites import find_sites, inject, linear_sites, placement, take_out
 from .streams import Streams
 from .trace import Trace
 from .types import Context
@@ -55,11 +55,11 @@ class Host(nn.Module):
         if sites is None:
             chosen = find_sites(self.base, recipe.targets)
         else:
-            by_name = {s.name: s for s in find_sites(self.base, ".*")}
-            missing = [name for name in sites if name not in by_name]
+            free = linear_sites(self.base)
+            missing = sorted(set(sites) - {s.name for s in free})
             if missing:
                 raise ConfigError(f"no free linear layer named {', '.join(missing)} in {type(self.base).__name__}.")
-            chosen = [by_name[name] for name in sites]
+            chosen = [s for s in free if s.name in set(sites)]  # in the order in which they run
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
         side = _encoder_modules(self.base)
         for context, part in (

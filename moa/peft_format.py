@@ -124,6 +124,7 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
         adapters: E of them.
 
     Raises:
+        ConfigError: a recipe whose experts are no LoRAs, or not as many as there are adapters.
         CheckpointError: a factor of another shape than its layer: an adapter for another base.
     """
     for name in names:
@@ -131,7 +132,15 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
         assert isinstance(branch, Branch)
         bank = branch.bank
         if not isinstance(bank, LoRABank):
-            raise ConfigError(f"experts=[…] are LoRA adapters, this recipe's experts are {type(bank).__name__}.")
+            raise ConfigError(
+                f"experts=[…] are LoRA adapters whose outputs are mixed, this recipe's experts are "
+                f"{type(bank).__name__}: choose another, e.g. 'topk', 'dense', 'remix', 'xlora' or 'arrow'."
+            )
+        if bank.n_experts != len(adapters):
+            raise ConfigError(
+                f"{name} has {bank.n_experts} expert(s) in this recipe, and {len(adapters)} adapters were given: give "
+                "adapters of the layers that it routes alone, or choose another, e.g. 'topk', 'dense' or 'xlora'."
+            )
         for e, adapter in enumerate(adapters):
             bank.down[e].zero_()
             bank.up[e].zero_()

@@ -36,6 +36,7 @@ class Settings:
         n_valid: users of each domain by which learning rates are chosen.
         rank: of every LoRA.
         length: tokens of a history.
+        item_length: tokens of an item.
         batch: users per step.
         passes: users seen in training, in all: max(1, passes // n_users) epochs, at most max_epochs.
         max_epochs: see passes.
@@ -59,12 +60,13 @@ class Settings:
     n_test: int = 200
     n_valid: int = 200
     rank: int = 8
-    length: int = 64
+    length: int = 48
+    item_length: int = 64
     batch: int = 25
     passes: int = 500
     max_epochs: int = 4
-    source_users: int = 1600
-    source_passes: int = 1600
+    source_users: int = 1200
+    source_passes: int = 1200
     lr_source: float = 2e-4
     grid_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     grid_streams: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
@@ -103,14 +105,15 @@ class Bench:
                 rows = []
                 with torch.no_grad():
                     for start in range(0, len(ids), 64):
-                        rows.append(ranker.encode(**self.tokens([domain.texts[i] for i in ids[start : start + 64]])))
+                        texts = [domain.texts[i] for i in ids[start : start + 64]]
+                        rows.append(ranker.encode(**self.tokens(texts, self.settings.item_length)))
                 save_file({"vectors": torch.cat(rows)}, kept)
             self.vectors[name] = dict(zip(ids, load_file(kept)["vectors"], strict=True))
         return domain
 
-    def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Return input_ids and attention_mask (B, S)."""
-        options = {"padding": True, "truncation": True, "max_length": self.settings.length, "return_tensors": "pt"}
+    def tokens(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
+        """Return input_ids and attention_mask (B, S), S at most length."""
+        options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
         encoded = self.tokenizer(list(texts), **options)
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
@@ -118,7 +121,7 @@ class Bench:
         """Return the ranker's inputs: histories, candidates (B, C, d), the positive's place (B,)."""
         own = self.vectors[domain.name]
         candidates = torch.stack([torch.stack([own[item] for item in case.candidates]) for case in rows])
-        texts = self.tokens([text_of(domain, case) for case in rows])
+        texts = self.tokens([text_of(domain, case) for case in rows], self.settings.length)
         return {**texts, "candidates": candidates, "labels": torch.tensor([c.label for c in rows])}
 
     def ranker(self) -> CandidateRanker:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 DOMAINS = ("office", "industrial", "food", "kitchen", "toys")
 N_CANDIDATES = 30
-HISTORY = 5
+HISTORY = 3
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from ..blocks import routed_block
 from ..errors import ConfigError
 from ..experts import BANKS, ExpertBank
@@ -39,6 +41,25 @@ class MixLoRA(Recipe):
     balance: float = 0.002
     z_loss: float = 0.0
     jitter: float = 0.0
+
+    def for_base(self, base: nn.Module) -> Recipe:
+        """Return the recipe.
+
+        Raises:
+            ConfigError: of a feed-forward block (d -> f, f -> d) some layers are targets and others are not.
+        """
+        from ..sites import find_sites, linear_sites
+
+        chosen = {site.name for site in find_sites(base, self.targets)}
+        for block in feed_forward_blocks(linear_sites(base)):
+            names = [site.name for site in block]
+            left = [name for name in names if name not in chosen]
+            if left and names[-1] in chosen and len(left) < len(names) - 1:
+                raise ConfigError(
+                    f"an expert is a whole feed-forward block, and of {', '.join(names)} the targets leave out "
+                    f"{', '.join(left)}: name all of them, or use targets='all-linear' or 'ffn'."
+                )
+        return self
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a plain LoRA on x (*rows, i), for layers outside feed-forward blocks."""

@@ -237,6 +237,9 @@ def test_bad_inputs() -> None:
     with pytest.raises(ConfigError, match=r"dwconv is a Conv2d of 4 groups, each of which sees its own channels"):
         moa.build(convnext, "hydra", targets=["dwconv"])
     assert not any(isinstance(m, ConvMixture) for m in convnext.modules())
+    built = moa.build(convnext, "hydra", targets=["pwconv1"])  # grouped ones that nobody asked for are in nobody's way
+    again = moa.build(ConvNextModel(convnext.config), "fixed", n_experts=1, targets=["pwconv2"])
+    assert len(again.add_recipe(moa.make_recipe("fixed", n_experts=1), list(built.mixtures()))) == 2
     model = moa.build(nn.Sequential(nn.Conv2d(3, 4, 2)), "fixed", n_experts=1, targets=["0"])
     with pytest.raises(ShapeError, match=r"needs x with a batch axis, 4 axes in all, got \(3, 5, 5\)"):
         model(torch.randn(3, 5, 5))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import moa
 from moa.errors import CheckpointError, ConfigError, ContextError
+from moa.recipes import RECIPES
 from moa.routers.prototype import top_right_singular
 from tests import models
 from tests.laws import assert_close
@@ -249,13 +250,61 @@ def test_frozen_experts_stay_frozen_after_loading(folders: list[Path], tmp_path:
     assert adapters.frozen(moa.load(tmp_path / "saved", base=models.llama()))
 
 
-@pytest.mark.parametrize("router", ["xlora", "arrow"])
+# recipe -> what it says of adapters that exist; the others take them, of whatever rank
+REFUSED = {
+    "soft": "experts are SlotBank: choose another",
+    "hydralora": "experts are SharedLoRABank: choose another",
+    "poly": "experts are HeadedLoRABank: choose another",
+    "mhr": "experts are HeadedLoRABank: choose another",
+    "flylora": "the rank is the number of experts",
+    "hydra": "n_experts=3 needs gate='experts'",
+    "mixlora": "no feed-forward block",
+}
+
+
+@pytest.mark.parametrize("router", list(RECIPES))
 def test_adapters_of_unequal_rank_and_scale(router: str, tmp_path: Path) -> None:
-    """Padded with zeros and rescaled: pinned to one adapter, the model is peft's with that adapter."""
+    """Padded with zeros and rescaled, which is exact: pinned to one adapter, the model is peft's with that adapter.
+
+    Recipes that do not mix the outputs of LoRAs say so.
+    """
     folders = adapters.write(tmp_path, models.llama, ranks=(2, 4, 8))
+    if router in REFUSED:
+        base = models.llama()
+        with pytest.raises(ConfigError, match=REFUSED[router]):
+            moa.build(base, router, experts=folders)
+        assert not any(isinstance(m, moa.Mixture) for m in base.modules()), "half built"
+        return
     model = moa.build(models.llama(), router, experts=folders).eval()
     ids = {"input_ids": tokens()}
     for number, folder in enumerate(folders):
+        theirs = peft.PeftModel.from_pretrained(models.llama(), folder).eval()
+        with torch.no_grad(), model.pin_expert(number):
+            assert_close(models.outputs_of(model, ids), theirs(**ids).logits, 1e-5)
+
+
+def test_a_mixture_of_unequal_ranks_is_the_sum_of_pefts_deltas(tmp_path: Path) -> None:
+    """Not each alone, but together: 1/3 of every adapter's own weight change, which peft merges."""
+    folders = adapters.write(tmp_path, models.llama, ranks=(2, 4, 8))
+    model = moa.build(models.llama(), "fixed", experts=folders)
+    plain = models.llama().state_dict()
+    merged = [peft.PeftModel.from_pretrained(models.llama(), path).merge_and_unload() for path in folders]
+    for name, mixture in model.mixtures().items():
+        key = f"{name}.weight"
+        expected = sum(m.state_dict()[key] - plain[key] for m in merged) / 3
+        assert_close(moa.fold(mixture).weight - plain[key], expected, 1e-5, name)
+
+
+def test_experts_that_a_layer_has_no_place_for(tmp_path: Path) -> None:
+    """MixLoRA has one plain LoRA outside its blocks: several adapters do not fit there."""
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    folders = adapters.write(tmp_path, models.llama, targets=targets)
+    with pytest.raises(ConfigError, match=r"q_proj has 1 expert\(s\) in this recipe, and 3 adapters were given"):
+        moa.build(models.llama(), "mixlora", experts=folders)
+    ffn = adapters.write(tmp_path / "ffn", models.llama, targets=targets[1:], ranks=(2, 4, 8))
+    model = moa.build(models.llama(), "mixlora", experts=ffn).eval()
+    ids = {"input_ids": tokens()}
+    for number, folder in enumerate(ffn):
         theirs = peft.PeftModel.from_pretrained(models.llama(), folder).eval()
         with torch.no_grad(), model.pin_expert(number):
             assert_close(models.outputs_of(model, ids), theirs(**ids).logits, 1e-5)
