@@ -38,6 +38,7 @@ class Settings:
         length: tokens of a history.
         item_length: tokens of an item.
         batch: users per step.
+        candidates: in training, the positive among them; their vectors are frozen, so that many cost little.
         passes: users seen in training, in all: max(1, passes // n_users) epochs, at most max_epochs.
         max_epochs: see passes.
         source_users: users behind each source adapter.
@@ -63,11 +64,12 @@ class Settings:
     length: int = 48
     item_length: int = 64
     batch: int = 25
+    candidates: int = 200
     passes: int = 500
     max_epochs: int = 4
     source_users: int = 1200
     source_passes: int = 1200
-    lr_source: float = 2e-4
+    lr_source: float = 3e-4
     grid_lora: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     grid_streams: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     grid_head: tuple[float, ...] = (1e-4, 1e-3)
@@ -92,7 +94,7 @@ class Bench:
         self.encoder = encoder if encoder is not None else AutoModel.from_pretrained(settings.model, **none)
         self.encoder.eval()
         self.tokenizer = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(settings.model)
-        self.vectors: dict[str, dict[str, Tensor]] = {}
+        self.vectors: dict[str, tuple[Tensor, dict[str, int]]] = {}  # (N, d), and each item's row
 
     def domain(self, name: str) -> Domain:
         """Return a domain, its items encoded once."""
@@ -108,7 +110,7 @@ class Bench:
                         texts = [domain.texts[i] for i in ids[start : start + 64]]
                         rows.append(ranker.encode(**self.tokens(texts, self.settings.item_length)))
                 save_file({"vectors": torch.cat(rows)}, kept)
-            self.vectors[name] = dict(zip(ids, load_file(kept)["vectors"], strict=True))
+            self.vectors[name] = load_file(kept)["vectors"], {item: row for row, item in enumerate(ids)}
         return domain
 
     def tokens(self, texts: Sequence[str], length: int) -> dict[str, Tensor]:
@@ -119,8 +121,8 @@ class Bench:
 
     def batch(self, domain: Domain, rows: Sequence[Case]) -> dict[str, Tensor]:
         """Return the ranker's inputs: histories, candidates (B, C, d), the positive's place (B,)."""
-        own = self.vectors[domain.name]
-        candidates = torch.stack([torch.stack([own[item] for item in case.candidates]) for case in rows])
+        vectors, row_of = self.vectors[domain.name]
+        candidates = vectors[torch.tensor([[row_of[item] for item in case.candidates] for case in rows])]
         texts = self.tokens([text_of(domain, case) for case in rows], self.settings.length)
         return {**texts, "candidates": candidates, "labels": torch.tensor([c.label for c in rows])}
 
@@ -159,7 +161,8 @@ class Bench:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.05, 1 - step / total))
         model.train()
         for epoch in range(epochs):
-            rows = cases(domain, users, f"{seed} epoch {epoch}")
+            n_candidates = min(settings.candidates, len(domain.texts) // 2)
+            rows = cases(domain, users, f"{seed} epoch {epoch}", n_candidates)
             for batch in batches(domain, rows, settings.batch, random.Random(f"{seed} order {epoch}")):
                 model(**self.batch(domain, batch))["loss"].backward()
                 optimizer.step()

@@ -62,14 +62,14 @@ def text_of(domain: Domain, case: Case) -> str:
     return "; ".join(domain.texts[item] for item in reversed(case.history))
 
 
-def cases(domain: Domain, users: list[list[str]], seed: str) -> list[Case]:
+def cases(domain: Domain, users: list[list[str]], seed: str, n_candidates: int = N_CANDIDATES) -> list[Case]:
     """Return one case per user: the last item among uniform negatives that the user never bought."""
     rng = random.Random(f"{domain.name} {seed}")
     items = sorted(domain.texts)
     out = []
     for bought in users:
         owned, negatives = set(bought), set()
-        while len(negatives) < N_CANDIDATES - 1:
+        while len(negatives) < n_candidates - 1:
             item = rng.choice(items)
             if item not in owned:
                 negatives.add(item)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from ..types import Routing
 from .base import ExpertBank
+from .headed_linear import headed_linear
 
 
 class HeadedLoRABank(ExpertBank):
@@ -103,17 +104,16 @@ class HeadedLoRABank(ExpertBank):
         return (x @ down.to(x.dtype).mT * self.scaling) @ up.to(x.dtype)
 
     def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b and the mixed expert's output, (*rows, o); one per example adds onto the first product."""
+        """Return x W^T + b and the mixed expert's output, (*rows, o); in one step where there is one per example."""
         weights = routing.dense()
         if weights.ndim <= x.ndim:
             weights = weights.unsqueeze(-2)
-        if x.ndim != 3 or weights.ndim != 4 or weights.shape[:2] != (x.shape[0], 1):
+        per_example = x.ndim == 3 and weights.ndim == 4 and weights.shape[:2] == (x.shape[0], 1)
+        cast = torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype
+        if not per_example or cast or (self.training and self.dropout):
             return super().add_linear(x, routing, weight, bias)
-        y = F.linear(x, weight, bias)
-        x = F.dropout(x, self.dropout, self.training)
-        down, up = self.mixed(weights.squeeze(1))
-        hidden = torch.bmm(x, down.to(x.dtype).mT) * self.scaling
-        return torch.baddbmm(y, hidden.to(y.dtype), up.to(y.dtype))
+        mix = weights.squeeze(1).to(self.down.dtype)
+        return headed_linear(x, weight, bias, self.down, self.up, mix, self.scaling)
 
     def _per_row(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return the same for weights (*rows, H, E) that differ from token to token."""
