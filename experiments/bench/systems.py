@@ -1,5 +1,6 @@
 """Every recipe on one decoder: trainable parameters, training step, saved activations, decoding, over the frozen base;
-and the systems that peft has, against peft's own on the same layers.
+and the systems that peft has, against peft's own on the same layers. MixLoRA, which no library here has, is compared
+with a plain one that works as its released code does, without its balance loss.
 
 The decoder has random weights: time does not depend on their values. Step and decoding are ratios to the frozen base
 in the same rounds. Saved activations are those of a whole forward beyond the frozen base's, over the bytes of the
@@ -25,6 +26,7 @@ import moa
 from moa.recipes import RECIPES
 
 from .common import interleaved, write
+from .plain_mixlora import plain_mixlora
 
 COMMAND = "python -m experiments.bench.systems"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -167,7 +169,7 @@ def table(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def peers(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return system -> times of ours and of peft's on the same layers; Arrow, which has no training, forward alone."""
+    """Return system -> times of ours and the peer's on the same layers; Arrow, which does not train, forward alone."""
     ids = torch.randint(3, 2000, (options.batch, options.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     tasks = torch.arange(options.batch) % N_TASKS
@@ -215,17 +217,24 @@ def peers(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         pairs["xlora: forward"] = (forward(ours), forward(theirs))
         theirs = peft.create_arrow_model(make(), paths, peft.ArrowConfig(top_k=2))
         pairs["arrow: forward"] = (forward(moa.build(make(), "arrow", experts=paths, k=2)), forward(theirs))
+        ours = moa.build(
+            make(), "mixlora", n_experts=N_EXPERTS, k=2, rank=RANK, dropout=0.0, balance=0.0, targets="ffn"
+        )
+        theirs = plain_mixlora(make(), n_experts=N_EXPERTS, k=2, rank=RANK, scaling=2.0)
+        pairs["mixlora: training step"] = (stepper(with_all_trained(ours), batch), stepper(theirs, batch))
+        pairs["mixlora: forward"] = (forward(ours), forward(theirs))
     flat = {
-        f"{name} {who}": run for name, pair in pairs.items() for who, run in zip(("moa", "peft"), pair, strict=True)
+        f"{name} {who}": run for name, pair in pairs.items() for who, run in zip(("moa", "peer"), pair, strict=True)
     }
     times = interleaved(flat, options.rounds, warmup=1)
     rows = {}
     for name in pairs:
-        own, other = times[f"{name} moa"], times[f"{name} peft"]
-        rows[name] = {"moa": own, "peft": other, "peft_over_moa": other["min_s"] / own["min_s"]}
+        own, other = times[f"{name} moa"], times[f"{name} peer"]
+        peer = "plain MixLoRA" if name.startswith("mixlora") else "peft"
+        rows[name] = {"moa": own, "peer": other, "peer_is": peer, "peer_over_moa": other["min_s"] / own["min_s"]}
         print(
-            f"{name:24s} moa {own['min_s'] * 1e3:7.1f} ms  peft {other['min_s'] * 1e3:7.1f} ms  "
-            f"{rows[name]['peft_over_moa']:.2f} x",
+            f"{name:24s} moa {own['min_s'] * 1e3:7.1f} ms  {peer} {other['min_s'] * 1e3:7.1f} ms  "
+            f"{rows[name]['peer_over_moa']:.2f} x",
             flush=True,
         )
     return rows

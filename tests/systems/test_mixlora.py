@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moa
+from experiments.bench.plain_mixlora import plain_mixlora
 from moa.blocks import BlockEntry, BlockExit
 from moa.errors import ConfigError, FoldError
 from moa.recipes.mixlora import feed_forward_blocks
@@ -153,6 +154,39 @@ def test_deep_copies_route_alone() -> None:
     before = model(x)
     models.randomise(twin, seed=8)
     assert torch.equal(model(x), before) and not torch.allclose(twin(x), before, atol=1e-3)
+
+
+def test_the_plain_one_of_the_benchmark_is_the_same_system() -> None:
+    """Values and every gradient of a whole model, its factors copied: the benchmark compares like with like."""
+    sizes = {"n_experts": 4, "k": 2, "rank": 3}
+    ours = models.randomise(moa.build(models.llama(), "mixlora", dropout=0.0, balance=0.0, targets="ffn", **sizes))
+    theirs = plain_mixlora(models.llama(), scaling=2.0, **sizes)
+    pairs: list[tuple[Tensor, Any, int | None, bool]] = []  # theirs, ours, expert, transposed
+    for name, mixture in ours.mixtures().items():
+        branch, (head, _, last) = mixture.branches[0], name.rpartition(".")
+        block = theirs.get_submodule(head)
+        if last == "gate_proj":
+            pairs.append((block.gate, branch.router.weight, None, False))
+        for e in range(4):
+            down, up = block.get_submodule(f"{last}_{e}")
+            pairs += [(down.weight, branch.bank.down, e, False), (up.weight, branch.bank.up, e, True)]
+
+    def as_ours(value: Tensor, transposed: bool) -> Tensor:
+        return value.T if transposed else value
+
+    with torch.no_grad():
+        for plain, own, expert, transposed in pairs:
+            plain.copy_(as_ours(own if expert is None else own[expert], transposed))
+    losses = []
+    for model in (ours.double().train(), theirs.double().train()):
+        loss = model(**models.lm_batch()).loss
+        loss.backward()
+        losses.append(loss)
+    assert_close(losses[0], losses[1], 1e-6)
+    for plain, own, expert, transposed in pairs:
+        grad = own.grad if expert is None else own.grad[expert]
+        assert bool(grad.any())
+        assert_close(as_ours(plain.grad, transposed), grad, 1e-5)
 
 
 def test_bad_inputs() -> None:
