@@ -105,14 +105,7 @@ class BlockEntry(BlockLayer):
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        one = torch.ones_like(routing.weights[..., :1])
-        # slot by slot, so that all of them share x, which is kept for the backward pass
-        slots = [
-            branch.bank(x, Routing(one, chosen.unsqueeze(-1), routing.n_experts))
-            for chosen in routing.indices.unbind(-1)
-        ]
-        out = torch.stack(slots, -2)
-        return base_out.unsqueeze(-2) + out.to(base_out.dtype)
+        return branch.bank.open_slots(x, routing.indices, base_out)
 
 
 class BlockExit(BlockLayer):
@@ -140,9 +133,7 @@ class BlockExit(BlockLayer):
         self.check_differentiable(mixed, y)
         if self.bias is not None:
             y = y + (weights.sum(-2) - 1).to(y.dtype) * self.bias.to(y.dtype)
-        bank = self.branch.bank
-        out = bank(x, Routing(weights, routing.indices.unsqueeze(-1), routing.n_experts))
-        return y + out.sum(-2).to(y.dtype)
+        return y + self.branch.bank.close_slots(x, routing.weights, routing.indices).to(y.dtype)
 
 
 def routed_block(

@@ -115,5 +115,28 @@ class ExpertBank(nn.Module):
         y = F.linear(x, weight, bias)
         return y + self(x, routing).to(y.dtype)
 
+    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor) -> Tensor:
+        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o): one chosen expert in each, with weight 1.
+
+        Args:
+            x: (*rows, i).
+            indices: (*rows, K) the experts.
+            onto: (*rows, o) what every slot adds to.
+        """
+        one = x.new_ones(*x.shape[:-1], 1)
+        # slot by slot, so that all of them share x, which is kept for the backward pass
+        slots = [self(x, Routing(one, chosen.unsqueeze(-1), self.n_experts)) for chosen in indices.unbind(-1)]
+        return onto.unsqueeze(-2) + torch.stack(slots, -2).to(onto.dtype)
+
+    def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Return Σ_k w_k E_{e_k}(x_k), (*rows, o): each slot has an input of its own.
+
+        Args:
+            x: (*rows, K, i).
+            weights: (*rows, K).
+            indices: (*rows, K) the experts.
+        """
+        return self(x, Routing(weights.unsqueeze(-1), indices.unsqueeze(-1), self.n_experts)).sum(-2)
+
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_out={self.d_out}, n_experts={self.n_experts}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import low_rank_mixture, mixture_linear
+from ..kernels import choose_engine, low_rank_mixture, mixture_linear
 from ..types import Routing
 from .base import ExpertBank
 
@@ -64,6 +64,39 @@ class LoRABank(ExpertBank):
             return super().add_linear(x, routing, weight, bias)
         weights = routing.weights * self.scaling
         return mixture_linear(x, weight, bias, self.down, self.up, weights, routing.indices, engine=self.engine)
+
+    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor) -> Tensor:
+        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o); all slots share the first product."""
+        if not self._runs_all(x, onto):
+            return super().open_slots(x, indices, onto)
+        x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, self.down.flatten(0, 1).to(x.dtype)) * self.scaling
+        kept = torch.where(self._chosen(indices), hidden.unflatten(-1, (1, self.n_experts, self.rank)), 0)
+        y = onto.unsqueeze(-2).expand(*indices.shape, self.d_out).reshape(-1, self.d_out)
+        y = torch.addmm(y, kept.view(-1, self.n_experts * self.rank), self.up.flatten(0, 1).to(x.dtype))
+        return y.view(*indices.shape, self.d_out)
+
+    def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i): the slots are summed at rank size."""
+        if not self._runs_all(x, x):
+            return super().close_slots(x, weights, indices)
+        x = F.dropout(x, self.dropout, self.training)
+        hidden = F.linear(x, self.down.flatten(0, 1).to(x.dtype)).unflatten(-1, (self.n_experts, self.rank))
+        weighted = hidden * (weights * self.scaling).to(x.dtype)[..., None, None]
+        kept = torch.where(self._chosen(indices), weighted, 0).sum(-3)
+        return kept.flatten(-2) @ self.up.flatten(0, 1).to(x.dtype)
+
+    def _runs_all(self, x: Tensor, onto: Tensor) -> bool:
+        """Whether running every expert and masking the rank-sized middle is the way for one expert per slot."""
+        if x.dtype != onto.dtype or torch.is_autocast_enabled(x.device.type) or type(self) is not LoRABank:
+            return False
+        rows = x.shape[:-1].numel()
+        sizes = (rows, self.d_in, self.d_out, self.n_experts, self.rank, 1, x.dtype, x.device)
+        return (self.engine or choose_engine(*sizes)) == "concat"
+
+    def _chosen(self, indices: Tensor) -> Tensor:
+        """Return which expert each slot (*rows, K) has, (*rows, K, E, 1)."""
+        return (indices.unsqueeze(-1) == torch.arange(self.n_experts, device=indices.device)).unsqueeze(-1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -1,0 +1,74 @@
+"""Slots of a block, opened and closed by a bank. Run: pytest tests/experts/test_open_close.py"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moa.experts import ExpertBank
+from tests import laws
+from tests.laws import assert_close
+
+T, K, D_IN, D_OUT, E, R = 6, 2, 5, 7, 4, 3
+OUTPUT_BANKS = [c for c in laws.BANK_CASES if laws.make_bank(*c, D_IN, D_OUT, E, R).mixes == "outputs"]
+
+
+def by_definition(bank: ExpertBank, x: Tensor, indices: Tensor) -> Tensor:
+    """Return E_{e_k}(x_k) of x (T, K, i), (T, K, o), row by row."""
+    rows = []
+    for slots, chosen in zip(x, indices.tolist(), strict=True):
+        rows.append(torch.stack([bank.expert_forward(s, e) for s, e in zip(slots, chosen, strict=True)]))
+    return torch.stack(rows)
+
+
+def results(bank: ExpertBank, run: Any, *inputs: Tensor) -> list[Tensor]:
+    bank.zero_grad()
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    y = run(*leaves)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return [y.detach(), *laws.gradients(bank, *leaves)]
+
+
+@laws.parametrize(OUTPUT_BANKS)
+@pytest.mark.parametrize("engine", [None, "concat", "sorted"])
+@pytest.mark.parametrize("shape", [(T,), (2, 3)], ids=str)
+def test_values_and_gradients(name: str, variant: str, engine: str | None, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    bank = laws.make_bank(name, variant, D_IN, D_OUT, E, R, engine=engine)
+    indices = torch.rand(T, E).argsort(-1)[:, :K]
+    x, onto = torch.randn(T, D_IN, dtype=torch.float64), torch.randn(T, D_OUT, dtype=torch.float64)
+    slots, weights = torch.randn(T, K, D_IN, dtype=torch.float64), torch.randn(T, K, dtype=torch.float64)
+
+    def opened(x: Tensor, onto: Tensor) -> Tensor:
+        args = (x.view(*shape, -1), indices.view(*shape, -1), onto.view(*shape, -1))
+        return bank.open_slots(*args).view(T, K, D_OUT)
+
+    def closed(slots: Tensor, weights: Tensor) -> Tensor:
+        args = (slots.view(*shape, K, -1), weights.view(*shape, K), indices.view(*shape, K))
+        return bank.close_slots(*args).view(T, D_OUT)
+
+    def open_truth(x: Tensor, onto: Tensor) -> Tensor:
+        return onto.unsqueeze(1) + by_definition(bank, x.unsqueeze(1).expand(T, K, D_IN), indices)
+
+    def close_truth(slots: Tensor, weights: Tensor) -> Tensor:
+        return (by_definition(bank, slots, indices) * weights.unsqueeze(-1)).sum(1)
+
+    for run, truth, inputs in ((opened, open_truth, (x, onto)), (closed, close_truth, (slots, weights))):
+        for got, expected in zip(results(bank, run, *inputs), results(bank, truth, *inputs), strict=True):
+            assert_close(got, expected)
+
+
+def test_an_expert_that_no_slot_chose_cannot_reach_it() -> None:
+    bank = laws.make_bank("lora", "default", D_IN, D_OUT, E, R, engine="concat")
+    x = torch.randn(3, D_IN, dtype=torch.float64)
+    indices = torch.tensor([[0, 1], [1, 2], [2, 0]])
+    onto = torch.zeros(3, D_OUT, dtype=torch.float64)
+    before = bank.open_slots(x, indices, onto)
+    with torch.no_grad():
+        bank.down[3] = 1e300
+    big = torch.full_like(x, 1e10)
+    assert bank.open_slots(big, indices, onto).isfinite().all(), "expert 3 overflows and is chosen by none"
+    assert_close(bank.open_slots(x, indices, onto), before)
