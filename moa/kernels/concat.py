@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
-_FEW_ROWS = 32
+_FEW_ROWS = 64
 
 
 def forward(
@@ -27,11 +27,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
     n_experts, rank, _ = a.shape
-    if indices is not None and x.shape[0] == 1:
-        # One row, as in decoding: its experts' factors are few enough to gather, and there is nothing to lay out.
-        chosen = indices[0]
-        a, b, indices = a.index_select(0, chosen), b.index_select(0, chosen), None
-        n_experts = a.shape[0]
     full = x @ a.flatten(0, 1).T  # (T, E·r)
     if indices is None:
         hidden = full.view(-1, n_experts, rank)
@@ -43,6 +38,33 @@ def forward(
     up = b.flatten(0, 1)
     y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
     return (y if base is None else add_base(y, x, base)), hidden
+
+
+def infer(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    weights: Tensor,
+    indices: Tensor | None,
+    base: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return y (T, o) alone, as `forward`: with few rows, as in decoding, it is the number of calls that costs."""
+    if x.shape[0] > _FEW_ROWS:
+        return forward(x, a, b, weights, indices, base, bias)[0]
+    if indices is not None:
+        if x.shape[0] == 1:  # few enough to gather
+            chosen = indices[0]
+            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
+        else:
+            gates = weights.new_zeros(x.shape[0], a.shape[0])
+            weights = gates.scatter_add_(1, indices, weights)
+    hidden = F.linear(x, a.flatten(0, 1))
+    mixed = scale(hidden.view(-1, *a.shape[:2]), weights).view(hidden.shape)
+    up = b.flatten(0, 1)
+    if base is not None:
+        return torch.addmm(F.linear(x, base, bias), mixed, up)
+    return mixed @ up if bias is None else torch.addmm(bias, mixed, up)
 
 
 def backward(

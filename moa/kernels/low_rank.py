@@ -134,8 +134,8 @@ def _apply(
         weights = weights.reshape(-1, k)
         indices = None if indices is None else indices.reshape(-1, k)
     # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
-    run = ops.run_forward if _plain(x, a, b, weights) else ops.forward_op
-    y, _ = run(flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
+    operands = (flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
+    y = ops.infer(*operands) if _plain(x, a, b, weights) else ops.forward_op(*operands)[0]
     return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
+from . import concat
 from .dispatch import PLAIN, choose_engine, get_engine, has_native_matmul
 
 # From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
@@ -35,10 +36,12 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(x, a, b, weights, indices, base, bias, engine)
+    _check_indices(x, a, indices)
+    with _exact_dtypes(x):
+        return _forward(x, a, b, weights, indices, base, bias, *_engine(engine, x, a, b, weights))
 
 
-def run_forward(
+def infer(
     x: Tensor,
     a: Tensor,
     b: Tensor,
@@ -47,12 +50,15 @@ def run_forward(
     base: Tensor | None,
     bias: Tensor | None,
     engine: str,
-) -> tuple[Tensor, Tensor]:
-    """Return what `forward_op` returns, without its bookkeeping: for plain tensors of which none needs a gradient."""
-    if indices is not None and (x.device.type == "cpu" or DEBUG):
-        check_range(indices, a.shape[0])
+) -> Tensor:
+    """Return y of `forward_op` without its bookkeeping: for plain tensors of which none needs a gradient."""
+    _check_indices(x, a, indices)
     with _exact_dtypes(x):
-        return _forward(x, a, b, weights, indices, base, bias, *_engine(engine, x, a, b, weights))
+        used, emulated = _engine(engine, x, a, b, weights)
+        if used is not concat or emulated:
+            return _forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
+        down, up, base, bias = _cast(x.dtype, a, b, base, bias)
+        return concat.infer(x, down, up, weights, indices, base, bias)
 
 
 def _forward(
@@ -145,6 +151,11 @@ def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tupl
         name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
     emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and name in PLAIN
     return get_engine(name), emulated and not has_native_matmul(x.dtype)
+
+
+def _check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
+    if indices is not None and (x.device.type == "cpu" or DEBUG):
+        check_range(indices, a.shape[0])
 
 
 def check_range(indices: Tensor, n_experts: int) -> None:

@@ -122,7 +122,9 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
         weight: (E, i).
     """
     if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
-        with torch.autocast(x.device.type, enabled=False):  # no cast, so no copy to avoid
+        if not torch.is_autocast_enabled(x.device.type):  # no cast, so no copy to avoid
+            return F.linear(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight)
     out: Tensor = _ExactLinear.apply(x, weight)
     return out
