@@ -48,12 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # peft works on factors; "cat" is exact, the others are its own functions of factors under the same names
 PEFT = {"cat": {}, "linear": {}, "ties": {"density": 0.2}, "dare_linear": {"density": 0.5}}
-MERGEKIT: dict[str, dict[str, Any]] = {
-    "linear": {},
-    "task_arithmetic": {},
-    "ties": {"density": 0.2},
-    "dare_linear": {"density": 0.5},
-}
+MERGEKIT: dict[str, dict[str, Any]] = {"linear": {}, "ties": {"density": 0.2}}
 
 
 def make_adapters(base: Path, folder: Path, dtype: str) -> Path:

@@ -1,6 +1,6 @@
 """`python -m experiments.merging`: train, merge, score, write merging.json and merging.png; a second call goes on.
 
-Needs what `moa demo` fetches. About 40 minutes on one core; several calls with different --seeds may share --work.
+Needs what `moa demo` fetches. About 40 minutes of one core; several calls with different --seeds may share --work.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="what `moa demo` filled")
     parser.add_argument("--work", type=Path, default=Path("runs/merging"), help="folder of what is done already")
     parser.add_argument("--name", default="merging", help="of the result files")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what is done so far")
     for field in dataclasses.fields(Settings):
         default = field.default
         many = isinstance(default, tuple)
@@ -35,10 +36,12 @@ def main() -> None:
         )
     options = vars(parser.parse_args())
     cache, work, name = (options.pop(key) for key in ("cache", "work", "name"))
+    report = options.pop("report")
     settings = Settings(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})
     warnings.filterwarnings("ignore")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    rows = run(settings, str(cache / "all-MiniLM-L6-v2"), cache, Log(work / "rows.jsonl", settings))
+    log = Log(work / "rows.jsonl", settings)
+    rows = log.rows() if report else run(settings, str(cache / "all-MiniLM-L6-v2"), cache, log)
     summary = summarise(rows)
     print(table(summary))
     result = {

@@ -174,7 +174,7 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition
         the end of its range; both are kept, named.
     """
     n = max(delta.shape[-1], 1) if delta.ndim else 1
-    order = delta.abs().reshape(-1, n).cpu().argsort(dim=-1, descending=True, stable=True)
+    order = _row_order(delta.abs().reshape(-1, n).cpu())
     position = torch.arange(n, dtype=delta.dtype).expand_as(order)
     rank = torch.empty(order.shape, dtype=delta.dtype).scatter_(-1, order, position)
     if definition == "paper":
@@ -189,6 +189,18 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition
             f"(definition {definition!r}); they must stay in (0, 1]: lower epsilon."
         )
     return kept.reshape(delta.shape)
+
+
+def _row_order(magnitude: Tensor) -> Tensor:
+    """Return the places (rows, n) of each row's entries, the largest first; equal ones keep their order."""
+    if magnitude.dtype != torch.float32:
+        return magnitude.argsort(dim=-1, descending=True, stable=True)
+    # A non-negative float sorts as its bits. With the place below them, one plain sort of integers is a stable one, and
+    # numpy's takes less than half the time of torch's stable sort.
+    bits = magnitude.contiguous().view(torch.int32).numpy().astype(np.int64)
+    keys = ((2**31 - 1 - bits) << 32) | np.arange(magnitude.shape[-1])
+    keys.sort(axis=-1)
+    return torch.from_numpy(keys & (2**32 - 1))
 
 
 def drop_by_rank(
