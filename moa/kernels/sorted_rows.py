@@ -96,6 +96,31 @@ def backward(
     return [value for value in found if value is not None]
 
 
+def slot_products(x: Tensor, factors: Tensor, indices: Tensor) -> Tensor:
+    """Return x[t] factors[e]ᵀ of each slot, (T, K, p), for factors (E, p, i) and e = indices[t, j]."""
+    plan, spans = _plan(indices, factors.shape[0])
+    parts = x.new_empty(indices.numel(), factors.shape[1])
+    for expert, start, stop in spans:
+        torch.mm(x.index_select(0, plan.rows[start:stop]), factors[expert].T, out=parts[start:stop])
+    return parts.index_select(0, plan.place).view(*indices.shape, factors.shape[1])
+
+
+def slot_gradients(grad: Tensor, x: Tensor | None, factors: Tensor, indices: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Return the gradients of x and factors that `needs` names, from that of `slot_products`, grad (T, K, p)."""
+    plan, spans = _plan(indices, factors.shape[0])
+    values = grad.view(-1, factors.shape[1]).index_select(0, plan.order)
+    found: list[Tensor] = []
+    if needs[0]:
+        found.append(_expand(values, factors, plan, spans, indices.shape))
+    if needs[1]:
+        assert x is not None
+        gram = torch.zeros_like(factors)
+        for expert, start, stop in spans:
+            torch.mm(values[start:stop].T, x.index_select(0, plan.rows[start:stop]), out=gram[expert])
+        found.append(gram)
+    return found
+
+
 def _plan(indices: Tensor, n_experts: int) -> tuple[Plan, list[tuple[int, int, int]]]:
     """Return the plan and (expert, start, stop) of every expert that some row chose."""
     plan = sort_slots(indices, n_experts)

@@ -202,7 +202,7 @@ def add_chunks_kernel(parts_ptr, ends_ptr, out_ptr, size, BLOCK: tl.constexpr):
     tl.store(out_ptr + expert.to(tl.int64) * size + places, total.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-class _Groups:
+class Groups:
     """A routing's plan with the tiles of each expert, and the launches over it."""
 
     def __init__(self, weights: Tensor, indices: Tensor, n_experts: int, rank: int) -> None:
@@ -285,7 +285,7 @@ def forward(
         return concat_engine.forward(x, a, b, weights, indices, base, bias)
     x = rows_of(x)
     with on_device(x):
-        groups = _Groups(weights, indices, a.shape[0], a.shape[1])
+        groups = Groups(weights, indices, a.shape[0], a.shape[1])
         hidden = groups.shrink(x, a.contiguous())
         y = groups.expand(hidden, b.contiguous(), bias)
     return (y if base is None else y.addmm_(x, base.T)), hidden
@@ -309,7 +309,7 @@ def backward(
     grad = rows_of(grad)
     found: list[Tensor] = []
     with on_device(grad):
-        groups = _Groups(weights, indices, a.shape[0], a.shape[1])
+        groups = Groups(weights, indices, a.shape[0], a.shape[1])
         through = need_x or need_a or need_weights
         grad_slots = groups.shrink(grad, b.contiguous()) if through else None
         if need_x:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moa.errors import BackendError
-from moa.kernels import choose_engine, engines, low_rank_mixture, mixture_linear
+from moa.kernels import choose_engine, engines, grouped_linear, low_rank_mixture, mixture_linear
 from moa.kernels import triton_decode as decode
 from moa.kernels.reference import low_rank_mixture_reference
 
@@ -204,3 +204,18 @@ def test_choice_on_a_gpu_changes_over_with_columns_per_slot():
     assert choose(8192, 64, 16, 64) == "triton_concat"  # dense
     assert choose(1, 64, 16, 2) == "triton_grouped"  # one row would read 62 experts for nothing
     assert choose(8192, 8, 8, 2, torch.float64) == "concat"
+
+
+@pytest.mark.parametrize(("n_rows", "k"), [(0, 2), (1, 1), (70, 2)])
+def test_grouped_linear_equals_plain_products(n_rows, k, poisoned):
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(n_rows, 40, generator=rng), torch.randn(5, 24, 40, generator=rng)
+    indices = torch.randint(0, 4, (n_rows, k), generator=rng)  # the last expert gets no row
+    grad = torch.randn(n_rows, k, 24, generator=rng)
+    found = []
+    for engine in ("triton_grouped", "sorted"):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = grouped_linear(*leaves, indices, engine=engine)
+        found.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
