@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .commands import add_distill, add_export, add_fold, add_merge
 from .errors import ConfigError, MoaError
 
 DESCRIPTION = "Mixtures of adapters behind a router: train them, look at them, take them apart."
+FULL = "No space left on device"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has gone, e.g. `moa inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, SafetensorError) as error:
+        if FULL not in str(error):  # safetensors gives the system's words and no number
+            raise
+        print(
+            f"moa {arguments.command}: {FULL.lower()} where it writes. Make room and run it again; no "
+            "half-written checkpoint is left behind.",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

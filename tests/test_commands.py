@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,3 +207,34 @@ def test_distilling_a_static_mixture_needs_no_data(home: Path, capsys: pytest.Ca
     assert "averaged over data" in capsys.readouterr().err
     assert main(["distill", str(home / "fixed"), str(home / "out"), "--rank", "4"]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "export"])
+def test_a_full_disk_is_one_line(
+    home: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both writers fail as they do on a full disk: Python's own with a number, safetensors' with the system's words."""
+
+    def ours(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def theirs(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("moa.merge.write.write_safetensors", ours)
+    monkeypatch.setattr("moa.peft_format.save_file", theirs)
+    words = {"merge": [str(recipe(home))], "export": [str(home / "topk"), str(home / "new")]}[command]
+    before = files(home)
+    assert main([command, *words]) == 2
+    error = capsys.readouterr().err
+    assert f"moa {command}: no space left on device" in error and "Traceback" not in error
+    assert {f for f in files(home) - before if f.is_file()} == set()
+
+
+def test_other_errors_of_the_system_are_not_hidden(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("moa.merge.write.write_safetensors", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        main(["merge", str(recipe(home))])
