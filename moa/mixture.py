@@ -67,16 +67,19 @@ class Mixture(nn.Module):
         if self.context.pinned is not None:
             return pinned_routing(x, self.context.pinned, branch.bank.n_experts)
         routing: Routing = branch.router(x, self.context)
-        if self.context.trace is not None:
-            self.context.trace.add(self.name, routing, self.context.mask_for(x), branch.router)
+        self._record(routing, x, branch.router)
         return routing
+
+    def _record(self, routing: Routing, x: Tensor, router: Router) -> None:
+        if self.context.trace is not None:
+            self.context.trace.add(self.name, routing, self.context.mask_for(x), router)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""
         branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
         plain = plain_weight(self.base)
         if self.context.enabled and plain is not None and [b.tap for b in branches] == ["input"]:
-            return branches[0].bank.add_linear(x, self.route(branches[0], x), *plain)
+            return self._add_linear(branches[0], x, *plain)
         base_out: Tensor = self.base(x, *args, **kwargs)
         if not self.context.enabled:
             return base_out
@@ -87,6 +90,16 @@ class Mixture(nn.Module):
             )
         self.check_differentiable(x, base_out)
         return self.add(x, base_out)
+
+    def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
+        gate = None if self.context.pinned is not None else branch.router.gate()
+        gated = None if gate is None else branch.bank.add_gated(x, gate, branch.router.k, weight, bias)
+        if gated is None:
+            return branch.bank.add_linear(x, self.route(branch, x), weight, bias)
+        y, routing = gated
+        self._record(routing, x, branch.router)
+        return y
 
     def check_differentiable(self, x: Tensor, y0: Tensor) -> None:
         """Check that a gradient goes through the base from y0 (*rows, o) to x (*rows, i), if training needs it.

@@ -138,5 +138,21 @@ class ExpertBank(nn.Module):
         """
         return self(x, Routing(weights.unsqueeze(-1), indices.unsqueeze(-1), self.n_experts)).sum(-2)
 
+    def add_gated(
+        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Routing] | None:
+        """Return `add_linear` together with the routing, of a softmax over the k largest of x gate^T, or None.
+
+        None where the family, or this call, has no way to form both at once.
+
+        Args:
+            x: (*rows, i).
+            gate: (E, i), see `Router.gate`.
+            k: experts per row.
+            weight: (o, i) frozen.
+            bias: (o,) or None.
+        """
+        return None
+
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_out={self.d_out}, n_experts={self.n_experts}"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import choose_engine, low_rank_mixture, mixture_linear
+from ..kernels import choose_engine, gated_linear, low_rank_mixture, mixture_linear
+from ..kernels.low_rank import is_plain
 from ..types import Routing
 from .base import ExpertBank
 
@@ -64,6 +65,19 @@ class LoRABank(ExpertBank):
             return super().add_linear(x, routing, weight, bias)
         weights = routing.weights * self.scaling
         return mixture_linear(x, weight, bias, self.down, self.up, weights, routing.indices, engine=self.engine)
+
+    def add_gated(
+        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Routing] | None:
+        """Return base and mixture (*rows, o) and the routing, as one node of the graph, in eager training."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
+            return None
+        if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, self.down, self.up):
+            return None
+        y, logits, weights, indices = gated_linear(
+            x, weight, bias, gate, self.down, self.up, k, self.scaling, engine=self.engine
+        )
+        return y, Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o); all slots share the first product."""

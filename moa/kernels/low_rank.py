@@ -135,15 +135,21 @@ def _apply(
         indices = None if indices is None else indices.reshape(-1, k)
     # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
     operands = (flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
-    y = ops.infer(*operands) if _plain(x, a, b, weights) else ops.forward_op(*operands)[0]
+    leaves = (x, a, b, weights)
+    bare = is_plain(*leaves) and not _differentiated(*leaves)
+    y = ops.infer(*operands) if bare else ops.forward_op(*operands)[0]
     return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
 
 
-def _plain(*operands: Tensor) -> bool:
-    """Return whether nothing traces or differentiates this call."""
-    if torch.compiler.is_compiling() or not all(type(value) in (Tensor, Parameter) for value in operands):
+def is_plain(*operands: Tensor) -> bool:
+    """Return whether nothing traces or transforms these tensors, so that an op's bookkeeping may be left out."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not torch.is_grad_enabled() or not any(value.requires_grad for value in operands)
+    return all(type(value) in (Tensor, Parameter) for value in operands)
+
+
+def _differentiated(*operands: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(value.requires_grad for value in operands)
 
 
 def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None) -> None:

@@ -38,7 +38,7 @@ def forward_op(
 ) -> tuple[Tensor, Tensor]:
     _check_indices(x, a, indices)
     with _exact_dtypes(x):
-        return _forward(x, a, b, weights, indices, base, bias, *_engine(engine, x, a, b, weights))
+        return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights))
 
 
 def infer(
@@ -54,14 +54,14 @@ def infer(
     """Return y of `forward_op` without its bookkeeping: for plain tensors of which none needs a gradient."""
     _check_indices(x, a, indices)
     with _exact_dtypes(x):
-        used, emulated = _engine(engine, x, a, b, weights)
+        used, emulated = pick(engine, x, a, b, weights)
         if used is not concat or emulated:
-            return _forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
+            return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
         down, up, base, bias = _cast(x.dtype, a, b, base, bias)
         return concat.infer(x, down, up, weights, indices, base, bias)
 
 
-def _forward(
+def run_forward(
     x: Tensor,
     a: Tensor,
     b: Tensor,
@@ -72,6 +72,7 @@ def _forward(
     used: ModuleType,
     emulated: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return y (T, o) and hidden (T, K, r) of `forward_op` by the engine that `pick` returned."""
     if not emulated:
         return used.forward(x, *_cast(x.dtype, a, b), weights, indices, *_cast(x.dtype, base, bias))
     late = base if x.shape[0] < _CAST_PAYS else None
@@ -101,11 +102,11 @@ def backward_op(
     needs: list[bool],
 ) -> list[Tensor]:
     with _exact_dtypes(grad):
-        used = _engine(engine, grad, a, b, weights)
-        return _gradients(grad.contiguous(), x, a, b, weights, indices, hidden, base, needs, *used)
+        used = pick(engine, grad, a, b, weights)
+        return run_backward(grad, x, a, b, weights, indices, hidden, base, needs, *used)
 
 
-def _gradients(
+def run_backward(
     grad: Tensor,
     x: Tensor | None,
     a: Tensor,
@@ -118,6 +119,8 @@ def _gradients(
     used: ModuleType,
     emulated: bool,
 ) -> list[Tensor]:
+    """Return the gradients of x, a, b, weights that `needs` names by the engine that `pick` returned."""
+    grad = grad.contiguous()
     if emulated:
         wide = (_float(value) for value in (grad, x, a, b))
         found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
@@ -140,7 +143,7 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
     return [shape for shape, need in zip(shapes, needs, strict=True) if need]
 
 
-def _engine(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[ModuleType, bool]:
+def pick(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[ModuleType, bool]:
     """Return the engine that was named, or the one that the sizes choose, and whether it runs in fp32 instead.
 
     A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there such products run in fp32,

@@ -51,6 +51,13 @@ class Router(nn.Module):
         """Return the routing of x (*rows, i); its rows broadcast against (*rows,)."""
         raise NotImplementedError
 
+    def gate(self) -> Tensor | None:
+        """Return the rows (E, i) of W where the routing is now a softmax over the k largest of x W^T, else None.
+
+        Such a routing can be formed together with its mixture.
+        """
+        return None
+
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""
 

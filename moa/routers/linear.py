@@ -95,6 +95,13 @@ class LinearRouter(BalancedRouter):
             weights, indices = select.top_k(scores, self.k, self.selection_bias, self.renormalize)
         return Routing(weights, indices, self.n_experts, logits, scores)
 
+    def gate(self) -> Tensor | None:
+        """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
+        watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not LinearRouter.forward
+        changed = self.noise_weight is not None or self.selection_bias is not None or (self.training and self.jitter)
+        plain = self.score == "softmax" and self.renormalize and self.k < self.n_experts
+        return self.weight if plain and not changed and not watched else None
+
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
         usage = None
         logits = clean

@@ -1,0 +1,127 @@
+"""A softmax top-k gate, its mixture and the frozen linear as one node of the autograd graph.
+
+Apart, they are a dozen nodes, whose bookkeeping costs as much as the products of a short training step, and the gate's
+gradient of x is a tensor of its own that autograd has to add. Here it accumulates onto the mixture's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    scaling: float = 1.0,
+    *,
+    engine: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a frozen linear plus the experts that a softmax over the k largest logits of x gateᵀ chooses and weighs.
+
+    y[t] = x[t] Wᵀ + bias + s · Σ_j w[t, j] · (x[t] a[e]ᵀ) b[e], e = indices[t, j]: what `mixture_linear` gives with
+    that routing, in value and gradients. For eager training: where a graph is traced, compose the two.
+
+    Args:
+        x: (*rows, i), in the compute dtype.
+        weight: (o, i) frozen, no gradient is formed.
+        bias: (o,) frozen, or None.
+        gate: (E, i) rows of the router.
+        a: (E, r, i) down factors.
+        b: (E, r, o) up factors, stored transposed.
+        k: experts per row.
+        scaling: s.
+        engine: a name of `engines()`; None lets `choose_engine` decide.
+
+    Returns:
+        y (*rows, o); logits (*rows, E) in fp32 or wider, weights (*rows, K) and indices (*rows, K) of the routing.
+        All but the indices carry gradients.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
+    """
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(x, gate, a, b, weight, bias, k, scaling, engine)
+    return found
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor,
+        a: Tensor,
+        b: Tensor,
+        base: Tensor,
+        bias: Tensor | None,
+        k: int,
+        scaling: float,
+        engine: str | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        wide = torch.promote_types(x.dtype, torch.float32)  # near-ties must not flip with the activation dtype
+        logits = F.linear(rows.to(wide), gate.to(wide))
+        kept, indices = logits.topk(k, -1)
+        weights = kept.softmax(-1)
+        used, emulated = ops.pick(engine or "", rows, a, b, weights)
+        y, hidden = ops.run_forward(rows, a, b, weights * scaling, indices, base, bias, used, emulated)
+        needs = ctx.needs_input_grad[:4]
+        # As in the op: x is for the gradients of a and the gate, the base for that of x.
+        ctx.save_for_backward(
+            rows if needs[1] or needs[2] else None, gate, a, b, weights, indices, hidden, base if needs[0] else None
+        )
+        ctx.shape, ctx.scaling, ctx.engine = x.shape, scaling, (used, emulated)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return tuple(value.view(*x.shape[:-1], value.shape[-1]) for value in (y, logits, weights, indices))  # type: ignore[return-value]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_logits: Tensor | None, grad_weights: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        rows, gate, a, b, weights, indices, hidden, base = ctx.saved_tensors
+        need_x, need_gate, need_a, need_b = ctx.needs_input_grad[:4]
+        found: dict[str, Tensor] = {}
+        if grad is not None:
+            needs = [need_x, need_a, need_b, True]
+            scaled = weights * ctx.scaling
+            flat = grad.reshape(-1, grad.shape[-1])
+            values = ops.run_backward(flat, rows, a, b, scaled, indices, hidden, base, needs, *ctx.engine)
+            found = dict(zip([n for n, need in zip("xabw", needs, strict=True) if need], values, strict=True))
+            own = found["w"] * ctx.scaling
+            grad_weights = own if grad_weights is None else own + grad_weights.reshape(own.shape)
+        grad_x = found.get("x")
+        grad_gate = None
+        if grad_weights is not None or grad_logits is not None:
+            to_logits = weights.new_zeros(len(weights), len(gate))
+            if grad_logits is not None:
+                to_logits += grad_logits.reshape(to_logits.shape)
+            if grad_weights is not None:
+                slots = grad_weights.reshape(weights.shape)
+                to_logits.scatter_add_(1, indices, weights * (slots - (slots * weights).sum(-1, keepdim=True)))
+            if need_gate:
+                grad_gate = (to_logits.T @ rows.to(to_logits.dtype)).to(gate.dtype)
+            if need_x:
+                grad_x = _plus_product(grad_x, to_logits, gate)
+        if grad_x is not None:
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, grad_gate, found.get("a"), found.get("b"), None, None, None, None, None
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Return total + left right, in place and in one pass where they share a dtype; a fresh product for None."""
+    if total is None:
+        return left @ right.to(left.dtype)
+    if total.dtype == left.dtype == right.dtype:
+        return total.addmm_(left, right)
+    return total.add_((left @ right.to(left.dtype)).to(total.dtype))
