@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moa
+from moa.blocks import FollowRouter
 from moa.errors import ConfigError, ContextError, FoldError, ShapeError
 from moa.experts import BANKS
 from moa.mixture import Mixture
+from moa.monitor import RoutingStatistics
 from moa.recipes import RECIPES, Site
 from moa.routers import ROUTERS
 
@@ -187,9 +190,24 @@ def step_gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def build_bert(name: str, variant: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return a BERT with a recipe in its blocks, the head frozen so that the recipe alone can learn, and a batch."""
+    recipe = laws.small_recipe(name, variant, targets=r".*encoder\.layer.*")
+    batch = models.class_batch()
+    if laws.needs_tasks(name):
+        batch["task_ids"] = torch.arange(4) % laws.N_TASKS
+    base = models.bert()
+    nn.init.normal_(base.classifier.weight)  # as drawn it hardly lets a gradient through
+    return moa.build(base, recipe, modules_to_save=[]), batch
+
+
 @recipes
-def test_training_lowers_the_loss(name: str, variant: str) -> None:
-    model, batch = moa.build(models.llama(), laws.small_recipe(name, variant)), batch_for(name)
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_training_lowers_the_loss(name: str, variant: str, kind: str) -> None:
+    if kind == "decoder":
+        model, batch = moa.build(models.llama(), laws.small_recipe(name, variant)), batch_for(name)
+    else:
+        model, batch = build_bert(name, variant)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
 
     def evaluate() -> float:
@@ -207,6 +225,22 @@ def test_training_lowers_the_loss(name: str, variant: str) -> None:
     assert evaluate() < before - 0.02
     for parameter_name, value in frozen.items():
         assert torch.equal(model.get_parameter(parameter_name), value), f"{parameter_name} is frozen and moved"
+
+
+@recipes
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_every_routing_is_monitored(name: str, variant: str, kind: str) -> None:
+    """Each decision of a training step is counted once, on real tokens alone, under the name of its layer."""
+    model, batch = (build_llama(name, variant), batch_for(name)) if kind == "decoder" else build_bert(name, variant)
+    statistics = RoutingStatistics(laws.N_TASKS)
+    model.observers.append(lambda traces: [statistics.add(trace, batch.get("task_ids")) for trace in traces])
+    model.train()(**batch)
+    layers = statistics.summary()
+    decided = {layer for layer, branch in model.branches() if not isinstance(branch.router, FollowRouter)}
+    assert {layer.split("#")[0] for layer in layers} == decided
+    for layer, load in layers.items():
+        assert_close(load.load.sum(), torch.ones_like(load.load.sum()), 1e-5, layer)
+        assert load.rows > 0 and all(math.isfinite(value) for value in load.measures().values())
 
 
 @recipes
