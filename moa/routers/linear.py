@@ -97,7 +97,8 @@ class LinearRouter(BalancedRouter):
 
     def gate(self) -> Tensor | None:
         """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
-        watched = self._forward_hooks or self._forward_pre_hooks or type(self).forward is not LinearRouter.forward
+        # A forward that was replaced, or that something watches, must run.
+        watched = self._forward_hooks or self._forward_pre_hooks or self.forward != LinearRouter.forward.__get__(self)
         changed = self.noise_weight is not None or self.selection_bias is not None or (self.training and self.jitter)
         plain = self.score == "softmax" and self.renormalize and self.k < self.n_experts
         return self.weight if plain and not changed and not watched else None
