@@ -52,7 +52,7 @@ class Settings:
     length: int = 24
     epochs: int = 2
     size: int = 16
-    rates: tuple[float, ...] = (2e-3, 6e-3, 1.8e-2)
+    rates: tuple[float, ...] = (7e-4, 2e-3, 6e-3, 1.8e-2)
     scales: tuple[float, ...] = (0.3, 0.6, 1.0, 1.5)
     head_rate: float = 2e-3
     probe_rate: float = 1e-2
