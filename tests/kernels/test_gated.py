@@ -51,7 +51,7 @@ def results(function, values, needs=(True,) * 4, parts=("y", "logits", "weights"
     return [o.detach() for o in out], found
 
 
-def same(got, expected, tolerance=1e-11):
+def assert_same_results(got, expected, tolerance=1e-11):
     for one, other in zip((*got[0], *got[1]), (*expected[0], *expected[1]), strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -62,7 +62,7 @@ def same(got, expected, tolerance=1e-11):
 @pytest.mark.parametrize("rows", [(9,), (2, 3), (0,), (1,)])
 def test_it_equals_the_three_apart_in_value_and_every_gradient(rows, engine):
     values = operands(rows)
-    same(results(gated_linear, values, engine=engine), results(apart, values, engine=engine))
+    assert_same_results(results(gated_linear, values, engine=engine), results(apart, values, engine=engine))
 
 
 def test_the_comparison_fails_on_a_wrong_gradient(monkeypatch):
@@ -70,19 +70,19 @@ def test_the_comparison_fails_on_a_wrong_gradient(monkeypatch):
     expected = results(apart, values)
     monkeypatch.setattr(gated, "_plus_product", lambda total, left, right: total)
     with pytest.raises(AssertionError):
-        same(results(gated_linear, values), expected)
+        assert_same_results(results(gated_linear, values), expected)
 
 
 @pytest.mark.parametrize("parts", [("y",), ("logits",), ("weights",), ("y", "logits")])
 def test_each_output_carries_its_own_gradient(parts):
     values = operands()
-    same(results(gated_linear, values, parts=parts), results(apart, values, parts=parts))
+    assert_same_results(results(gated_linear, values, parts=parts), results(apart, values, parts=parts))
 
 
 @pytest.mark.parametrize("frozen", NAMES)
 def test_a_frozen_operand_gets_no_gradient_and_changes_no_other(frozen):
     needs = tuple(name != frozen for name in NAMES)
-    same(results(gated_linear, operands(), needs), results(apart, operands(), needs))
+    assert_same_results(results(gated_linear, operands(), needs), results(apart, operands(), needs))
 
 
 def test_gradcheck():

@@ -31,20 +31,20 @@ def results(function, x, weight, indices):
     return y.detach(), *torch.autograd.grad(y, leaves, grad)
 
 
-def same(got, expected):
+def assert_same_results(got, expected):
     """Compare y and two gradients by the helper for five."""
     assert_same((*got, *got[:2]), (*expected, *expected[:2]))
 
 
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 1), (7, 2), (64, 3)])
 def test_values_and_gradients_equal_the_definition(n_rows, k):
-    same(results(grouped_linear, *operands(n_rows, k)), results(definition, *operands(n_rows, k)))
+    assert_same_results(results(grouped_linear, *operands(n_rows, k)), results(definition, *operands(n_rows, k)))
 
 
 def test_the_comparison_fails_on_a_wrong_value():
     right = results(definition, *operands())
     with pytest.raises(AssertionError):
-        same((right[0], right[1] * 1.001, right[2]), right)
+        assert_same_results((right[0], right[1] * 1.001, right[2]), right)
 
 
 def test_two_of_them_and_a_weighted_sum_are_the_mixture():
