@@ -8,6 +8,7 @@ import importlib.util
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..errors import BackendError, unknown_name
 
@@ -113,6 +114,11 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Return whether products in the dtype of x (T, i) are formed in software here: such run in fp32 instead."""
+    return x.device.type == "cpu" and x.dtype in _CPU_COLUMNS and not has_native_matmul(x.dtype)
 
 
 def get_engine(name: str) -> ModuleType:

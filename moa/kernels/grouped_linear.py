@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import BackendError, ShapeError, unknown_name
 from . import sorted_rows
-from .dispatch import has_native_matmul, why_not
-from .ops import _check_indices, _exact_dtypes
+from .dispatch import is_emulated, why_not
+from .ops import check_indices, exact_dtypes
 
 _ENGINES = ("sorted", "triton_grouped")
 
@@ -53,13 +53,13 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
 
 @torch.library.custom_op("moa::grouped_linear", mutates_args=())
 def grouped_linear_op(x: Tensor, weight: Tensor, indices: Tensor, engine: str) -> Tensor:
-    _check_indices(x, weight, indices)
-    with _exact_dtypes(x):
+    check_indices(x, weight, indices)
+    with exact_dtypes(x):
         if _engine(engine, x) == "triton_grouped" and x.shape[0]:
             from . import triton_slots
 
             return triton_slots.slot_products(x, weight.to(x.dtype), indices)
-        wide = _compute_dtype(x)
+        wide = torch.float32 if is_emulated(x) else x.dtype
         return sorted_rows.slot_products(x.to(wide), weight.to(wide), indices).to(x.dtype)
 
 
@@ -72,14 +72,14 @@ def _(x, weight, indices, engine):
 def grouped_linear_backward_op(
     grad: Tensor, x: Tensor | None, weight: Tensor, indices: Tensor, engine: str, needs: list[bool]
 ) -> list[Tensor]:
-    with _exact_dtypes(grad):
+    with exact_dtypes(grad):
         if _engine(engine, grad) == "triton_grouped" and grad.shape[0]:
             from . import triton_slots
 
             used: Any = triton_slots
             wide = grad.dtype
         else:
-            used, wide = sorted_rows, _compute_dtype(grad)
+            used, wide = sorted_rows, torch.float32 if is_emulated(grad) else grad.dtype
         rows = None if x is None else x.to(wide)
         found = used.slot_gradients(grad.to(wide).contiguous(), rows, weight.to(wide), indices, needs)
     kept = [dtype for dtype, need in zip((grad.dtype, weight.dtype), needs, strict=True) if need]
@@ -118,12 +118,6 @@ def _engine(name: str, x: Tensor) -> str:
         return name
     fits = x.is_cuda and x.dtype != torch.float64 and why_not("triton_grouped") is None
     return "triton_grouped" if fits else "sorted"
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return fp32 for a 16-bit dtype that this CPU would only emulate, else the dtype of x."""
-    narrow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if narrow and not has_native_matmul(x.dtype) else x.dtype
 
 
 def _check(x: Tensor, weight: Tensor, indices: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from . import concat
-from .dispatch import PLAIN, choose_engine, get_engine, has_native_matmul
+from .dispatch import PLAIN, choose_engine, get_engine, is_emulated
 
 # From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
@@ -36,8 +36,8 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_indices(x, a, indices)
-    with _exact_dtypes(x):
+    check_indices(x, a, indices)
+    with exact_dtypes(x):
         return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights))
 
 
@@ -52,8 +52,8 @@ def infer(
     engine: str,
 ) -> Tensor:
     """Return y of `forward_op` without its bookkeeping: for plain tensors of which none needs a gradient."""
-    _check_indices(x, a, indices)
-    with _exact_dtypes(x):
+    check_indices(x, a, indices)
+    with exact_dtypes(x):
         used, emulated = pick(engine, x, a, b, weights)
         if used is not concat or emulated:
             return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
@@ -101,7 +101,7 @@ def backward_op(
     engine: str,
     needs: list[bool],
 ) -> list[Tensor]:
-    with _exact_dtypes(grad):
+    with exact_dtypes(grad):
         used = pick(engine, grad, a, b, weights)
         return run_backward(grad, x, a, b, weights, indices, hidden, base, needs, *used)
 
@@ -152,11 +152,11 @@ def pick(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[M
     n_experts, rank, d_in = a.shape
     if not name:
         name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
-    emulated = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and name in PLAIN
-    return get_engine(name), emulated and not has_native_matmul(x.dtype)
+    return get_engine(name), name in PLAIN and is_emulated(x)
 
 
-def _check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
+def check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
+    """Raise ShapeError where an index (T, K) names none of the experts of a (E, r, i), if that can be told for free."""
     if indices is not None and (x.device.type == "cpu" or DEBUG):
         check_range(indices, a.shape[0])
 
@@ -169,7 +169,7 @@ def check_range(indices: Tensor, n_experts: int) -> None:
             raise ShapeError(f"indices lie between {low} and {high}; there are experts 0 … {n_experts - 1}.")
 
 
-def _exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
+def exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which engines keep the dtypes they were given: autocast stays on inside custom ops."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -99,7 +99,7 @@ def test_the_checker_sees_a_row_sized_copy():
 @pytest.mark.parametrize("native", [True, False])
 def test_products_in_fp32_where_16_bit_ones_are_emulated(monkeypatch, dtype, native):
     """Both ways agree to the dtype's rounding, with and without a base, at one row and at many."""
-    monkeypatch.setattr("moa.kernels.ops.has_native_matmul", lambda dtype: native)
+    monkeypatch.setattr("moa.kernels.dispatch.has_native_matmul", lambda dtype: native)
     for n_rows in (1, 3, 16):
         case = make_case((n_rows,), d_in=32, d_out=16).to(dtype, torch.float32)
         weight, bias = torch.randn(16, 32).to(dtype), torch.randn(16).to(dtype)
