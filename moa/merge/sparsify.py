@@ -145,9 +145,24 @@ def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, re
     Source: Yu et al. 2023, arXiv 2311.03099 (drop and rescale).
     """
     check_density(density, "drop_random")
-    probability = torch.full(delta.shape, density, dtype=delta.dtype)
-    kept = delta * torch.bernoulli(probability, generator=generator).to(delta.device)
+    kept = delta * draw_mask(density, delta, generator)
     return kept / density if rescale else kept
+
+
+def draw_mask(probability: Tensor | float, delta: Tensor, generator: torch.Generator) -> Tensor:
+    """Return which entries are kept, each with its probability.
+
+    Args:
+        probability: one for all entries, or of delta's shape on CPU; in [0, 1].
+        delta: any shape; its dtype, no narrower than fp32, is that of the draws.
+        generator: CPU generator.
+
+    Returns:
+        Bool mask of delta's shape, on its device.
+    """
+    # Half the time of torch.bernoulli, with the same distribution.
+    draws = torch.rand(delta.shape, generator=generator, dtype=torch.promote_types(delta.dtype, torch.float32))
+    return (draws < probability).to(delta.device)
 
 
 def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition: str) -> Tensor:
@@ -233,9 +248,7 @@ def drop_by_rank(
     """
     check_density(density, "drop_by_rank")
     probability = keep_probabilities(delta, density, epsilon, definition)
-    # Half the time of torch.bernoulli, with the same distribution.
-    draws = torch.rand(probability.shape, generator=generator, dtype=torch.promote_types(delta.dtype, torch.float32))
-    kept = delta * (draws < probability).to(delta.device)
+    kept = delta * draw_mask(probability, delta, generator)
     return kept / probability.to(delta.device) if rescale else kept
 
 

@@ -16,7 +16,7 @@ import moa.merge.engine as engine
 from moa.errors import ConfigError, MoaError, NumericsError, ShapeError
 from moa.merge import METHODS, Delta, Dense, LowRank, difference, merge, merge_lazily, read_peft, squeeze
 from moa.merge.engine import REQUIRED
-from moa.merge.sparsify import generator_for
+from moa.merge.sparsify import draw_mask, generator_for
 
 from .tools import close, factors, lora_folder, matrices
 
@@ -241,7 +241,7 @@ def test_peft_agrees(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     draws = iter([(t, f"{i}.weight") for i in range(2) for t in range(3)])
 
     def same_mask(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-        mask = torch.bernoulli(torch.full(tensor.shape, density), generator=generator_for(3, *next(draws)))
+        mask = draw_mask(density, tensor, generator_for(3, *next(draws)))
         return tensor * mask / density if rescale else tensor * mask
 
     monkeypatch.setattr(merge_utils, "random_pruning", same_mask)
