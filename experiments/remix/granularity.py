@@ -1,14 +1,19 @@
 """Should ReMix decide per token or per sequence? Accuracy, and the noise of the router's gradient, on real tasks.
 
-all-MiniLM-L6-v2 with 8 experts of rank 8, k = 2, on the four sentiment domains of the demo. Each granularity is trained
-with the same data, steps, draws and seeds, once with its router learning and once with the router's learning rate at
-zero: the difference, seed by seed, is what reinforcement adds. Signal to noise is |mean|² / variance of one step's
-router gradient, over repeated draws on one batch after training.
+all-MiniLM-L6-v2 with 8 experts of rank 8, k = 2, on the four sentiment domains of the demo, in two settings: "alike",
+the domains as they are, each with its head, and "opposed", where all share one head and two of them (movie, nyt) have
+their labels turned round: which expert is right then depends on the domain, and the text alone tells it. Each
+granularity is trained with the same data, steps, draws and seeds, once with its router learning and once with the
+router's learning rate at zero: the difference, seed by seed, is what reinforcement adds. Signal to noise is
+|mean|² / variance of one step's router gradient, over repeated draws on one batch after training.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
+import json
 import statistics
 import warnings
 from pathlib import Path
@@ -27,9 +32,10 @@ from moa.tasks import Collator, EncodedTask, Task, encode_tasks
 
 COMMAND = "python -m experiments.remix.granularity"
 DOMAINS = ("tweets", "amazon", "movie", "nyt")
+TURNED = ("movie", "nyt")
 
 
-def load_tasks(model: str, data: Path, rows: int, seed: int) -> tuple[Any, list[EncodedTask]]:
+def load_tasks(model: str, data: Path, rows: int, setting: str, seed: int) -> tuple[Any, list[EncodedTask]]:
     """Return the tokenizer and the four tasks, `rows` training rows each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tasks = {
@@ -41,13 +47,24 @@ def load_tasks(model: str, data: Path, rows: int, seed: int) -> tuple[Any, list[
         )
         for name in DOMAINS
     }
-    return tokenizer, encode_tasks(tasks, tokenizer, 24, seed)
+    encoded = encode_tasks(tasks, tokenizer, 24, seed)
+    return tokenizer, encoded if setting == "alike" else [opposed(task) for task in encoded]
 
 
-def build(model: str, tasks: list[EncodedTask], granularity: str, seed: int) -> moa.MoAModel:
+def opposed(task: EncodedTask) -> EncodedTask:
+    """Return the task for one head that all share, its labels turned round where the domain is one of TURNED."""
+
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        return {"labels": 1 - row["labels"] if task.name in TURNED else row["labels"], "task_ids": 0}
+
+    return dataclasses.replace(task, train=task.train.map(change), eval=task.eval.map(change))
+
+
+def build(model: str, tasks: list[EncodedTask], setting: str, granularity: str, seed: int) -> moa.MoAModel:
     """Return a fresh mixture."""
     torch.manual_seed(seed)
-    base = MultiTaskForSequenceClassification.from_encoder(model, {task.name: task.labels for task in tasks})
+    heads = {task.name: task.labels for task in (tasks if setting == "alike" else tasks[:1])}
+    base = MultiTaskForSequenceClassification.from_encoder(model, heads)
     return moa.build(base, "remix", n_experts=8, k=2, granularity=granularity)
 
 
@@ -99,62 +116,77 @@ def signal_to_noise(model: moa.MoAModel, batch: dict[str, Tensor], draws: int) -
     return float((grads.mean(0).square().sum() - bias) / variance)
 
 
-def one_run(options: argparse.Namespace, granularity: str, learns: bool, seed: int) -> dict[str, Any]:
+def one_run(options: argparse.Namespace, setting: str, granularity: str, learns: bool, seed: int) -> dict[str, Any]:
     """Return one training's accuracy per task and the signal to noise of its router gradient afterwards."""
     folder = str(options.cache / "all-MiniLM-L6-v2")
-    tokenizer, tasks = load_tasks(folder, options.cache / "vader", options.rows, seed)
+    tokenizer, tasks = load_tasks(folder, options.cache / "vader", options.rows, setting, seed)
     collate = Collator(tokenizer)
-    model = build(folder, tasks, granularity, seed)
-    train(model, tasks, collate, options.epochs, 1e-2 if learns else 0.0, seed)
+    model = build(folder, tasks, setting, granularity, seed)
+    train(model, tasks, collate, options.epochs, options.router_lr if learns else 0.0, seed)
     scores = {task.name: accuracy(model, task, collate) for task in tasks}
     mixed = [row for task in tasks for row in task.train.select(range(4))]
     return {
+        "setting": setting,
         "granularity": granularity,
         "router_learns": learns,
         "seed": seed,
         "accuracy": scores,
         "mean_accuracy": statistics.mean(scores.values()),
-        "router_gradient_snr": signal_to_noise(model, collate(mixed), 24),
+        "router_gradient_snr": signal_to_noise(model, collate(mixed), 64),
     }
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return mean and standard deviation over seeds: of each setting, and of differences between settings by seed."""
-    scores = {(r["granularity"], r["router_learns"], r["seed"]): r["mean_accuracy"] for r in runs}
-    values: dict[str, list[float]] = {}
-    for (granularity, learns, seed), score in scores.items():
-        values.setdefault(f"{granularity}, router {'learns' if learns else 'stays'}", []).append(score)
-        if learns and (granularity, False, seed) in scores:
-            gain = score - scores[granularity, False, seed]
-            values.setdefault(f"{granularity}: learns - stays", []).append(gain)
-        if granularity == "token" and ("sequence", learns, seed) in scores:
-            gain = score - scores["sequence", learns, seed]
-            values.setdefault(f"token - sequence, router {'learns' if learns else 'stays'}", []).append(gain)
+    """Return mean and standard deviation over seeds: of each kind of run, and of differences between kinds by seed."""
+    found: dict[str, list[float]] = {}
+    for setting, seed in dict.fromkeys((run["setting"], run["seed"]) for run in runs):
+        here = [run for run in runs if (run["setting"], run["seed"]) == (setting, seed)]
+        score = {(run["granularity"], run["router_learns"]): run["mean_accuracy"] for run in here}
+        for run in here:
+            kind = f"{setting}: {run['granularity']}, router {'learns' if run['router_learns'] else 'stays'}"
+            found.setdefault(kind, []).append(run["mean_accuracy"])
+            found.setdefault(f"{kind}: signal to noise", []).append(run["router_gradient_snr"])
+        for one, other, label in (
+            (("token", True), ("token", False), "token: learns - stays"),
+            (("sequence", True), ("sequence", False), "sequence: learns - stays"),
+            (("sequence", True), ("token", True), "sequence - token, routers learn"),
+        ):
+            if one in score and other in score:
+                found.setdefault(f"{setting}: {label}", []).append(score[one] - score[other])
     return {
         name: {"mean": statistics.mean(v), "std": statistics.stdev(v) if len(v) > 1 else None, "seeds": len(v)}
-        for name, v in values.items()
+        for name, v in found.items()
     }
 
 
 def main() -> None:
-    """Run all of them and write experiments/results/remix_granularity.json after each."""
+    """Run what the result file does not hold yet and write experiments/results/remix_granularity.json after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="what `moa demo --prepare` filled")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--work", type=Path, default=Path("runs/granularity"), help="finished runs, to go on from")
+    parser.add_argument("--settings", nargs="+", choices=("alike", "opposed"), default=["opposed", "alike"])
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=400, help="training rows of each domain")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--router-lr", type=float, default=1e-2)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    size = {"rows_per_task": options.rows, "epochs": options.epochs, "router_lr": options.router_lr}
+    options.work.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
-    for seed in range(options.seeds):
-        for granularity in ("token", "sequence"):
-            for learns in (True, False):
-                runs.append(one_run(options, granularity, learns, seed))
-                print(runs[-1], flush=True)
-                setting = {"rows_per_task": options.rows, "epochs": options.epochs}
-                write("remix_granularity", {"setting": setting, "summary": summary(runs), "runs": runs}, COMMAND)
+    kinds = itertools.product(range(options.seeds), options.settings, ("token", "sequence"), (True, False))
+    for seed, setting, granularity, learns in kinds:
+        name = "-".join(map(str, (setting, granularity, learns, seed, *size.values())))
+        done = options.work / f"{name}.json"
+        if not done.exists():
+            run = one_run(options, setting, granularity, learns, seed)
+            print(run, flush=True)
+            done.write_text(json.dumps(run))
+        runs.append(json.loads(done.read_text()))
+        write("remix_granularity", {"size": size, "summary": summary(runs), "runs": runs}, COMMAND)
     for name, value in summary(runs).items():
-        print(f"{name:40s} {value}")
+        print(f"{name:50s} {value}")
 
 
 if __name__ == "__main__":
