@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import bag
+
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
 _FEW_ROWS = 64
 
@@ -28,15 +30,20 @@ def forward(
     """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
     n_experts, rank, _ = a.shape
     full = x @ a.flatten(0, 1).T  # (T, E·r)
+    slots = None
     if indices is None:
         hidden = full.view(-1, n_experts, rank)
-        mixed = scale(hidden, weights).reshape(full.shape)
     else:
         slots = slot_rows(indices, n_experts)
         hidden = full.view(-1, rank).index_select(0, slots).view(*indices.shape, rank)
-        mixed = spread(scale(hidden, weights), slots, n_experts)
-    up = b.flatten(0, 1)
-    y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
+    mixed = scale(hidden, weights)
+    if indices is not None and bag.pays(hidden, n_experts):
+        y = bag.expand(mixed, indices, b)
+        if bias is not None:
+            y += bias
+    else:
+        up, mixed = b.flatten(0, 1), spread(mixed, slots, n_experts)
+        y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
     return (y if base is None else add_base(y, x, base)), hidden
 
 
@@ -83,7 +90,7 @@ def backward(
     need_x, need_a, need_b, need_weights = needs
     slots = None if indices is None else slot_rows(indices, n_experts)
     found: list[Tensor] = []
-    grad_weights = grad_full = None
+    grad_weights = None
     if need_x or need_a or need_weights:
         full = grad @ b.flatten(0, 1).T  # (T, E·r)
         if slots is None:
@@ -93,23 +100,49 @@ def backward(
         if need_weights:
             assert hidden is not None
             grad_weights = slot_dot(grad_slots, hidden, weights)
-        if need_x or need_a:
-            grad_full = spread(scale(grad_slots, weights), slots, n_experts)
-    if need_x:
-        assert grad_full is not None
-        grad_x = grad_full @ a.flatten(0, 1)
-        if base is not None:
-            grad_x.addmm_(grad, base)
-        found.append(grad_x)
-    if need_a:
-        assert grad_full is not None and x is not None
-        found.append((grad_full.T @ x).view_as(a))
+        grad_hidden = scale(grad_slots, weights)
+        bagged = indices is not None and bag.pays(grad_hidden, n_experts)
+        grad_full = spread(grad_hidden, slots, n_experts) if need_a or not bagged else None
+        if need_x:
+            if bagged:
+                assert indices is not None
+                grad_x = bag.expand(grad_hidden, indices, a)
+            else:
+                assert grad_full is not None
+                grad_x = grad_full @ a.flatten(0, 1)
+            if base is not None:
+                grad_x.addmm_(grad, base)
+            found.append(grad_x)
+        if need_a:
+            assert grad_full is not None and x is not None
+            found.append((grad_full.T @ x).view_as(a))
     if need_b:
         assert hidden is not None
         mixed = spread(scale(hidden, weights), slots, n_experts)
         found.append((mixed.T @ grad).view_as(b))
     if grad_weights is not None:
         found.append(grad_weights)
+    return found
+
+
+def slot_products(x: Tensor, factors: Tensor, indices: Tensor) -> Tensor:
+    """Return x[t] factors[e]ᵀ of each slot, (T, K, p), as `sorted_rows.slot_products`."""
+    n_experts, width, _ = factors.shape
+    full = x @ factors.flatten(0, 1).T
+    return full.view(-1, width).index_select(0, slot_rows(indices, n_experts)).view(*indices.shape, width)
+
+
+def slot_gradients(grad: Tensor, x: Tensor | None, factors: Tensor, indices: Tensor, needs: list[bool]) -> list[Tensor]:
+    """Return the gradients of x and factors that `needs` names, as `sorted_rows.slot_gradients`."""
+    n_experts = factors.shape[0]
+    bagged = bag.pays(grad, n_experts)
+    full = None if bagged and not needs[1] else spread(grad, slot_rows(indices, n_experts), n_experts)
+    found: list[Tensor] = []
+    if needs[0]:
+        found.append(bag.expand(grad, indices, factors) if full is None or bagged else full @ factors.flatten(0, 1))
+    if needs[1]:
+        assert x is not None and full is not None
+        found.append((full.T @ x).view_as(factors))
     return found
 
 
