@@ -10,18 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import ContextError, ShapeError
+from .experts import ExpertBank
+from .kernels import grouped_linear
 from .mixture import Branch, Mixture
 from .routers import Router
 from .types import Context, Routing
 
 
 class BlockRouting:
-    """The routing that the layers of one block share: set by its first layer, taken by the last."""
+    """What the layers of one block share: the routing, set by its first layer, and one product with their input.
 
-    def __init__(self) -> None:
+    Args:
+        openers: banks of the layers that open the block.
+    """
+
+    def __init__(self, openers: Sequence[ExpertBank]) -> None:
+        self.openers = openers
         self.routing: Routing | None = None
+        self._source: Tensor | None = None
+        self._hidden: dict[int, Tensor] = {}
 
     def get(self, name: str) -> Routing:
         """Return the routing, weights and indices (*rows, K).
@@ -32,6 +42,29 @@ class BlockRouting:
         if self.routing is None:
             raise ContextError(f"{name}: the first layer of its block has not run before it, so there is no routing.")
         return self.routing
+
+    def hidden(self, bank: ExpertBank, x: Tensor, indices: Tensor) -> Tensor | None:
+        """Return a bank's hidden values (*rows, K, r) of x (*rows, i), or None where its family has none.
+
+        Layers that see the same x share one product with the down factors of all of them: x is read, and its gradient
+        written, once. They share the dropout of x, too.
+        """
+        if x is not self._source:
+            factors = [opener.first_factor() for opener in self.openers]
+            known = [factor for factor in factors if factor is not None]
+            self._source, self._hidden = x, {}
+            if len(known) == len(factors):
+                first = self.openers[0]
+                dropped = F.dropout(x, first.dropout, first.training)
+                found = grouped_linear(dropped, torch.cat(known, 1), indices, engine=first.engine)
+                parts = found.split([factor.shape[1] for factor in known], -1)
+                self._hidden = {id(opener): part for opener, part in zip(self.openers, parts, strict=True)}
+        return self._hidden.get(id(bank))
+
+    def close(self) -> None:
+        """Forget what the layers shared."""
+        self.routing = self._source = None
+        self._hidden = {}
 
 
 class FollowRouter(Router):
@@ -105,7 +138,8 @@ class BlockEntry(BlockLayer):
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        return branch.bank.open_slots(x, routing.indices, base_out)
+        hidden = self.shared.hidden(branch.bank, x, routing.indices)
+        return branch.bank.open_slots(x, routing.indices, base_out, hidden)
 
 
 class BlockExit(BlockLayer):
@@ -120,7 +154,7 @@ class BlockExit(BlockLayer):
             out: Tensor = self.base(x, *args, **kwargs)
             return out
         routing = self.shared.get(self.name)
-        self.shared.routing = None
+        self.shared.close()
         if x.shape[:-1] != routing.weights.shape:
             raise ShapeError(
                 f"{self.name} expected slots {(*routing.weights.shape, 'i')} and got {tuple(x.shape)}: every layer "
@@ -152,7 +186,7 @@ def routed_block(
     Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, §3.2.
     Differs: the paper's last layer multiplies once per active expert; here all frozen products run once per row.
     """
-    shared = BlockRouting()
+    shared = BlockRouting([branch.bank for _, _, branch in entries])
     leader = entries[0][2].router
     layers: list[Mixture] = []
     for kind, members in ((BlockEntry, entries), (BlockExit, [last])):

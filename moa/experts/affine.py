@@ -62,3 +62,15 @@ class AffineLoRABank(LoRABank):
         if self.training and self.dropout:  # the base class went through forward
             return y
         return y + routing.dense().to(y.dtype) @ self.shifts().to(y.dtype)
+
+    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o)."""
+        y = super().open_slots(x, indices, onto, hidden)
+        return y + self.shifts().to(y.dtype)[indices] if self._is_grouped() else y  # else through forward
+
+    def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i)."""
+        y = super().close_slots(x, weights, indices)
+        if not self._is_grouped():  # the base class went through forward
+            return y
+        return y + (self.shifts()[indices] * weights.unsqueeze(-1)).sum(-2).to(y.dtype)

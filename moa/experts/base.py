@@ -115,13 +115,21 @@ class ExpertBank(nn.Module):
         y = F.linear(x, weight, bias)
         return y + self(x, routing).to(y.dtype)
 
-    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor) -> Tensor:
+    def first_factor(self) -> Tensor | None:
+        """Return the factors (E, r, i) with which `open_slots` multiplies x first, or None where the family has none.
+
+        Layers that see the same x and routing then share that product.
+        """
+        return None
+
+    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o): one chosen expert in each, with weight 1.
 
         Args:
             x: (*rows, i).
             indices: (*rows, K) the experts.
             onto: (*rows, o) what every slot adds to.
+            hidden: (*rows, K, r) x times the `first_factor` of each slot's expert, where it is known already.
         """
         one = x.new_ones(*x.shape[:-1], 1)
         # slot by slot, so that all of them share x, which is kept for the backward pass

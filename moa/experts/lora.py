@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import choose_engine, gated_linear, low_rank_mixture, mixture_linear
+from ..kernels import GROUPED_ENGINES, gated_linear, grouped_linear, grouped_sum, low_rank_mixture, mixture_linear
 from ..kernels.low_rank import is_plain
 from ..types import Routing
 from .base import ExpertBank
@@ -79,38 +79,32 @@ class LoRABank(ExpertBank):
         )
         return y, Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
 
-    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor) -> Tensor:
-        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o); all slots share the first product."""
-        if not self._runs_all(x, onto):
+    def first_factor(self) -> Tensor | None:
+        """Return down (E, r, i), where the engine has grouped linears."""
+        return self.down if self._is_grouped() else None
+
+    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o), by the grouped kernels."""
+        if not self._is_grouped():
             return super().open_slots(x, indices, onto)
-        x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, self.down.flatten(0, 1).to(x.dtype)) * self.scaling
-        kept = torch.where(self._chosen(indices), hidden.unflatten(-1, (1, self.n_experts, self.rank)), 0)
-        y = onto.unsqueeze(-2).expand(*indices.shape, self.d_out).reshape(-1, self.d_out)
-        y = torch.addmm(y, kept.view(-1, self.n_experts * self.rank), self.up.flatten(0, 1).to(x.dtype))
-        return y.view(*indices.shape, self.d_out)
+        if hidden is None:
+            hidden = grouped_linear(F.dropout(x, self.dropout, self.training), self.down, indices, engine=self.engine)
+        scaled = (hidden * self.scaling).unsqueeze(-2)
+        out = grouped_sum(scaled, self.up, indices.unsqueeze(-1), engine=self.engine)
+        return out.to(onto.dtype).add_(onto.unsqueeze(-2))
 
     def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i): the slots are summed at rank size."""
-        if not self._runs_all(x, x):
+        if not self._is_grouped():
             return super().close_slots(x, weights, indices)
         x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, self.down.flatten(0, 1).to(x.dtype)).unflatten(-1, (self.n_experts, self.rank))
-        weighted = hidden * (weights * self.scaling).to(x.dtype)[..., None, None]
-        kept = torch.where(self._chosen(indices), weighted, 0).sum(-3)
-        return kept.flatten(-2) @ self.up.flatten(0, 1).to(x.dtype)
+        hidden = grouped_linear(x, self.down, indices.unsqueeze(-1), engine=self.engine).squeeze(-2)
+        weighted = hidden * (weights * self.scaling).to(hidden.dtype).unsqueeze(-1)
+        return grouped_sum(weighted, self.up, indices, engine=self.engine)
 
-    def _runs_all(self, x: Tensor, onto: Tensor) -> bool:
-        """Whether running every expert and masking the rank-sized middle is the way for one expert per slot."""
-        if x.dtype != onto.dtype or torch.is_autocast_enabled(x.device.type) or type(self) is not LoRABank:
-            return False
-        rows = x.shape[:-1].numel()
-        sizes = (rows, self.d_in, self.d_out, self.n_experts, self.rank, 1, x.dtype, x.device)
-        return (self.engine or choose_engine(*sizes)) == "concat"
-
-    def _chosen(self, indices: Tensor) -> Tensor:
-        """Return which expert each slot (*rows, K) has, (*rows, K, E, 1)."""
-        return (indices.unsqueeze(-1) == torch.arange(self.n_experts, device=indices.device)).unsqueeze(-1)
+    def _is_grouped(self) -> bool:
+        """Whether the engine has grouped linears; one that has not runs each slot as a mixture of one expert."""
+        return self.engine is None or self.engine in GROUPED_ENGINES
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -1,22 +1,24 @@
-"""The grouped linear: each slot of a row multiplied by its own expert's matrix. A mixture is two of them and a sum.
+"""The grouped linear, each slot of a row times its own expert's matrix, and its adjoint, the sum over a row's slots.
 
-`low_rank_mixture` runs the same products with less traffic where they are thin; this op is for experts that do
-something between them, and for your own.
+A mixture is one of each; `low_rank_mixture` runs the same products with less traffic. These are for experts that do
+something between the two, as those of a feed-forward block, and for your own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import BackendError, ShapeError, unknown_name
-from . import sorted_rows
-from .dispatch import is_emulated, why_not
+from . import concat, sorted_rows
+from .dispatch import choose_engine, is_emulated, why_not
 from .ops import check_indices, exact_dtypes
 
-_ENGINES = ("sorted", "triton_grouped")
+# Engines that have these two; the others are made for whole mixtures.
+GROUPED_ENGINES = ("concat", "sorted", "triton_grouped")
 
 
 def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | None = None) -> Tensor:
@@ -26,8 +28,9 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
         x: (*rows, i) inputs, any strides; (0, i) is allowed.
         weight: (E, p, i); may be an fp32 master of a lower-precision x.
         indices: (*rows, K) int64 expert of each slot, in any order and number.
-        engine: "sorted" (plain products over rows sorted by expert; reads its group sizes on the host), or
-            "triton_grouped" (no host sync; p of any size, best when thin); None takes Triton's on a GPU that has it.
+        engine: "concat" (one product over all experts, best when E·p is small), "sorted" (plain products over rows
+            sorted by expert; reads its group sizes on the host), or "triton_grouped" (no host sync; p of any size,
+            best when thin); None takes Triton's on a GPU that has it, else one of the others by their sizes.
 
     Returns:
         (*rows, K, p), new, in x's dtype, or in the autocast dtype where autocast is on. Gradients of x and weight come
@@ -40,27 +43,42 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, §2 (the experts of a row, without their sum).
     """
-    _check(x, weight, indices)
-    if engine is not None and engine not in _ENGINES:
-        raise BackendError(unknown_name("engine", engine, _ENGINES, "moa.kernels.grouped_linear"))
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = grouped_linear_op(flat, weight, indices.reshape(-1, indices.shape[-1]), engine or "")
+    _check("grouped_linear", x, weight, indices, weight.shape[-1:])
+    flat = _rows(x, x.shape[-1:])
+    y = grouped_linear_op(flat, weight, indices.reshape(-1, indices.shape[-1]), _named(engine))
     return y.view(*indices.shape, weight.shape[1])
+
+
+def grouped_sum(values: Tensor, weight: Tensor, indices: Tensor, *, engine: str | None = None) -> Tensor:
+    """Return the sum over a row's slots, y[t] = Σ_j values[t, j] weight[e] with e = indices[t, j].
+
+    Args:
+        values: (*rows, K, p) of each slot.
+        weight: (E, p, o); may be an fp32 master of lower-precision values.
+        indices: (*rows, K) int64 expert of each slot; a repeated expert adds.
+        engine: as for `grouped_linear`.
+
+    Returns:
+        (*rows, o), new; dtypes and gradients as `grouped_linear`.
+
+    Raises:
+        ShapeError: as `grouped_linear`.
+        BackendError: as `grouped_linear`.
+
+    Source: the adjoint of `grouped_linear`: its gradient with respect to x.
+    """
+    _check("grouped_sum", values, weight, indices, (indices.shape[-1], weight.shape[-2]))
+    flat = _rows(values, values.shape[-2:])
+    y = grouped_sum_op(flat, weight, indices.reshape(-1, indices.shape[-1]), _named(engine))
+    return y.view(*indices.shape[:-1], weight.shape[-1])
 
 
 @torch.library.custom_op("moa::grouped_linear", mutates_args=())
 def grouped_linear_op(x: Tensor, weight: Tensor, indices: Tensor, engine: str) -> Tensor:
     check_indices(x, weight, indices)
     with exact_dtypes(x):
-        if _engine(engine, x) == "triton_grouped" and x.shape[0]:
-            from . import triton_slots
-
-            return triton_slots.slot_products(x, weight.to(x.dtype), indices)
-        wide = torch.float32 if is_emulated(x) else x.dtype
-        return sorted_rows.slot_products(x.to(wide), weight.to(wide), indices).to(x.dtype)
+        used, dtype = _pick(engine, x, weight, indices)
+        return used.slot_products(x.to(dtype), weight.to(dtype), indices).to(x.dtype)
 
 
 @grouped_linear_op.register_fake
@@ -73,15 +91,9 @@ def grouped_linear_backward_op(
     grad: Tensor, x: Tensor | None, weight: Tensor, indices: Tensor, engine: str, needs: list[bool]
 ) -> list[Tensor]:
     with exact_dtypes(grad):
-        if _engine(engine, grad) == "triton_grouped" and grad.shape[0]:
-            from . import triton_slots
-
-            used: Any = triton_slots
-            wide = grad.dtype
-        else:
-            used, wide = sorted_rows, torch.float32 if is_emulated(grad) else grad.dtype
-        rows = None if x is None else x.to(wide)
-        found = used.slot_gradients(grad.to(wide).contiguous(), rows, weight.to(wide), indices, needs)
+        used, dtype = _pick(engine, grad, weight, indices)
+        rows = None if x is None else x.to(dtype)
+        found = used.slot_gradients(grad.to(dtype).contiguous(), rows, weight.to(dtype), indices, needs)
     kept = [dtype for dtype, need in zip((grad.dtype, weight.dtype), needs, strict=True) if need]
     return [value.to(dtype) for value, dtype in zip(found, kept, strict=True)]
 
@@ -108,30 +120,91 @@ def _backward(ctx, grad):
 grouped_linear_op.register_autograd(_backward, setup_context=_save)
 
 
-def _engine(name: str, x: Tensor) -> str:
-    """Return the engine that was named, or the one for the device and dtype of x (T, i)."""
-    if name == "triton_grouped":
-        reason = why_not(name)
-        if reason is not None:
-            raise BackendError(f"engine {name!r} cannot run here: {reason}")
-    if name:
-        return name
-    fits = x.is_cuda and x.dtype != torch.float64 and why_not("triton_grouped") is None
-    return "triton_grouped" if fits else "sorted"
+@torch.library.custom_op("moa::grouped_sum", mutates_args=())
+def grouped_sum_op(values: Tensor, weight: Tensor, indices: Tensor, engine: str) -> Tensor:
+    check_indices(values, weight, indices)
+    (total,) = grouped_linear_backward_op(values, None, weight, indices, engine, [True, False])
+    return total
 
 
-def _check(x: Tensor, weight: Tensor, indices: Tensor) -> None:
-    """Raise ShapeError where the operands do not belong together."""
-    if weight.ndim != 3 or x.ndim < 1 or x.shape[-1] != weight.shape[-1] or indices.shape[:-1] != x.shape[:-1]:
+@grouped_sum_op.register_fake
+def _(values, weight, indices, engine):
+    return values.new_empty(values.shape[0], weight.shape[-1])
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    values, weight, indices, engine = inputs
+    ctx.save_for_backward(values if ctx.needs_input_grad[1] else None, weight, indices)
+    ctx.engine = engine
+
+
+def _backward_sum(ctx, grad):
+    values, weight, indices = ctx.saved_tensors
+    need_values, need_weight = ctx.needs_input_grad[:2]
+    to_values = grouped_linear_op(grad.contiguous(), weight, indices, ctx.engine) if need_values else None
+    to_weight = None
+    if need_weight:
+        (to_weight,) = grouped_linear_backward_op(values, grad, weight, indices, ctx.engine, [False, True])
+    return to_values, to_weight, None, None
+
+
+grouped_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
+
+
+def _named(engine: str | None) -> str:
+    """Return the engine's name, "" for None.
+
+    Raises:
+        BackendError: it is not known or cannot run here.
+    """
+    if engine is None:
+        return ""
+    if engine not in GROUPED_ENGINES:
+        raise BackendError(unknown_name("engine", engine, GROUPED_ENGINES, "moa.kernels.grouped_linear"))
+    reason = why_not(engine)
+    if reason is not None:
+        raise BackendError(f"engine {engine!r} cannot run here: {reason}")
+    return engine
+
+
+def _rows(values: Tensor, features: torch.Size) -> Tensor:
+    """Return values (*rows, *features) as (T, *features) in the compute dtype."""
+    dtype = values.dtype
+    if torch.is_autocast_enabled(values.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(values.device.type)
+    return values.reshape(-1, *features).to(dtype)
+
+
+def _pick(name: str, like: Tensor, weight: Tensor, indices: Tensor) -> tuple[Any, torch.dtype]:
+    """Return the module of the engine that was named, or of the one that the sizes choose, and the dtype it runs in."""
+    if not name and like.is_cuda and like.dtype != torch.float64 and why_not("triton_grouped") is None:
+        name = "triton_grouped"
+    if name == "triton_grouped" and like.shape[0]:
+        from . import triton_slots
+
+        return triton_slots, like.dtype
+    if not name:
+        n_experts, width, d = weight.shape
+        name = choose_engine(like.shape[0], d, d, n_experts, width, indices.shape[-1], like.dtype, like.device)
+    return concat if name == "concat" else sorted_rows, torch.float32 if is_emulated(like) else like.dtype
+
+
+def _check(op: str, values: Tensor, weight: Tensor, indices: Tensor, features: Sequence[int]) -> None:
+    """Raise ShapeError where the operands, values (*rows, *features), do not belong together."""
+    shape = (*indices.shape[:-1], *features)
+    if weight.ndim != 3 or values.ndim < len(features) or values.shape != shape:
+        expected = "x (*rows, i)" if len(features) == 1 else "values (*rows, K, p)"
+        sizes = "(E, p, i)" if len(features) == 1 else "(E, p, o)"
         raise ShapeError(
-            f"grouped_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)}, indices {tuple(indices.shape)} do not "
-            "fit: expected x (*rows, i), weight (E, p, i) and indices (*rows, K) with the same rows and i."
+            f"{op}: {expected.split()[0]} {tuple(values.shape)}, weight {tuple(weight.shape)}, indices "
+            f"{tuple(indices.shape)} do not fit: expected {expected}, weight {sizes} and indices (*rows, K) with the "
+            "same rows and sizes."
         )
-    if not (x.is_floating_point() and weight.is_floating_point()) or indices.dtype != torch.int64:
+    if not (values.is_floating_point() and weight.is_floating_point()) or indices.dtype != torch.int64:
         raise ShapeError(
-            f"grouped_linear: x is {x.dtype}, weight {weight.dtype} and indices {indices.dtype}; expected floating x "
-            "and weight, and int64 indices."
+            f"{op}: the values are {values.dtype}, weight {weight.dtype} and indices {indices.dtype}; expected "
+            "floating values and weight, and int64 indices."
         )
     for name, value in (("weight", weight), ("indices", indices)):
-        if value.device != x.device:
-            raise ShapeError(f"grouped_linear: x is on {x.device} but {name} on {value.device}; move one of them.")
+        if value.device != values.device:
+            raise ShapeError(f"{op}: the values are on {values.device} but {name} on {value.device}; move one of them.")

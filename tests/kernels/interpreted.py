@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from moa.errors import BackendError
-from moa.kernels import choose_engine, engines, grouped_linear, low_rank_mixture, mixture_linear
+from moa.kernels import choose_engine, engines, grouped_linear, grouped_sum, low_rank_mixture, mixture_linear
 from moa.kernels import triton_decode as decode
 from moa.kernels.reference import low_rank_mixture_reference
 
@@ -217,5 +217,8 @@ def test_grouped_linear_equals_plain_products(n_rows, k, poisoned):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = grouped_linear(*leaves, indices, engine=engine)
         found.append((y.detach(), *torch.autograd.grad(y, leaves, grad)))
+        leaves = grad.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = grouped_sum(*leaves, indices, engine=engine)
+        found[-1] += (y.detach(), *torch.autograd.grad(y, leaves, x))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)

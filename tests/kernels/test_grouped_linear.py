@@ -1,13 +1,18 @@
-"""The grouped linear: definition, gradients, op, bad inputs. Run: pytest tests/kernels/test_grouped_linear.py"""
+"""The grouped linear and its adjoint: definition, gradients, op, bad inputs.
+
+Run: pytest tests/kernels/test_grouped_linear.py
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
 
 from moa.errors import BackendError, ShapeError
-from moa.kernels import grouped_linear, low_rank_mixture
-from moa.kernels.grouped_linear import grouped_linear_backward_op, grouped_linear_op
+from moa.kernels import grouped_linear, grouped_sum, low_rank_mixture
+from moa.kernels.grouped_linear import grouped_linear_backward_op, grouped_linear_op, grouped_sum_op
 
 from .compare import assert_same, assert_three_way, make_case
 
@@ -24,6 +29,26 @@ def definition(x, weight, indices):
     return torch.einsum("ti,tkpi->tkp", x, weight[indices])
 
 
+def definition_of_sum(values, weight, indices):
+    return torch.einsum("tkp,tkpi->ti", values, weight[indices])
+
+
+def sum_operands(n_rows: int = 7, k: int = 2, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """Twelve experts, so that a bag pays at k = 2; rows may choose one twice."""
+    rng = torch.Generator().manual_seed(n_rows + k)
+    values = torch.randn(n_rows, k, 6, dtype=torch.float64, generator=rng)
+    weight = torch.randn(12, 6, 5, dtype=torch.float64, generator=rng)
+    return values.to(dtype), weight.to(dtype), torch.randint(0, 12, (n_rows, k), generator=rng)
+
+
+OPS = {
+    "linear": (grouped_linear, definition, operands),
+    "sum": (grouped_sum, definition_of_sum, sum_operands),
+}
+each_op = pytest.mark.parametrize(("op", "truth", "make"), OPS.values(), ids=OPS.keys())
+each_engine = pytest.mark.parametrize("engine", [None, "concat", "sorted"])
+
+
 def results(function, x, weight, indices):
     leaves = [value.detach().clone().requires_grad_() for value in (x, weight)]
     y = function(*leaves, indices)
@@ -36,9 +61,12 @@ def assert_same_results(got, expected):
     assert_same((*got, *got[:2]), (*expected, *expected[:2]))
 
 
+@each_op
+@each_engine
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 1), (7, 2), (64, 3)])
-def test_values_and_gradients_equal_the_definition(n_rows, k):
-    assert_same_results(results(grouped_linear, *operands(n_rows, k)), results(definition, *operands(n_rows, k)))
+def test_values_and_gradients_equal_the_definition(op, truth, make, engine, n_rows, k):
+    case = make(n_rows, k)
+    assert_same_results(results(partial(op, engine=engine), *case), results(truth, *case))
 
 
 def test_the_comparison_fails_on_a_wrong_value():
@@ -55,20 +83,23 @@ def test_two_of_them_and_a_weighted_sum_are_the_mixture():
     torch.testing.assert_close((slots * case.weights[..., None]).sum(1), expected, atol=1e-12, rtol=1e-12)
 
 
+@each_op
+@each_engine
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_three_way_precision(dtype):
-    x, weight, indices = (value.to(dtype) if value.is_floating_point() else value for value in operands(64, 2))
-    got, plain = (results(f, x, weight, indices) for f in (grouped_linear, definition))
-    exact = results(definition, x.double(), weight.double(), indices)
+def test_three_way_precision(op, truth, make, engine, dtype):
+    case = make(64, 2, dtype)
+    got, plain = results(partial(op, engine=engine), *case), results(truth, *case)
+    exact = results(truth, *(value.double() if value.is_floating_point() else value for value in case))
     assert [value.dtype for value in got] == [dtype] * 3
     eps = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
     assert_three_way(*((*r, *r[:2]) for r in (got, plain, exact)), eps=eps)
 
 
-def test_gradcheck():
-    x, weight, indices = operands()
+@each_op
+def test_gradcheck(op, truth, make):
+    x, weight, indices = make()
     leaves = x.requires_grad_(), weight.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: grouped_linear(a, b, indices), leaves)
+    assert torch.autograd.gradcheck(lambda a, b: op(a, b, indices), leaves)
 
 
 @pytest.mark.parametrize("needs", [[True, True], [True, False], [False, True]])
@@ -78,12 +109,16 @@ def test_opcheck(needs):
     torch.library.opcheck(grouped_linear_op, (*leaves, indices, ""))
     grad = torch.randn(6, 2, 6)
     torch.library.opcheck(grouped_linear_backward_op, (grad, x.detach(), weight.detach(), indices, "", needs))
+    values, weight, indices = sum_operands(6, 2, torch.float32)
+    leaves = [value.requires_grad_(need) for value, need in zip((values, weight), needs, strict=True)]
+    torch.library.opcheck(grouped_sum_op, (*leaves, indices, ""))
 
 
-def test_it_compiles_in_one_graph():
-    x, weight, indices = operands(6, 2, torch.float32)
-    compiled = torch.compile(grouped_linear, fullgraph=True, backend="aot_eager")
-    pairs = zip(results(compiled, x, weight, indices), results(grouped_linear, x, weight, indices), strict=True)
+@each_op
+def test_it_compiles_in_one_graph(op, truth, make):
+    x, weight, indices = make(6, 2, torch.float32)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    pairs = zip(results(compiled, x, weight, indices), results(op, x, weight, indices), strict=True)
     for got, expected in pairs:
         torch.testing.assert_close(got, expected, atol=0, rtol=0)
 
@@ -92,6 +127,10 @@ def test_zero_rows_and_experts_without_rows():
     x, weight, indices = operands()
     y, grad_x, grad_weight = results(grouped_linear, x[:0], weight, indices[:0])
     assert y.shape == (0, 2, 6) and grad_x.shape == (0, 5) and (grad_weight == 0).all()
+    values, weight, indices = sum_operands()
+    total, grad_values, grad_weight = results(grouped_sum, values[:0], weight, indices[:0])
+    assert total.shape == (0, 5) and grad_values.shape == (0, 2, 6) and (grad_weight == 0).all()
+    x, weight, indices = operands()
     grads = results(grouped_linear, x, weight, torch.full_like(indices, 2))[2]
     assert (grads[[0, 1, 3]] == 0).all() and (grads[2] != 0).any()
 
@@ -123,6 +162,21 @@ def test_leading_axes_strided_rows_and_masters():
 def test_bad_operands_are_named(change, error, words):
     with pytest.raises(error, match=words):
         grouped_linear(*change(*operands()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v, w, i: (v[:, :1], w, i), "do not fit"),
+        (lambda v, w, i: (v[..., :4], w, i), "do not fit"),
+        (lambda v, w, i: (v, w[0], i), "do not fit"),
+        (lambda v, w, i: (v, w, i.int()), "int64"),
+        (lambda v, w, i: (v, w, i + 12), "experts 0 … 11"),
+    ],
+)
+def test_bad_operands_of_the_sum_are_named(change, words):
+    with pytest.raises(ShapeError, match=words):
+        grouped_sum(*change(*sum_operands()))
 
 
 def test_bad_engines_are_named():
