@@ -1,7 +1,7 @@
 """The `triton_concat` engine: launches of the thin products with fixed sizes. Contract: see `concat.py`.
 
 Forward: shrink (one pass over x, the gate in its epilogue), expand. Backward: unmix (one pass over dy), expand for dx,
-and one split product each for da and db with a second reduction. Nothing is tuned at run time.
+and one split product each for da and db with a second reduction. Nothing is tuned at run time, unless asked for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BackendError
 from . import triton_decode as decode
 from . import triton_kernels as kernels
+from . import triton_tiles as tiles
 from .triton_kernels import Sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -149,12 +150,17 @@ def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidde
     size = shrink_sizes(n_rows, columns, x.itemsize)
     if n_rows == 0:
         return
-    kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
-        x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
-        COLUMNS=columns, RANK=a.shape[1], K=weights.shape[1], DENSE=indices is None, EVEN=d % size.block_d == 0,
-        PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        **size.options,
-    )  # fmt: skip
+    rank, k, dense = a.shape[1], weights.shape[1], indices is None
+
+    def run(size: Sizes) -> None:
+        kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
+            x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
+            COLUMNS=columns, RANK=rank, K=k, DENSE=dense, EVEN=d % size.block_d == 0,
+            PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+            **size.options,
+        )  # fmt: skip
+
+    tiles.launch("shrink", n_rows, (d, columns, rank, k, dense, str(x.dtype), precision()), size, run)
 
 
 def _expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
@@ -164,12 +170,17 @@ def _expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     size = expand_sizes(n_rows, columns, mixed.itemsize)
     if n_rows == 0:
         return out
-    kernels.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
-        mixed, factor.contiguous(), bias, out, n_rows, d,
-        COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
-        BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
-        **size.options,
-    )  # fmt: skip
+    factor = factor.contiguous()
+
+    def run(size: Sizes) -> None:
+        kernels.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
+            mixed, factor, bias, out, n_rows, d,
+            COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
+            BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+            **size.options,
+        )  # fmt: skip
+
+    tiles.launch("expand", n_rows, (d, columns, bias is not None, str(mixed.dtype), precision()), size, run)
     return out
 
 
@@ -192,16 +203,21 @@ def _unmix(
     grad_hidden = grad.new_empty(n_rows, columns) if need_hidden else None
     mixed = grad.new_empty(n_rows, columns) if need_mixed else None
     parts = grad.new_empty(blocks, n_rows, k, dtype=torch.float32) if need_weights else None
-    if n_rows:
+    dense, needs = indices is None, (need_hidden, need_mixed, need_weights)
+
+    def run(size: Sizes) -> None:
         kernels.unmix_kernel[(triton.cdiv(n_rows, size.block_t) * blocks,)](
             grad, b, weights, indices, hidden, grad_hidden, mixed, parts, n_rows, d, grad.stride(0),
             *routing_strides(weights, indices),
-            COLUMNS=columns, RANK=rank, K=k, DENSE=indices is None,
+            COLUMNS=columns, RANK=rank, K=k, DENSE=dense,
             NEED_HIDDEN=need_hidden, NEED_MIXED=need_mixed, NEED_WEIGHTS=need_weights,
             EVEN=d % size.block_d == 0, PRECISION=precision(),
             BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
+
+    if n_rows:
+        tiles.launch("unmix", n_rows, (d, columns, rank, k, dense, *needs, str(grad.dtype), precision()), size, run)
     grad_weights = None
     if parts is not None:
         grad_weights = (parts[0] if blocks == 1 else parts.sum(0)).to(weights.dtype)

@@ -23,12 +23,20 @@ ROOT = Path(__file__).parents[2]
 MATRIX_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
+def run_interpreted(*arguments: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("part", ["triton_concat", "not triton_concat"])
 def test_every_kernel_equals_the_truth_in_the_interpreter(part):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted.py", "-k"]
-    done = subprocess.run([*command, part], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_interpreted("tests/kernels/interpreted.py", "-k", part)
+
+
+def test_tiles_can_be_measured():
+    run_interpreted("tests/kernels/tuned.py")
 
 
 def check(found: list[Report], arch: int, names: set[str], matrix_op: str | None = None) -> None:
