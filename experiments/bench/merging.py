@@ -1,9 +1,10 @@
 """Merging 8 adapters of SmolLM2-135M into a checkpoint: seconds and peak memory of every method, peft's and mergekit's.
 
 Each job runs in a process of its own: it reads the base and 8 LoRA folders of rank 16 on all linears, merges, and
-writes a whole checkpoint. Peak memory is the process's largest resident set (Linux), less what it was after the
-imports, over the bytes of the base's weights; pages of mapped files count. mergekit runs where --mergekit names a
-Python that has it; its figures include its imports.
+writes a whole checkpoint. `process_s` is the wall time of that process, imports and all: peers are compared by it, on
+the same jobs (`SAME`). `wall_s` and `cpu_s` are of the job alone. Peak memory is the process's largest resident set
+(Linux), less what it was after the imports, over the bytes of the base's weights; pages of mapped files count.
+mergekit runs where --mergekit names a Python that has it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .common import write
 
 COMMAND = "python -m experiments.bench.merging"
 N_ADAPTERS, RANK = 8, 16
+SQUEEZED = f", rank {RANK}"  # the merged changes are cut back to the adapters' rank
 METHODS: dict[str, dict[str, Any]] = {
     "average": {},
     "task_arithmetic": {},
@@ -33,7 +35,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"density": 0.2},
     "ties": {},
     "ties, per tensor": {"scope": "tensor"},
+    "ties, mergekit": {"definition": "mergekit", "density": 0.2},
+    f"ties{SQUEEZED}": {"definition": "peft", "density": 0.2},
     "dare": {"density": 0.5},
+    f"dare{SQUEEZED}": {"density": 0.5},
     "dare_ties": {"density": 0.5},
     "della": {"density": 0.5},
     "della_linear": {"density": 0.5},
@@ -46,9 +51,31 @@ METHODS: dict[str, dict[str, Any]] = {
     "tsv": {},
     "isotropic": {},
 }
-# peft works on factors; "cat" is exact, the others are its own functions of factors under the same names
-PEFT = {"cat": {}, "linear": {}, "ties": {"density": 0.2}, "dare_linear": {"density": 0.5}}
-MERGEKIT: dict[str, dict[str, Any]] = {"linear": {}, "ties": {"density": 0.2}}
+# peft's modes without _svd but "cat" and "linear" merge A and B apart: other jobs than any of ours
+_SVD: dict[str, Any] = {"svd_rank": RANK, "svd_full_matrices": False}
+PEFT: dict[str, dict[str, Any]] = {
+    "cat": {},
+    "linear": {},
+    "ties_svd": {"density": 0.2, **_SVD},
+    "dare_linear_svd": {"density": 0.5, **_SVD},
+}
+MERGEKIT: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "task_arithmetic": {},
+    "ties": {"density": 0.2},
+    "dare_linear": {"density": 0.5},
+}
+# A peer's job -> ours with the same definition.
+SAME = {
+    "peft cat": "moa stack",
+    "peft linear": "moa average_factors",
+    "peft ties_svd": f"moa ties{SQUEEZED}",
+    "peft dare_linear_svd": f"moa dare{SQUEEZED}",
+    "mergekit linear": "moa average",
+    "mergekit task_arithmetic": "moa task_arithmetic",
+    "mergekit ties": "moa ties, mergekit",
+    "mergekit dare_linear": "moa dare",
+}
 
 
 def make_adapters(base: Path, folder: Path, dtype: str) -> Path:
@@ -82,9 +109,18 @@ def moa_job(folder: Path, out: Path, method: str) -> Callable[[], None]:
     def job() -> None:
         adapters = [read_peft(folder / f"adapter{n}") for n in range(N_ADAPTERS)]
         merged = merge_lazily(adapters, None, method.split(",")[0], **METHODS[method])
+        if method.endswith(SQUEEZED):
+            merged = squeezed(merged)
         write_checkpoint(folder / "base", merged, out)
 
     return job
+
+
+def squeezed(whole: Any) -> Any:
+    """Return deltas whose tensors are cut to the adapters' rank when they are read."""
+    from moa.merge import Deltas, squeeze
+
+    return Deltas(tuple(whole), lambda n: squeeze(whole[n], RANK).delta, whole.source, whole.base, whole.transposed)
 
 
 def peft_job(folder: Path, out: Path, method: str) -> Callable[[], None]:
@@ -143,11 +179,12 @@ def measured(library: str, method: str, folder: Path, threads: int) -> dict[str,
     """Return one job's figures, from a process of its own."""
     command = [sys.executable, "-m", "experiments.bench.merging", "--job", library, method]
     command += ["--work", str(folder), "--threads", str(threads)]
+    wall = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall = time.monotonic() - wall
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    return {"process_s": wall, **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
 def measured_mergekit(python: Path, method: str, folder: Path, threads: int) -> dict[str, Any]:
@@ -166,7 +203,13 @@ def measured_mergekit(python: Path, method: str, folder: Path, threads: int) -> 
     if done.returncode:
         return {"failed": done.stderr.strip().splitlines()[-1][:200]}
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": wall, "cpu_s": cpu, "includes": "imports"}
+    return {"process_s": wall, "process_cpu_s": cpu}
+
+
+def compared(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Return the peers' time over ours on the same job, where both ran."""
+    pairs = {f"{peer} / {ours}": (rows.get(peer, {}), rows.get(ours, {})) for peer, ours in SAME.items()}
+    return {n: peer["process_s"] / our["process_s"] for n, (peer, our) in pairs.items() if "process_s" in peer and our}
 
 
 def main() -> None:
@@ -207,7 +250,9 @@ def main() -> None:
             row["peak_over_base"] = row["peak_bytes"] / base_bytes
         rows[f"{library} {method}"] = row
         print(f"{library:9s} {method:18s}", {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
-        write(options.name, {"setting": setting, "rows": rows}, COMMAND)
+        write(options.name, {"setting": setting, "peer_over_ours": compared(rows), "rows": rows}, COMMAND)
+    for name, ratio in compared(rows).items():
+        print(f"{name:50s} {ratio:6.2f}")
 
 
 if __name__ == "__main__":
