@@ -30,7 +30,7 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
         indices: (*rows, K) int64 expert of each slot, in any order and number.
         engine: "concat" (one product over all experts, best when E·p is small), "sorted" (plain products over rows
             sorted by expert; reads its group sizes on the host), or "triton_grouped" (no host sync; p of any size,
-            best when thin); None takes Triton's on a GPU that has it, else one of the others by their sizes.
+            best when thin); None lets the sizes choose, see `choose_engine`.
 
     Returns:
         (*rows, K, p), new, in x's dtype, or in the autocast dtype where autocast is on. Gradients of x and weight come
@@ -177,16 +177,14 @@ def _rows(values: Tensor, features: torch.Size) -> Tensor:
 
 def _pick(name: str, like: Tensor, weight: Tensor, indices: Tensor) -> tuple[Any, torch.dtype]:
     """Return the module of the engine that was named, or of the one that the sizes choose, and the dtype it runs in."""
-    if not name and like.is_cuda and like.dtype != torch.float64 and why_not("triton_grouped") is None:
-        name = "triton_grouped"
+    n_experts, width, d = weight.shape
+    if not name:
+        name = choose_engine(like.shape[0], d, d, n_experts, width, indices.shape[-1], like.dtype, like.device)
     if name == "triton_grouped" and like.shape[0]:
         from . import triton_slots
 
         return triton_slots, like.dtype
-    if not name:
-        n_experts, width, d = weight.shape
-        name = choose_engine(like.shape[0], d, d, n_experts, width, indices.shape[-1], like.dtype, like.device)
-    return concat if name == "concat" else sorted_rows, torch.float32 if is_emulated(like) else like.dtype
+    return sorted_rows if name == "sorted" else concat, torch.float32 if is_emulated(like) else like.dtype
 
 
 def _check(op: str, values: Tensor, weight: Tensor, indices: Tensor, features: Sequence[int]) -> None:
