@@ -60,17 +60,12 @@ def infer(
     if x.shape[0] > _FEW_ROWS:
         return forward(x, a, b, weights, indices, base, bias)[0]
     if indices is not None:
-        if x.shape[0] == 1:  # few enough to gather
-            chosen = indices[0]
-            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
-        else:
-            gates = weights.new_zeros(x.shape[0], a.shape[0])
-            weights = gates.scatter_add_(1, indices, weights)
+        weights = weights.new_zeros(x.shape[0], a.shape[0]).scatter_add_(1, indices, weights)
     hidden = F.linear(x, a.flatten(0, 1))
     mixed = scale(hidden.view(-1, *a.shape[:2]), weights).view(hidden.shape)
     up = b.flatten(0, 1)
     if base is not None:
-        return torch.addmm(F.linear(x, base, bias), mixed, up)
+        return F.linear(x, base, bias).addmm_(mixed, up)
     return mixed @ up if bias is None else torch.addmm(bias, mixed, up)
 
 

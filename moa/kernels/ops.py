@@ -21,6 +21,8 @@ from .dispatch import PLAIN, choose_engine, get_engine, is_emulated
 
 # From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
+# Up to this many indices Python finds the least and the greatest sooner than a tensor op starts.
+_FEW_INDICES = 128
 # MOA_DEBUG=1 checks on a GPU what costs a sync there.
 DEBUG = os.environ.get("MOA_DEBUG") == "1"
 
@@ -164,7 +166,11 @@ def check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
 def check_range(indices: Tensor, n_experts: int) -> None:
     """Raise ShapeError where an index (T, K) names no expert. On a CPU always; on a GPU it would sync, so on demand."""
     if indices.numel():
-        low, high = (int(value) for value in indices.aminmax())
+        if indices.numel() <= _FEW_INDICES and indices.device.type == "cpu":
+            known = indices.flatten().tolist()
+            low, high = min(known), max(known)
+        else:
+            low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= n_experts:
             raise ShapeError(f"indices lie between {low} and {high}; there are experts 0 … {n_experts - 1}.")
 
@@ -177,7 +183,7 @@ def exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
 
 def _cast(dtype: torch.dtype, *values: Tensor | None) -> list[Any]:
     """Return the values in one dtype: inside the op, so that the masters are kept for backward, not their copies."""
-    return [None if value is None else value.to(dtype) for value in values]
+    return [value if value is None or value.dtype == dtype else value.to(dtype) for value in values]
 
 
 def _float(value: Tensor | None) -> Tensor | None:
