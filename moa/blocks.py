@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .errors import ContextError, ShapeError
-from .experts import ExpertBank
-from .kernels import grouped_linear
 from .mixture import Branch, Mixture
 from .routers import Router
 from .types import Context, Routing
@@ -24,11 +21,11 @@ class BlockRouting:
     """What the layers of one block share: the routing, set by its first layer, and one product with their input.
 
     Args:
-        openers: banks of the layers that open the block.
+        openers: branches of the layers that open the block.
     """
 
-    def __init__(self, openers: Sequence[ExpertBank]) -> None:
-        self.openers = openers
+    def __init__(self, openers: Sequence[Branch]) -> None:
+        self.banks = [branch.bank for branch in openers]
         self.routing: Routing | None = None
         self._source: Tensor | None = None
         self._hidden: dict[int, Tensor] = {}
@@ -43,23 +40,16 @@ class BlockRouting:
             raise ContextError(f"{name}: the first layer of its block has not run before it, so there is no routing.")
         return self.routing
 
-    def hidden(self, bank: ExpertBank, x: Tensor, indices: Tensor) -> Tensor | None:
-        """Return a bank's hidden values (*rows, K, r) of x (*rows, i), or None where its family has none.
+    def hidden(self, branch: Branch, x: Tensor, indices: Tensor) -> Tensor | None:
+        """Return a branch's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them alone.
 
-        Layers that see the same x share one product with the down factors of all of them: x is read, and its gradient
-        written, once. They share the dropout of x, too.
+        Layers that see the same x share one product: x is read, and its gradient written, once.
         """
         if x is not self._source:
-            factors = [opener.first_factor() for opener in self.openers]
-            known = [factor for factor in factors if factor is not None]
-            self._source, self._hidden = x, {}
-            if len(known) == len(factors):
-                first = self.openers[0]
-                dropped = F.dropout(x, first.dropout, first.training)
-                found = grouped_linear(dropped, torch.cat(known, 1), indices, engine=first.engine)
-                parts = found.split([factor.shape[1] for factor in known], -1)
-                self._hidden = {id(opener): part for opener, part in zip(self.openers, parts, strict=True)}
-        return self._hidden.get(id(bank))
+            found = branch.bank.shared_hidden(self.banks, x, indices)
+            self._source = x
+            self._hidden = {id(bank): hidden for bank, hidden in zip(self.banks, found, strict=False)}
+        return self._hidden.get(id(branch.bank))
 
     def close(self) -> None:
         """Forget what the layers shared."""
@@ -138,7 +128,7 @@ class BlockEntry(BlockLayer):
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        hidden = self.shared.hidden(branch.bank, x, routing.indices)
+        hidden = self.shared.hidden(branch, x, routing.indices)
         return branch.bank.open_slots(x, routing.indices, base_out, hidden)
 
 
@@ -186,7 +176,7 @@ def routed_block(
     Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, §3.2.
     Differs: the paper's last layer multiplies once per active expert; here all frozen products run once per row.
     """
-    shared = BlockRouting([branch.bank for _, _, branch in entries])
+    shared = BlockRouting([branch for _, _, branch in entries])
     leader = entries[0][2].router
     layers: list[Mixture] = []
     for kind, members in ((BlockEntry, entries), (BlockExit, [last])):

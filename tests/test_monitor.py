@@ -29,13 +29,13 @@ def record(routing: Routing, mask: Tensor | None = None, name: str = "a", router
     return SimpleNamespace(name=name, routing=routing, mask=mask, router=router)
 
 
-def close(got: Tensor, want: Any) -> None:
+def assert_close(got: Tensor, want: Any) -> None:
     torch.testing.assert_close(got.double(), torch.as_tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-7)
 
 
 def test_close_fails_on_a_wrong_value() -> None:
     with pytest.raises(AssertionError):
-        close(torch.tensor([0.5, 0.5]), [0.5, 0.50001])
+        assert_close(torch.tensor([0.5, 0.5]), [0.5, 0.50001])
 
 
 # ---------------------------------------------------------------- measures
@@ -44,42 +44,42 @@ def test_close_fails_on_a_wrong_value() -> None:
 @pytest.mark.parametrize("n_experts", [1, 2, 8, 64])
 def test_uniform_load(n_experts: int) -> None:
     load = torch.full((n_experts,), 1 / n_experts, dtype=torch.float64)
-    close(monitor.load_entropy(load), math.log(n_experts))
-    close(monitor.effective_experts(load), n_experts)
-    close(monitor.effective_fraction(load), 1)
-    close(monitor.dead_fraction(load), 0)
-    close(monitor.largest_share(load), 1 / n_experts)
-    close(monitor.max_violation(load), 0)
+    assert_close(monitor.load_entropy(load), math.log(n_experts))
+    assert_close(monitor.effective_experts(load), n_experts)
+    assert_close(monitor.effective_fraction(load), 1)
+    assert_close(monitor.dead_fraction(load), 0)
+    assert_close(monitor.largest_share(load), 1 / n_experts)
+    assert_close(monitor.max_violation(load), 0)
 
 
 def test_one_hot_load() -> None:
     load = torch.tensor([0.0, 1, 0, 0], dtype=torch.float64)
-    close(monitor.load_entropy(load), 0)
-    close(monitor.effective_experts(load), 1)
-    close(monitor.effective_fraction(load), 0.25)
-    close(monitor.dead_fraction(load), 0.75)
-    close(monitor.largest_share(load), 1)
-    close(monitor.max_violation(load), 3)
+    assert_close(monitor.load_entropy(load), 0)
+    assert_close(monitor.effective_experts(load), 1)
+    assert_close(monitor.effective_fraction(load), 0.25)
+    assert_close(monitor.dead_fraction(load), 0.75)
+    assert_close(monitor.largest_share(load), 1)
+    assert_close(monitor.max_violation(load), 3)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
 def test_k_hot_load_has_k_effective_experts(k: int) -> None:
     load = expert_load(chosen([list(range(k))] * 4, 8))
-    close(load, [1 / k] * k + [0] * (8 - k))
-    close(monitor.effective_experts(load), k)
-    close(monitor.dead_fraction(load), (8 - k) / 8)
+    assert_close(load, [1 / k] * k + [0] * (8 - k))
+    assert_close(monitor.effective_experts(load), k)
+    assert_close(monitor.dead_fraction(load), (8 - k) / 8)
 
 
 def test_dead_share_is_relative_to_the_even_share() -> None:
     load = torch.tensor([0.02, 0.03, 0.45, 0.5])  # even share 0.25
-    close(monitor.dead_fraction(load, 0.1), 0.25)
-    close(monitor.dead_fraction(load, 0.2), 0.5)
+    assert_close(monitor.dead_fraction(load, 0.1), 0.25)
+    assert_close(monitor.dead_fraction(load, 0.2), 0.5)
 
 
 def test_measures_work_on_many_layers_at_once() -> None:
     load = torch.softmax(torch.randn(5, 3, 8, dtype=torch.float64), -1)
     for measure in (monitor.load_entropy, monitor.dead_fraction, monitor.largest_share, monitor.max_violation):
-        close(measure(load), torch.stack([torch.stack([measure(row) for row in part]) for part in load]))
+        assert_close(measure(load), torch.stack([torch.stack([measure(row) for row in part]) for part in load]))
 
 
 # ---------------------------------------------------------------- load
@@ -88,22 +88,22 @@ def test_measures_work_on_many_layers_at_once() -> None:
 def test_masked_rows_do_not_count() -> None:
     routing = chosen([[[0, 1], [0, 1], [2, 3]], [[0, 2], [3, 1], [3, 2]]], 4)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    close(expert_load(routing, mask), [3 / 6, 2 / 6, 1 / 6, 0])
+    assert_close(expert_load(routing, mask), [3 / 6, 2 / 6, 1 / 6, 0])
 
 
 def test_dense_routing_counts_by_weight() -> None:
     weights = torch.tensor([[0.7, 0.2, 0.1], [0.1, -0.9, 0.0]])
-    close(expert_load(Routing(weights, None, 3)), [0.8 / 2, 1.1 / 2, 0.1 / 2])
+    assert_close(expert_load(Routing(weights, None, 3)), [0.8 / 2, 1.1 / 2, 0.1 / 2])
 
 
 def test_sequence_and_constant_routings_count_their_own_rows() -> None:
     mask = torch.ones(2, 5, dtype=torch.bool)
-    close(expert_load(chosen([[[0]], [[1]]], 2), mask), [0.5, 0.5])
-    close(expert_load(Routing(torch.tensor([0.25, 0.75]), None, 2), mask), [0.25, 0.75])
+    assert_close(expert_load(chosen([[[0]], [[1]]], 2), mask), [0.5, 0.5])
+    assert_close(expert_load(Routing(torch.tensor([0.25, 0.75]), None, 2), mask), [0.25, 0.75])
 
 
 def test_no_counted_row_gives_zeros_not_nan() -> None:
-    close(expert_load(chosen([[0], [1]], 2), torch.zeros(2, dtype=torch.bool)), [0, 0])
+    assert_close(expert_load(chosen([[0], [1]], 2), torch.zeros(2, dtype=torch.bool)), [0, 0])
 
 
 # ---------------------------------------------------------------- accumulation
@@ -148,7 +148,7 @@ def test_statistics_equal_the_load_of_everything_at_once(
         if not total.shape[0]:
             assert name not in summary
             continue
-        close(summary[name].load, total.sum(0) / total.sum())
+        assert_close(summary[name].load, total.sum(0) / total.sum())
         assert summary[name].rows == total.shape[0]
         assert summary[name].k == (None if dense else k)
 
@@ -159,10 +159,10 @@ def test_per_task_load() -> None:
     statistics = RoutingStatistics(n_tasks=4)
     statistics.add([record(chosen(indices, 3), mask)], torch.tensor([3, 1, 3]))
     layer = statistics.summary()["a"]
-    close(layer.load, [2 / 6, 1 / 6, 3 / 6])
+    assert_close(layer.load, [2 / 6, 1 / 6, 3 / 6])
     assert sorted(layer.by_task) == [1, 3]
-    close(layer.by_task[1], [0, 0, 1])
-    close(layer.by_task[3], [2 / 3, 1 / 3, 0])
+    assert_close(layer.by_task[1], [0, 0, 1])
+    assert_close(layer.by_task[3], [2 / 3, 1 / 3, 0])
     assert layer.rows == 6 and layer.rows_without_task == 0
 
 
@@ -173,8 +173,8 @@ def test_task_ids_reach_the_rows_of_every_granularity(rows: tuple[int, ...]) -> 
     statistics = RoutingStatistics(n_tasks=2)
     statistics.add([record(chosen(owner.unsqueeze(-1), 4))], torch.tensor([0, 1, 1, 0]))
     layer = statistics.summary()["a"]
-    close(layer.by_task[0], [0.5, 0, 0, 0.5])
-    close(layer.by_task[1], [0, 0.5, 0.5, 0])
+    assert_close(layer.by_task[0], [0.5, 0, 0, 0.5])
+    assert_close(layer.by_task[1], [0, 0.5, 0.5, 0])
 
 
 def test_a_constant_routing_is_every_tasks_own() -> None:
@@ -182,7 +182,7 @@ def test_a_constant_routing_is_every_tasks_own() -> None:
     statistics.add([record(Routing(torch.tensor([0.25, 0.75]), None, 2))], torch.tensor([0, 2, 2]))
     layer = statistics.summary()["a"]
     assert sorted(layer.by_task) == [0, 2]
-    close(layer.by_task[2], [0.25, 0.75])
+    assert_close(layer.by_task[2], [0.25, 0.75])
 
 
 def test_task_ids_out_of_range_count_without_a_task() -> None:
@@ -213,8 +213,8 @@ def test_two_routers_of_one_layer_are_two_entries_and_a_shared_layer_is_one() ->
     )
     summary = statistics.summary()
     assert list(summary) == ["a", "a#1"]
-    close(summary["a"].load, [0.5, 0.5])
-    close(summary["a#1"].load, [0, 1, 0])
+    assert_close(summary["a"].load, [0.5, 0.5])
+    assert_close(summary["a#1"].load, [0, 1, 0])
 
 
 def test_large_groups_are_cut_without_changing_the_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +224,7 @@ def test_large_groups_are_cut_without_changing_the_counts(monkeypatch: pytest.Mo
     monkeypatch.setattr(monitor, "_CHUNK", 50)
     cut.add(trace)
     for name, layer in whole.summary().items():
-        close(cut.summary()[name].load, layer.load)
+        assert_close(cut.summary()[name].load, layer.load)
 
 
 def test_adding_never_waits_for_the_device() -> None:
@@ -280,10 +280,10 @@ def test_all_reduce_adds_up_the_processes(tmp_path: Path) -> None:
         got = torch.load(tmp_path / f"{rank}.pt")
         assert sorted(got) == ["a", "b"]
         load, rows, by_task = got["a"]
-        close(load, [0.5, 0.25, 0.25])
+        assert_close(load, [0.5, 0.25, 0.25])
         assert rows == 4
-        close(by_task[0], [2 / 3, 1 / 3, 0])
-        close(by_task[1], [0, 0, 1])
+        assert_close(by_task[0], [2 / 3, 1 / 3, 0])
+        assert_close(by_task[1], [0, 0, 1])
 
 
 # ---------------------------------------------------------------- collapse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -115,12 +116,17 @@ class ExpertBank(nn.Module):
         y = F.linear(x, weight, bias)
         return y + self(x, routing).to(y.dtype)
 
-    def first_factor(self) -> Tensor | None:
-        """Return the factors (E, r, i) with which `open_slots` multiplies x first, or None where the family has none.
+    def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
+        """Return what `open_slots` of each bank would form first, (*rows, K, r), in one product for all of them.
 
-        Layers that see the same x and routing then share that product.
+        Empty where the families have no such product, or not the same.
+
+        Args:
+            banks: that see the same x and routing.
+            x: (*rows, i).
+            indices: (*rows, K) the experts.
         """
-        return None
+        return []
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o): one chosen expert in each, with weight 1.
@@ -129,7 +135,7 @@ class ExpertBank(nn.Module):
             x: (*rows, i).
             indices: (*rows, K) the experts.
             onto: (*rows, o) what every slot adds to.
-            hidden: (*rows, K, r) x times the `first_factor` of each slot's expert, where it is known already.
+            hidden: (*rows, K, r) of `shared_hidden`, where it is known already.
         """
         one = x.new_ones(*x.shape[:-1], 1)
         # slot by slot, so that all of them share x, which is kept for the backward pass

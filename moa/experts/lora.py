@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,9 +80,14 @@ class LoRABank(ExpertBank):
         )
         return y, Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
 
-    def first_factor(self) -> Tensor | None:
-        """Return down (E, r, i), where the engine has grouped linears."""
-        return self.down if self._is_grouped() else None
+    def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
+        """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""
+        alike = [bank for bank in banks if isinstance(bank, LoRABank) and bank.engine == self.engine]
+        if len(alike) < len(banks) or not self._is_grouped():
+            return []
+        down = torch.cat([bank.down for bank in alike], 1)
+        hidden = grouped_linear(F.dropout(x, self.dropout, self.training), down, indices, engine=self.engine)
+        return list(hidden.split([bank.rank for bank in alike], -1))
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o), by the grouped kernels."""

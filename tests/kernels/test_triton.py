@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 MATRIX_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
-def run_interpreted(*arguments: str) -> None:
+def assert_passes_interpreted(*arguments: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -32,11 +32,11 @@ def run_interpreted(*arguments: str) -> None:
 
 @pytest.mark.parametrize("part", ["triton_concat", "not triton_concat"])
 def test_every_kernel_equals_the_truth_in_the_interpreter(part):
-    run_interpreted("tests/kernels/interpreted.py", "-k", part)
+    assert_passes_interpreted("tests/kernels/interpreted.py", "-k", part)
 
 
 def test_tiles_can_be_measured():
-    run_interpreted("tests/kernels/tuned.py")
+    assert_passes_interpreted("tests/kernels/tuned.py")
 
 
 def check(found: list[Report], arch: int, names: set[str], matrix_op: str | None = None) -> None:

@@ -10,7 +10,7 @@ import torch
 from moa.errors import ConfigError, NumericsError, ShapeError
 from moa.merge import Dense, LowRank, average_factors, model_stock, slerp
 
-from .tools import close, factors, matrices
+from .tools import assert_close, factors, matrices
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
@@ -30,8 +30,8 @@ def test_slerp_walks_the_arc(t: float, low: bool) -> None:
 
 def test_slerp_is_linear_between_parallel_or_zero_ends() -> None:
     a = factors()
-    close(slerp([a, a.scaled(3.0)], [0.5, 0.5]).dense(), 2 * a.dense(), 1e-12)
-    close(slerp([a, a.zeros()], [0.75, 0.25]).dense(), 0.75 * a.dense(), 1e-12)
+    assert_close(slerp([a, a.scaled(3.0)], [0.5, 0.5]).dense(), 2 * a.dense(), 1e-12)
+    assert_close(slerp([a, a.zeros()], [0.75, 0.25]).dense(), 0.75 * a.dense(), 1e-12)
 
 
 def test_slerp_between_weights_is_not_slerp_between_changes() -> None:
@@ -40,9 +40,9 @@ def test_slerp_between_weights_is_not_slerp_between_changes() -> None:
     angle = torch.acos((w0 * w1).sum() / (w0.norm() * w1.norm()))
     expected = (torch.sin(0.7 * angle) * w0 + torch.sin(0.3 * angle) * w1) / torch.sin(angle) - base
     got = slerp([Dense(a), Dense(b)], [0.7, 0.3], base=base)
-    close(got.dense(), expected, 1e-12)
+    assert_close(got.dense(), expected, 1e-12)
     with pytest.raises(AssertionError):
-        close(slerp([Dense(a), Dense(b)], [0.7, 0.3]).dense(), expected, 1e-3)
+        assert_close(slerp([Dense(a), Dense(b)], [0.7, 0.3]).dense(), expected, 1e-3)
 
 
 def test_slerp_refuses() -> None:
@@ -65,13 +65,13 @@ def test_model_stock_from_the_cosines(n: int) -> None:
     expected = n * c / (1 + (n - 1) * c) * torch.stack(full).mean(0)
     got = model_stock(deltas)
     assert isinstance(got, LowRank)
-    close(got.dense(), expected, 1e-12)
-    close(model_stock([Dense(f) for f in full]).dense(), expected, 1e-12)
+    assert_close(got.dense(), expected, 1e-12)
+    assert_close(model_stock([Dense(f) for f in full]).dense(), expected, 1e-12)
 
 
 def test_model_stock_of_equal_changes_is_that_change() -> None:
     a = factors()
-    close(model_stock([a, a]).dense(), a.dense(), 1e-12)
+    assert_close(model_stock([a, a]).dense(), a.dense(), 1e-12)
     assert float(model_stock([a, a.zeros()]).dense().abs().max()) == 0
     with pytest.raises(ConfigError, match="at least two"):
         model_stock([a])
@@ -83,11 +83,11 @@ def test_averaging_factors_is_not_averaging_changes() -> None:
     deltas = [factors(4, 40, 30, seed=s) for s in range(3)]
     got = average_factors(deltas, [1 / 3] * 3)
     expected = sum(d.up for d in deltas) / 3 @ (sum(d.down for d in deltas) / 3)  # type: ignore[operator]
-    close(got.dense(), expected, 1e-13)
+    assert_close(got.dense(), expected, 1e-13)
     mean = torch.stack([d.dense() for d in deltas]).mean(0)
     assert 0.5 < float((got.dense() - mean).norm() / mean.norm()) < 1.5
     same = [deltas[0]] * 3
-    close(average_factors(same, [1 / 3] * 3).dense(), deltas[0].dense(), 1e-13)
+    assert_close(average_factors(same, [1 / 3] * 3).dense(), deltas[0].dense(), 1e-13)
 
 
 def test_heads_are_weighted_apart() -> None:
@@ -95,9 +95,9 @@ def test_heads_are_weighted_apart() -> None:
     table = torch.rand(2, 3, dtype=torch.float64)
     down = torch.cat([sum(table[h, t] * deltas[t].down[:, 4 * h : 4 * h + 4] for t in range(3)) for h in range(2)], 1)  # type: ignore[misc]
     up = torch.cat([sum(table[h, t] * deltas[t].up[3 * h : 3 * h + 3] for t in range(3)) for h in range(2)], 0)  # type: ignore[misc]
-    close(average_factors(deltas, table).dense(), up @ down, 1e-13)
+    assert_close(average_factors(deltas, table).dense(), up @ down, 1e-13)
     uniform = average_factors(deltas, torch.full((2, 3), 1 / 3)).dense()
-    close(uniform, average_factors(deltas, [1 / 3] * 3).dense(), 1e-7)
+    assert_close(uniform, average_factors(deltas, [1 / 3] * 3).dense(), 1e-7)
 
 
 def test_averaging_factors_equals_pefts_poly() -> None:
@@ -134,7 +134,7 @@ def test_averaging_factors_equals_pefts_poly() -> None:
         merged = average_factors(skills, gates / gates.sum(-1, keepdim=True)).dense()
         with torch.no_grad():
             expected = model.base_model(x, task_ids=torch.full((5,), task))
-        close(x @ (layer.base_layer.weight.detach() + merged).T, expected, 1e-10)
+        assert_close(x @ (layer.base_layer.weight.detach() + merged).T, expected, 1e-10)
 
 
 def test_averaging_factors_refuses() -> None:

@@ -11,7 +11,7 @@ from moa.errors import ConfigError, ShapeError
 from moa.merge import Dense, LowRank, squeeze, stack
 from moa.merge.compose import numerical_rank, rank_for_energy, thin_svd
 
-from .tools import close, factors
+from .tools import assert_close, factors
 
 RANKS = (1, 3, 2)
 WEIGHTS = (0.5, -1.2, 2.0)
@@ -28,27 +28,27 @@ def summed() -> torch.Tensor:
 
 def test_stack_is_the_weighted_sum_for_unequal_ranks_and_alphas() -> None:
     stacked = stack(adapters(), WEIGHTS)
-    close(stacked.dense(), summed(), 1e-14)
+    assert_close(stacked.dense(), summed(), 1e-14)
     assert stacked.rank == sum(RANKS)
     shared_scale = LowRank(stacked.down, torch.cat([d.up / d.up.norm() for d in adapters()], 1))
     with pytest.raises(AssertionError):  # one scale for all, as the released code has it, is not the sum
-        close(shared_scale.dense(), summed(), 0.1)
+        assert_close(shared_scale.dense(), summed(), 0.1)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_stack_does_not_depend_on_the_order(order: tuple[int, ...]) -> None:
     stacked = stack([adapters()[t] for t in order], [WEIGHTS[t] for t in order])
-    close(stacked.dense(), summed(), 1e-14)
+    assert_close(stacked.dense(), summed(), 1e-14)
 
 
 def test_a_constant_gate_mixture_equals_its_stacked_adapter() -> None:
     x = torch.randn(6, 9, dtype=torch.float64)
     mixture = sum(w * (x @ d.down.T) @ d.up.T for w, d in zip(WEIGHTS, adapters(), strict=True))
     stacked = stack(adapters(), WEIGHTS)
-    close((x @ stacked.down.T) @ stacked.up.T, mixture, 1e-14)  # type: ignore[arg-type]
+    assert_close((x @ stacked.down.T) @ stacked.up.T, mixture, 1e-14)  # type: ignore[arg-type]
     small = squeeze(stacked, 2)
     u, s, vt = torch.linalg.svd(summed().double())
-    close(small.delta.dense(), u[:, :2] @ s[:2].diag() @ vt[:2], 1e-12)
+    assert_close(small.delta.dense(), u[:, :2] @ s[:2].diag() @ vt[:2], 1e-12)
 
 
 def test_stack_keeps_bits_where_nothing_is_scaled() -> None:
@@ -74,10 +74,10 @@ def test_stack_refuses() -> None:
 def test_thin_svd_equals_the_dense_one(rank: int, o: int, i: int) -> None:
     delta = factors(rank, o, i)
     u, s, vt = thin_svd(delta)
-    close(u @ s.diag() @ vt, delta.dense(), 1e-13)
+    assert_close(u @ s.diag() @ vt, delta.dense(), 1e-13)
     full = torch.linalg.svdvals(delta.dense())
-    close(s, full[: len(s)], 1e-13)
-    close(u.T @ u, torch.eye(len(s), dtype=torch.float64), 1e-12)
+    assert_close(s, full[: len(s)], 1e-13)
+    assert_close(u.T @ u, torch.eye(len(s), dtype=torch.float64), 1e-12)
     assert numerical_rank(s, (o, i)) == min(rank, o, i)
 
 
@@ -100,7 +100,7 @@ def test_squeeze_to_its_own_rank_is_lossless() -> None:
     delta = stack([factors(3, 20, 11), factors(3, 20, 11)])  # rank 6 in store, 3 in fact
     result = squeeze(delta, 6)
     assert result.delta.rank == 3
-    close(result.delta.dense(), delta.dense(), 1e-13)
+    assert_close(result.delta.dense(), delta.dense(), 1e-13)
     assert result.relative < 1e-14
 
 

@@ -16,7 +16,7 @@ from moa.errors import ConfigError
 from moa.merge.consensus import agreeing_sum, weighted_sum
 from moa.merge.sparsify import keep_largest
 
-from .tools import close, matrices
+from .tools import assert_close, matrices
 
 WEIGHTS = [0.7, -0.2, 1.3, 0.4]
 
@@ -50,7 +50,7 @@ def by_loop(deltas: Sequence[Tensor], weights: Sequence[float], definition: str,
 def test_the_papers_definition_entry_by_entry() -> None:
     deltas = sparse()
     deltas[0][0, 0], deltas[1][0, 0], deltas[2][0, 0], deltas[3][0, 0] = 1.0, -1.0, 2.0, -2.0  # an exact tie
-    close(agreeing_sum(lambda: deltas, [0.4] * 4, "paper"), by_loop(deltas, [0.4] * 4, "paper", True))
+    assert_close(agreeing_sum(lambda: deltas, [0.4] * 4, "paper"), by_loop(deltas, [0.4] * 4, "paper", True))
     assert agreeing_sum(lambda: deltas, [0.4] * 4, "paper")[0, 0] == 0
 
 
@@ -59,7 +59,7 @@ def test_the_papers_definition_entry_by_entry() -> None:
 def test_mergekits_definition_entry_by_entry(weights: list[float], normalize: bool) -> None:
     deltas = sparse()
     got = agreeing_sum(lambda: deltas, weights, "mergekit", normalize=normalize)
-    close(got, by_loop(deltas, weights, "mergekit", normalize))
+    assert_close(got, by_loop(deltas, weights, "mergekit", normalize))
 
 
 @pytest.mark.parametrize(("vote", "theirs"), [("total", "total"), ("count", "frequency")])
@@ -68,7 +68,7 @@ def test_pefts_definition_is_pefts(vote: str, theirs: str, weights: list[float])
     raw = matrices(4, 6, 8)
     expected = merge_utils.ties(raw, torch.tensor(weights, dtype=torch.float64), 0.5, theirs)
     got = agreeing_sum(lambda: [keep_largest(m, 0.5) for m in raw], weights, "peft", vote=vote)
-    close(got, expected, 1e-14)
+    assert_close(got, expected, 1e-14)
 
 
 def test_the_three_definitions_differ() -> None:
@@ -78,14 +78,14 @@ def test_the_three_definitions_differ() -> None:
     assert float((peft - mergekit).norm() / peft.norm()) > 0.1
     # with equal weights: the paper's and peft's are one function away from ties, mergekit's lacks the common factor
     same = [0.5] * 4
-    close(agreeing_sum(lambda: deltas, same, "paper"), agreeing_sum(lambda: deltas, same, "peft"))
-    close(agreeing_sum(lambda: deltas, same, "mergekit"), 2 * agreeing_sum(lambda: deltas, same, "peft"))
+    assert_close(agreeing_sum(lambda: deltas, same, "paper"), agreeing_sum(lambda: deltas, same, "peft"))
+    assert_close(agreeing_sum(lambda: deltas, same, "mergekit"), 2 * agreeing_sum(lambda: deltas, same, "peft"))
 
 
 def test_weighted_sum_equals_peft_and_needs_matching_weights() -> None:
     deltas = matrices(4)
     expected = merge_utils.task_arithmetic(deltas, torch.tensor(WEIGHTS, dtype=torch.float64))
-    close(weighted_sum(deltas, WEIGHTS), expected, 1e-14)
+    assert_close(weighted_sum(deltas, WEIGHTS), expected, 1e-14)
     for weights in (WEIGHTS[:3], [*WEIGHTS, 1.0], []):
         with pytest.raises(ConfigError, match=f"{len(weights)} weights for 4 deltas"):
             weighted_sum(deltas, weights)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moa.errors import ConfigError, NumericsError, ShapeError
 from moa.merge import Delta, Dense, LowRank, adamerge, deltas, fisher, gram, regmean
 
-from .tools import close, factors, matrices
+from .tools import assert_close, factors, matrices
 
 WEIGHTS = (1.0, 0.5, 2.0)
 
@@ -28,7 +28,7 @@ def test_regmean_is_the_least_squares_solution() -> None:
     got = regmean([Dense(c) for c in changes], WEIGHTS, [gram(x) for x in xs], shrink=1.0)
     stacked_x = torch.cat([w**0.5 * x for w, x in zip(WEIGHTS, xs, strict=True)])
     stacked_y = torch.cat([w**0.5 * x @ c.T for w, x, c in zip(WEIGHTS, xs, changes, strict=True)])
-    close(got.dense(), torch.linalg.lstsq(stacked_x, stacked_y).solution.T, 1e-10)
+    assert_close(got.dense(), torch.linalg.lstsq(stacked_x, stacked_y).solution.T, 1e-10)
 
 
 def test_regmean_with_shrinkage_and_on_whole_weights() -> None:
@@ -39,18 +39,18 @@ def test_regmean_with_shrinkage_and_on_whole_weights() -> None:
     above = sum(w * (base + c) @ g for w, c, g in zip(WEIGHTS, changes, shrunk, strict=True))
     whole = above @ torch.linalg.inv(sum(w * g for w, g in zip(WEIGHTS, shrunk, strict=True)))  # type: ignore[arg-type, operator]
     got = regmean([Dense(c) for c in changes], WEIGHTS, gs, shrink=0.6)
-    close(base + got.dense(), whole, 1e-10)
+    assert_close(base + got.dense(), whole, 1e-10)
 
 
 def test_regmean_limits() -> None:
     low: list[Delta] = [factors(2, seed=s) for s in range(3)]
     same = [torch.eye(5, dtype=torch.float64)] * 3
     mean = sum(w * d.dense() for w, d in zip(WEIGHTS, low, strict=True)) / sum(WEIGHTS)  # type: ignore[operator]
-    close(regmean(low, WEIGHTS, same).dense(), mean, 1e-12)
+    assert_close(regmean(low, WEIGHTS, same).dense(), mean, 1e-12)
     only_diagonal = [torch.diag(torch.rand(5, dtype=torch.float64) + 0.1) for _ in range(3)]
     got = regmean(low, (1.0, 1.0, 1.0), only_diagonal, shrink=0.3).dense()
     by_column = sum(d.dense() * g.diag() for d, g in zip(low, only_diagonal, strict=True)) / sum(only_diagonal).diag()  # type: ignore[operator, union-attr]
-    close(got, by_column, 1e-12)
+    assert_close(got, by_column, 1e-12)
 
 
 def test_regmean_refuses() -> None:
@@ -70,7 +70,7 @@ def test_regmean_refuses() -> None:
 def test_gram_sums_over_all_rows() -> None:
     x = torch.randn(2, 3, 5)
     assert gram(x).dtype == torch.float64
-    close(gram(x), x.double().view(6, 5).T @ x.double().view(6, 5), 1e-14)
+    assert_close(gram(x), x.double().view(6, 5).T @ x.double().view(6, 5), 1e-14)
 
 
 def test_fisher_is_the_entrywise_weighted_mean() -> None:
@@ -78,9 +78,9 @@ def test_fisher_is_the_entrywise_weighted_mean() -> None:
     got = fisher([Dense(c) for c in changes], WEIGHTS, diagonals, floor=0.01)
     top = sum(w * (f + 0.01) * c for w, f, c in zip(WEIGHTS, diagonals, changes, strict=True))
     bottom = sum(w * (f + 0.01) for w, f in zip(WEIGHTS, diagonals, strict=True))
-    close(got.dense(), top / bottom, 1e-13)  # type: ignore[operator]
+    assert_close(got.dense(), top / bottom, 1e-13)  # type: ignore[operator]
     uniform = fisher([Dense(c) for c in changes], (1.0, 1.0, 1.0), [torch.ones(7, 5).double()] * 3)
-    close(uniform.dense(), torch.stack(changes).mean(0), 1e-13)
+    assert_close(uniform.dense(), torch.stack(changes).mean(0), 1e-13)
 
 
 def test_fisher_refuses() -> None:
@@ -116,7 +116,7 @@ def test_adamerging_task_wise_finds_the_coefficients() -> None:
     loss = quadratic({"0.w": (0.2, 0.9), "1.w": (0.2, 0.9)})
     got = adamerge([deltas(t) for t in tasks()], loss, steps=400, lr=0.02)  # type: ignore[arg-type]
     assert got.coefficients.shape == (2,)
-    close(got.coefficients, torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-3)
+    assert_close(got.coefficients, torch.tensor([0.2, 0.9], dtype=torch.float64), 1e-3)
     assert got.losses[-1] < 1e-6 < got.losses[0]
     assert len(got.losses) == 401
 
@@ -125,7 +125,7 @@ def test_adamerging_layer_wise_finds_one_row_per_layer() -> None:
     loss = quadratic({"0.w": (0.2, 0.9), "1.w": (0.7, -0.1)})
     got = adamerge([deltas(t) for t in tasks()], loss, layer_of=lambda n: n[0], steps=400, lr=0.02)  # type: ignore[arg-type]
     assert got.layers == ("0", "1")
-    close(got.coefficients, torch.tensor([[0.2, 0.9], [0.7, -0.1]], dtype=torch.float64), 1e-3)
+    assert_close(got.coefficients, torch.tensor([[0.2, 0.9], [0.7, -0.1]], dtype=torch.float64), 1e-3)
 
 
 def test_adamerging_starts_where_it_is_told_and_runs_under_no_grad() -> None:

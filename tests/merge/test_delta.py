@@ -9,13 +9,13 @@ from moa.errors import ConfigError, NumericsError, ShapeError
 from moa.merge import Deltas, Dense, LowRank, deltas, low_rank
 from moa.merge.delta import check_finite, inner
 
-from .tools import close, factors
+from .tools import assert_close, factors
 
 
 def test_low_rank_folds_its_scale() -> None:
     a, b = factors().down, factors().up
     delta = low_rank(a, b, 0.7)
-    close(delta.dense(), 0.7 * b @ a)
+    assert_close(delta.dense(), 0.7 * b @ a)
     assert delta.shape == (7, 5)
     assert delta.rank == 3
     assert delta.down is a, "the down factor is not copied"
@@ -67,7 +67,7 @@ def test_a_plain_mapping_is_read_lazily_and_never_written() -> None:
 def test_factor_tuples_are_accepted() -> None:
     f = factors()
     lazy = deltas({"w": (f.down, f.up), "v": (f.down, f.up, 2.0)})
-    close(lazy["v"].dense(), 2 * lazy["w"].dense())
+    assert_close(lazy["v"].dense(), 2 * lazy["w"].dense())
     assert deltas(lazy) is lazy
 
 

@@ -8,7 +8,7 @@ import torch
 from moa.errors import ConfigError, ShapeError
 from moa.merge import emr
 
-from .tools import close, factors, matrices
+from .tools import assert_close, factors, matrices
 
 
 def by_loop(tasks: list[dict[str, torch.Tensor]], task: int) -> dict[str, torch.Tensor]:
@@ -35,13 +35,13 @@ def test_every_tasks_change_entry_by_entry() -> None:
     for task in range(3):
         got, expected = result.delta(task), by_loop(tasks, task)
         for name in expected:
-            close(got[name].dense(), expected[name], 1e-13)
+            assert_close(got[name].dense(), expected[name], 1e-13)
 
 
 def test_one_task_comes_back_and_the_masks_take_one_bit() -> None:
     x = torch.randn(7, 5)
     result = emr([{"w": x}])
-    close(result.delta(0)["w"].dense(), x, 1e-6)
+    assert_close(result.delta(0)["w"].dense(), x, 1e-6)
     three = emr([{"w": x}, {"w": -x}, {"w": 2 * x}])
     assert three.nbytes() == 35 * 4 + 3 * 5 + 3 * 8
     assert float(three.scales[1]) == 0, "a task that agrees nowhere"
@@ -49,8 +49,8 @@ def test_one_task_comes_back_and_the_masks_take_one_bit() -> None:
 
 def test_factors_come_in_as_they_are() -> None:
     f = factors()
-    close(emr([{"w": f}]).delta(0)["w"].dense(), f.dense(), 1e-13)
-    close(emr([{"w": (f.down, f.up)}]).delta(0)["w"].dense(), f.dense(), 1e-13)
+    assert_close(emr([{"w": f}]).delta(0)["w"].dense(), f.dense(), 1e-13)
+    assert_close(emr([{"w": (f.down, f.up)}]).delta(0)["w"].dense(), f.dense(), 1e-13)
 
 
 def test_refusals() -> None:

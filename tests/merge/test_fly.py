@@ -9,7 +9,7 @@ from torch import Tensor
 from moa.errors import ConfigError, ShapeError
 from moa.merge import Dense, LowRank, average_factors, fly_shared, fly_stack, merge
 
-from .tools import close, factors
+from .tools import assert_close, factors
 
 K = 2
 WEIGHTS = [0.2, 1.5, -0.3]
@@ -41,18 +41,18 @@ def test_the_stack_keeps_every_tasks_top_k(select: str, biased: bool) -> None:
         w * one(d, x, K, biases[t] if biases else None, select)
         for t, (w, d) in enumerate(zip(WEIGHTS, tasks(), strict=True))
     )
-    close(stacked(x), expected, 1e-12)  # type: ignore[arg-type]
-    close(stacked(x.view(2, 3, 5)), expected.view(2, 3, 7), 1e-12)  # type: ignore[union-attr]
+    assert_close(stacked(x), expected, 1e-12)  # type: ignore[arg-type]
+    assert_close(stacked(x.view(2, 3, 5)), expected.view(2, 3, 7), 1e-12)  # type: ignore[union-attr]
 
 
 def test_all_ranks_active_is_the_plain_average() -> None:
     x = torch.randn(6, 5, dtype=torch.float64)
     mean = torch.stack([d.dense() for d in tasks()]).mean(0)
-    close(fly_stack(tasks(), 4)(x), x @ mean.T, 1e-12)
+    assert_close(fly_stack(tasks(), 4)(x), x @ mean.T, 1e-12)
     dense = merge([{"w": d} for d in tasks()], method="flylora_dense")["w"]
-    close(dense.dense(), mean, 1e-12)
+    assert_close(dense.dense(), mean, 1e-12)
     with pytest.raises(AssertionError):  # the dense form drops the top-k
-        close(fly_stack(tasks(), K)(x), x @ mean.T, 1e-2)
+        assert_close(fly_stack(tasks(), K)(x), x @ mean.T, 1e-2)
 
 
 def test_a_shared_factor_keeps_rank_and_top_k() -> None:
@@ -62,15 +62,15 @@ def test_a_shared_factor_keeps_rank_and_top_k() -> None:
     assert merged.down is shared[0].down
     assert merged.rank == 4
     expected = sum(w * one(d, x, K) for w, d in zip(WEIGHTS, shared, strict=True))
-    close(one(merged, x, K), expected, 1e-12)  # type: ignore[arg-type]
+    assert_close(one(merged, x, K), expected, 1e-12)  # type: ignore[arg-type]
     row = merge([{"w": d} for d in shared], method="flylora_dense")["w"]
     assert isinstance(row, LowRank)
     assert row.rank == 4
     # the released script averages the factors: right here, and only here
-    close(average_factors(shared, [1 / 3] * 3).dense(), row.dense(), 1e-12)
+    assert_close(average_factors(shared, [1 / 3] * 3).dense(), row.dense(), 1e-12)
     with pytest.raises(AssertionError):
         mean = merge([{"w": d} for d in tasks()], method="flylora_dense")["w"].dense()
-        close(average_factors(tasks(), [1 / 3] * 3).dense(), mean, 1e-2)
+        assert_close(average_factors(tasks(), [1 / 3] * 3).dense(), mean, 1e-2)
 
 
 def test_refusals() -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from moa.merge import merge, read_difference
 from tests import models
 
-from .tools import close
+from .tools import assert_close
 
 MERGEKIT = os.environ.get("MERGEKIT") or shutil.which("mergekit-yaml")
 pytestmark = pytest.mark.skipif(MERGEKIT is None, reason="no mergekit: name its mergekit-yaml in $MERGEKIT")
@@ -86,7 +86,7 @@ def test_it_is_what_mergekit_writes(folder: Path, tmp_path: Path, name: str) -> 
         options = {"base": base}
     ours = merge([read_difference(folder / f"m{n}", folder / "base") for n in used], weights, method, **options)
     for key, weight in base.items():
-        close(ours[key].dense(), theirs[key] - weight, 1e-4)
+        assert_close(ours[key].dense(), theirs[key] - weight, 1e-4)
     other = merge([read_difference(folder / f"m{n}", folder / "base") for n in used[:2]], None, "task_arithmetic")
     with pytest.raises(AssertionError):
-        close(other[key].dense(), theirs[key] - weight, 1e-4)
+        assert_close(other[key].dense(), theirs[key] - weight, 1e-4)

@@ -16,7 +16,7 @@ from moa.merge import merge, read_peft, write_checkpoint, write_peft
 from moa.merge.peft_folder import REFUSED
 from tests import models
 
-from .tools import close, lora_folder
+from .tools import assert_close, lora_folder
 
 
 class Toy(nn.Module):
@@ -49,7 +49,7 @@ def test_reads_what_peft_computes(tmp_path: Path, rslora: bool) -> None:
     assert set(lazy) == {f"blocks.{b}.{m}.weight" for b in range(2) for m in "qv"}
     for name in lazy:
         layer = model.base_model.model.get_submodule(name.removesuffix(".weight"))
-        close(lazy[name].dense(), layer.get_delta_weight("default"), 1e-6)
+        assert_close(lazy[name].dense(), layer.get_delta_weight("default"), 1e-6)
     assert lazy["blocks.1.q.weight"].rank == 2  # type: ignore[attr-defined]
 
 
@@ -172,16 +172,16 @@ def test_fan_in_fan_out_is_merged_as_peft_does(tmp_path: Path) -> None:
     write_checkpoint(base, merged, tmp_path / "whole")
     ours = GPT2LMHeadModel.from_pretrained(tmp_path / "whole").state_dict()
     for name in plain:
-        close(ours[name], expected[name], 1e-6)
+        assert_close(ours[name], expected[name], 1e-6)
     square = "transformer.h.0.attn.c_proj.weight"
     wrong = plain[square] + (expected[square] - plain[square]).T
     with pytest.raises(AssertionError):
-        close(ours[square], wrong, 1e-6)
+        assert_close(ours[square], wrong, 1e-6)
     # as an adapter again
     write_peft(merged, tmp_path / "adapter", rank=5)
     again = unloaded(base, tmp_path / "adapter")
     for name in plain:
-        close(again[name], expected[name], 1e-5)
+        assert_close(again[name], expected[name], 1e-5)
 
 
 def test_adapters_of_two_layouts_are_not_merged(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from moa.merge import METHODS, Delta, Dense, LowRank, difference, merge, merge_l
 from moa.merge.engine import REQUIRED
 from moa.merge.sparsify import draw_mask, generator_for
 
-from .tools import close, factors, lora_folder, matrices
+from .tools import assert_close, factors, lora_folder, matrices
 
 SHAPES = {"0.q": (7, 5), "1.v": (6, 9)}
 # What each row cannot do without, and how many adapters it joins.
@@ -91,7 +91,7 @@ def test_low_rank_and_dense_inputs_give_the_same(method: str) -> None:
     dense = [{n: Dense(d.dense()) for n, d in s.items()} for s in sets]
     low, full = run(method, sets), run(method, dense)
     for name in SHAPES:
-        close(low[name].dense(), full[name].dense(), 1e-9)
+        assert_close(low[name].dense(), full[name].dense(), 1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -113,14 +113,14 @@ def test_the_order_of_adapters_changes_nothing(method: str) -> None:
     sets = adapters()
     first, last = run(method, sets), run(method, sets[::-1])
     for name in SHAPES:
-        close(last[name].dense(), first[name].dense(), 1e-9)
+        assert_close(last[name].dense(), first[name].dense(), 1e-9)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].matrices_only])
 def test_what_is_no_matrix_is_averaged_as_in_the_papers(method: str) -> None:
     sets = adapters(norm=True)
     merged = merge(sets, [1.0, 1.0, 1.0], method, **NEEDED.get(method, {}))
-    close(merged["norm"].dense(), torch.stack([s["norm"] for s in sets]).mean(0), 1e-13)
+    assert_close(merged["norm"].dense(), torch.stack([s["norm"] for s in sets]).mean(0), 1e-13)
 
 
 # --- closed forms -----------------------------------------------------------------------------------------------
@@ -130,11 +130,11 @@ def test_average_and_task_arithmetic() -> None:
     sets, w = adapters(), [0.5, 2.0, -1.0]
     full = [s["0.q"].dense() for s in sets]
     total = sum((x * d for x, d in zip(w, full, strict=True)), torch.zeros(7, 5))
-    close(merge(sets, w, "task_arithmetic")["0.q"].dense(), total, 1e-13)
-    close(merge(sets, w, "task_arithmetic", scale=0.3)["0.q"].dense(), 0.3 * total, 1e-13)
-    close(merge(sets, w, "stack")["0.q"].dense(), total, 1e-13)
-    close(merge(sets, w, "average")["0.q"].dense(), total / 1.5, 1e-13)
-    close(merge(sets, method="average")["0.q"].dense(), torch.stack(full).mean(0), 1e-13)
+    assert_close(merge(sets, w, "task_arithmetic")["0.q"].dense(), total, 1e-13)
+    assert_close(merge(sets, w, "task_arithmetic", scale=0.3)["0.q"].dense(), 0.3 * total, 1e-13)
+    assert_close(merge(sets, w, "stack")["0.q"].dense(), total, 1e-13)
+    assert_close(merge(sets, w, "average")["0.q"].dense(), total / 1.5, 1e-13)
+    assert_close(merge(sets, method="average")["0.q"].dense(), torch.stack(full).mean(0), 1e-13)
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
@@ -155,14 +155,14 @@ def test_ties_by_its_paper_ranks_the_whole_model(scope: str) -> None:
     agree = (stacked.sign() == elected) & (elected != 0)
     expected = 0.4 * (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
     got = merge(sets, method="ties", density=0.2, scale=0.4, **({"scope": "tensor"} if scope == "tensor" else {}))
-    close(torch.cat([got[n].dense().reshape(-1) for n in SHAPES]), expected, 1e-13)
+    assert_close(torch.cat([got[n].dense().reshape(-1) for n in SHAPES]), expected, 1e-13)
 
 
 def test_densities_may_differ_per_adapter() -> None:
     sets = adapters()
     got = merge(sets, method="magnitude", density=[0.2, 0.5, 1.0])["0.q"].dense()
     kept = [merge_utils.magnitude_based_pruning(s["0.q"].dense(), d) for s, d in zip(sets, (0.2, 0.5, 1), strict=True)]
-    close(got, sum(kept, torch.zeros(7, 5)), 1e-13)
+    assert_close(got, sum(kept, torch.zeros(7, 5)), 1e-13)
 
 
 def test_della_linear_and_breadcrumbs_are_their_sparsifiers() -> None:
@@ -172,10 +172,10 @@ def test_della_linear_and_breadcrumbs_are_their_sparsifiers() -> None:
     full = [s["0.q"].dense() for s in sets]
     parts = [drop_by_rank(d, 0.4, 0.1, generator_for(7, t, "0.q")) for t, d in enumerate(full)]
     expected = sum((x * p for x, p in zip(w, parts, strict=True)), torch.zeros(7, 5))
-    close(merge(sets, w, "della_linear", density=0.4, seed=7)["0.q"].dense(), expected, 1e-13)
+    assert_close(merge(sets, w, "della_linear", density=0.4, seed=7)["0.q"].dense(), expected, 1e-13)
     middle = [keep_middle(d, 0.4, 0.1) for d in full]
     expected = sum((x * p for x, p in zip(w, middle, strict=True)), torch.zeros(7, 5))
-    close(merge(sets, w, "breadcrumbs", density=0.4, gamma=0.1)["0.q"].dense(), expected, 1e-13)
+    assert_close(merge(sets, w, "breadcrumbs", density=0.4, gamma=0.1)["0.q"].dense(), expected, 1e-13)
 
 
 def test_adamerging_uses_what_it_learnt() -> None:
@@ -188,14 +188,14 @@ def test_adamerging_uses_what_it_learnt() -> None:
     for layer_of in (None, lambda name: name):
         got = merge(sets, method="adamerging", loss=loss, steps=500, lr=0.02, layer_of=layer_of)
         for name in SHAPES:
-            close(got[name].dense(), goal[name], 1e-3)
+            assert_close(got[name].dense(), goal[name], 1e-3)
 
 
 def test_tensors_without_statistics_are_averaged_and_partial_ones_refused() -> None:
     sets = adapters()
     grams = [{"0.q": torch.eye(5).double() * (t + 1)} for t in range(3)]
     got = merge(sets, method="regmean", grams=grams)
-    close(got["1.v"].dense(), torch.stack([s["1.v"].dense() for s in sets]).mean(0), 1e-13)
+    assert_close(got["1.v"].dense(), torch.stack([s["1.v"].dense() for s in sets]).mean(0), 1e-13)
     with pytest.raises(ConfigError, match=r"'0.q' for 2 of 3 adapters"):
         merge(sets, method="regmean", grams=[*grams[:2], {}])
     with pytest.raises(ConfigError, match="grams holds 2 mappings for 3"):
@@ -253,7 +253,7 @@ def test_peft_agrees(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ours = merge([read_peft(f) for f in folders], WEIGHTS, method, same_base=False, **options)
     for name, theirs in delta_of(model, "merged").items():
         got = ours[name] if kind == "cat" else squeeze(ours[name], rank).delta
-        close(got.dense(), theirs, 2e-6)  # float32 on both sides
+        assert_close(got.dense(), theirs, 2e-6)  # float32 on both sides
 
 
 @pytest.mark.parametrize("kind", ["linear", "ties", "magnitude_prune"])
@@ -271,7 +271,7 @@ def test_pefts_factorwise_merges_are_named_as_such(kind: str, tmp_path: Path) ->
         parts = [adapter[name] for adapter in lazy]
         separate = [{"A": p.down, "B": p.up * 2 / 3} for p in parts]  # type: ignore[attr-defined]
         merged = merge(separate, roots, method, **options)
-        close(merged["B"].dense() @ merged["A"].dense(), theirs, 2e-6)
+        assert_close(merged["B"].dense() @ merged["A"].dense(), theirs, 2e-6)
         if kind == "linear":
             deltas_merged = merge(lazy, weights, "task_arithmetic", same_base=False)[name].dense()
             assert float((deltas_merged - theirs).norm() / deltas_merged.norm()) > 0.2
@@ -342,7 +342,7 @@ def test_adapters_for_other_targets_are_refused_or_counted_as_no_change() -> Non
     with pytest.raises(ConfigError, match=r"adapter 1 has no delta for '1.v'.*missing='zero'"):
         merge(sets, method="average")
     got = merge(sets, method="average", missing="zero")
-    close(got["1.v"].dense(), sets[0]["1.v"].dense() / 2, 1e-13)
+    assert_close(got["1.v"].dense(), sets[0]["1.v"].dense() / 2, 1e-13)
     for method in METHODS:
         if method in ("average_factors", "model_stock", "slerp"):
             continue
@@ -389,4 +389,4 @@ def test_one_threshold_over_two_types_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"scope='tensor'"):
         merge(sets, method="ties")
     mixed = [{"a": torch.tensor([[3.0, 1.0]])}, {"a": torch.tensor([[1.0, 3.0]]).double()}]
-    close(merge(mixed, method="ties", density=0.5)["a"].dense(), torch.tensor([[3.0, 3.0]]), 1e-13)
+    assert_close(merge(mixed, method="ties", density=0.5)["a"].dense(), torch.tensor([[3.0, 3.0]]), 1e-13)

@@ -21,7 +21,7 @@ from moa.merge.sparsify import (
     top_mask,
 )
 
-from .tools import close
+from .tools import assert_close
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
@@ -76,17 +76,17 @@ def test_della_probabilities_by_hand() -> None:
     x = torch.tensor([[3.0, -1.0, 0.5, 2.0], [0.1, 0.2, -0.4, 0.3]], dtype=torch.float64)
     rank = torch.tensor([[0, 2, 3, 1], [3, 2, 0, 1]], dtype=torch.float64)
     drop = (0.6 - 0.2 / 2) + 0.2 * rank / 4
-    close(keep_probabilities(x, 0.4, 0.2, "paper"), 1 - drop)
+    assert_close(keep_probabilities(x, 0.4, 0.2, "paper"), 1 - drop)
     # mergekit's guide: from density - epsilon (smallest) to density + epsilon (largest)
-    close(keep_probabilities(x, 0.4, 0.2, "mergekit"), 0.6 - 0.4 * rank / 3)
-    close(keep_probabilities(x[0], 0.4, 0.2, "paper"), (1 - drop)[0])
+    assert_close(keep_probabilities(x, 0.4, 0.2, "mergekit"), 0.6 - 0.4 * rank / 3)
+    assert_close(keep_probabilities(x[0], 0.4, 0.2, "paper"), (1 - drop)[0])
 
 
 def test_della_without_spread_is_dare() -> None:
     x = torch.randn(6, 9, dtype=torch.float64)
     for kind in ("paper", "mergekit"):
         della = drop_by_rank(x, 0.4, 0.0, generator_for(0, 0, "w"), definition=kind)
-        close(della, drop_random(x, 0.4, generator_for(0, 0, "w")))
+        assert_close(della, drop_random(x, 0.4, generator_for(0, 0, "w")))
     plain = drop_by_rank(x, 0.4, 0.1, generator_for(0, 0, "w"), rescale=False)
     assert bool(((plain == x) | (plain == 0)).all())
 

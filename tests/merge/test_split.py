@@ -8,7 +8,7 @@ import torch
 from moa.errors import ConfigError, ShapeError
 from moa.merge import LowRank, average_copies, join_masked, partition_masks, recompose
 
-from .tools import close, factors, matrices
+from .tools import assert_close, factors, matrices
 
 
 @pytest.mark.parametrize("by", ["entries", "rows", "columns"])
@@ -35,7 +35,7 @@ def test_joining_takes_every_entry_from_its_owner() -> None:
 
 def test_the_average_is_the_expected_copy() -> None:
     copies = matrices(4, 8, 9)
-    close(average_copies(copies), (copies[0] + copies[1] + copies[2] + copies[3]) / 4, 1e-14)
+    assert_close(average_copies(copies), (copies[0] + copies[1] + copies[2] + copies[3]) / 4, 1e-14)
 
 
 def test_mosa_refuses() -> None:

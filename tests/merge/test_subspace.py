@@ -26,7 +26,7 @@ from moa.merge.consensus import agreeing_sum
 from moa.merge.sparsify import keep_largest
 from moa.merge.subspace import aligned, partial_isometry
 
-from .tools import close, factors, matrices
+from .tools import assert_close, factors, matrices
 
 
 def dense(deltas: Sequence[LowRank]) -> list[Delta]:
@@ -46,10 +46,10 @@ def test_the_shared_basis_rebuilds_every_change(rank: int) -> None:
     deltas = tasks(rank=rank)
     u, s, blocks = aligned(deltas)
     for d, b in zip(deltas, blocks, strict=True):
-        close(u @ s.diag() @ b, d.dense(), 1e-12)
-    close(s, torch.linalg.svdvals(torch.cat([d.dense() for d in deltas], 1))[: len(s)], 1e-12)
+        assert_close(u @ s.diag() @ b, d.dense(), 1e-12)
+    assert_close(s, torch.linalg.svdvals(torch.cat([d.dense() for d in deltas], 1))[: len(s)], 1e-12)
     vt = torch.cat(blocks, 1)
-    close(vt @ vt.T, torch.eye(len(s), dtype=torch.float64), 1e-11)
+    assert_close(vt @ vt.T, torch.eye(len(s), dtype=torch.float64), 1e-11)
 
 
 @pytest.mark.parametrize("share", ["scaled", "plain"])
@@ -62,15 +62,15 @@ def test_knots_from_the_definition(share: str) -> None:
     merged = ties(parts)
     expected = u @ merged if share == "scaled" else u @ s.diag() @ merged
     # a singular pair's sign is free; TIES flips with it, so the merge does not
-    close(knots(deltas, ties, share=share).dense(), expected, 1e-10)
-    close(knots(dense(deltas), ties, share=share).dense(), expected, 1e-10)
+    assert_close(knots(deltas, ties, share=share).dense(), expected, 1e-10)
+    assert_close(knots(dense(deltas), ties, share=share).dense(), expected, 1e-10)
 
 
 def test_knots_with_a_plain_sum_is_task_arithmetic() -> None:
     deltas = tasks()
     for share in ("scaled", "plain"):
         got = knots(deltas, lambda parts: torch.stack(list(parts)).sum(0), share=share)
-        close(got.dense(), sum((d.dense() for d in deltas), torch.zeros(14, 9)), 1e-12)
+        assert_close(got.dense(), sum((d.dense() for d in deltas), torch.zeros(14, 9)), 1e-12)
     with pytest.raises(ConfigError, match="unknown share"):
         knots(deltas, ties, share="half")
     with pytest.raises(ShapeError, match="one shape"):
@@ -90,12 +90,12 @@ def test_task_singular_vectors_from_the_definition(low: bool) -> None:
     u = whiten(torch.cat([x[:, :k] for x in us], 1))
     v = whiten(torch.cat([x[:k] for x in vs], 0))
     s = torch.cat([w * x[:k] for w, x in zip((1.0, 0.5, 2.0), ss, strict=True)])
-    close(task_singular_vectors(deltas, (1.0, 0.5, 2.0)).dense(), u @ s.diag() @ v, 1e-11)
+    assert_close(task_singular_vectors(deltas, (1.0, 0.5, 2.0)).dense(), u @ s.diag() @ v, 1e-11)
 
 
 def test_one_task_alone_comes_back() -> None:
     delta = factors(3, 14, 9)
-    close(task_singular_vectors([delta], [1.0]).dense(), delta.dense(), 1e-12)
+    assert_close(task_singular_vectors([delta], [1.0]).dense(), delta.dense(), 1e-12)
 
 
 def test_shared_directions_are_left_out_not_invented() -> None:
@@ -106,7 +106,7 @@ def test_shared_directions_are_left_out_not_invented() -> None:
     assert float((u[:, 2:].T @ merged).abs().max()) < 1e-12
     assert float((merged @ vt[2:].T).abs().max()) < 1e-12
     # each of the two copies keeps half of every direction: Σ (1/√2)² · 2 = the adapter itself
-    close(merged, delta.dense(), 1e-12)
+    assert_close(merged, delta.dense(), 1e-12)
 
 
 def test_tsv_refuses() -> None:
@@ -121,7 +121,7 @@ def test_tsv_refuses() -> None:
 def test_partial_isometry() -> None:
     m = factors(3, 8, 5).dense()
     w = partial_isometry(m)
-    close(torch.linalg.svdvals(w), torch.tensor([1.0, 1, 1, 0, 0], dtype=torch.float64), 1e-12)
+    assert_close(torch.linalg.svdvals(w), torch.tensor([1.0, 1, 1, 0, 0], dtype=torch.float64), 1e-12)
     assert partial_isometry(m[:0]).shape == (0, 5)
 
 
@@ -134,8 +134,8 @@ def test_isotropic_has_one_singular_value(full: bool) -> None:
     q = 9 if full else 6
     got = isotropic(deltas, weights)
     assert got.rank == q
-    close(got.dense(), s[:q].mean() * u[:, :q] @ vt[:q], 1e-11)
-    close(torch.linalg.svdvals(got.dense())[:q], s[:q].mean().expand(q), 1e-12)
+    assert_close(got.dense(), s[:q].mean() * u[:, :q] @ vt[:q], 1e-11)
+    assert_close(torch.linalg.svdvals(got.dense())[:q], s[:q].mean().expand(q), 1e-12)
 
 
 def test_isotropic_counts_only_directions_that_are_there() -> None:
@@ -144,7 +144,7 @@ def test_isotropic_counts_only_directions_that_are_there() -> None:
     assert low.rank == 4
     full = isotropic(dense(tasks(2)), [1.0, 1.0])
     assert full.rank == 4
-    close(full.dense(), low.dense(), 1e-11)
+    assert_close(full.dense(), low.dense(), 1e-11)
 
 
 def test_isotropic_of_nothing_is_nothing() -> None:
@@ -159,14 +159,14 @@ def test_projection_leaves_nothing_in_the_given_directions(low: bool) -> None:
     got = project_out(delta, left=left, right=right)
     assert isinstance(got, LowRank) == low
     eye_o, eye_i = torch.eye(14, dtype=torch.float64), torch.eye(9, dtype=torch.float64)
-    close(got.dense(), (eye_o - left @ left.T) @ delta.dense() @ (eye_i - right @ right.T), 1e-12)
+    assert_close(got.dense(), (eye_o - left @ left.T) @ delta.dense() @ (eye_i - right @ right.T), 1e-12)
     assert float((left.T @ got.dense()).abs().max()) < 1e-13
     assert float((got.dense() @ right).abs().max()) < 1e-13
     one_side = project_out(delta, right=right).dense()
-    close(one_side, delta.dense() @ (eye_i - right @ right.T), 1e-12)
+    assert_close(one_side, delta.dense() @ (eye_i - right @ right.T), 1e-12)
     # two-sided: the weight's own top triplets do not move under a small change
     s = torch.linalg.svdvals(weight)
-    close(torch.linalg.svdvals(weight + 1e-3 * got.dense())[:3], s[:3], 1e-12)
+    assert_close(torch.linalg.svdvals(weight + 1e-3 * got.dense())[:3], s[:3], 1e-12)
 
 
 def test_projection_refuses() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .tools import close
+from .tools import assert_close
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,6 @@ from .tools import close
 )
 def test_close_fails(wrong: torch.Tensor) -> None:
     right = torch.tensor([1.0, 2.0], dtype=torch.float64)
-    close(right.clone(), right)
+    assert_close(right.clone(), right)
     with pytest.raises(AssertionError):
-        close(wrong, right)
+        assert_close(wrong, right)

@@ -26,7 +26,7 @@ from moa.merge import (
     write_peft,
 )
 
-from .tools import close, factors, lora_folder, model_folder, snapshot
+from .tools import assert_close, factors, lora_folder, model_folder, snapshot
 
 TENSORS = {
     "a.weight": torch.randn(7, 5),
@@ -60,7 +60,7 @@ def test_the_merged_checkpoint_is_the_sum_and_the_rest_bit_for_bit(tmp_path: Pat
     for name in ("b.weight", "norm.weight", "ids"):
         assert torch.equal(out[name], expected[name]), name
         assert out[name].dtype == TENSORS[name].dtype
-    close(out["a.weight"], expected["a.weight"], 1e-7)
+    assert_close(out["a.weight"], expected["a.weight"], 1e-7)
     assert sorted(p.name for p in out.shards) == sorted(written.files)
     assert len(written.files) == (1 if limit > 1000 else 3)
     assert written.nbytes == sum(p.stat().st_size for p in out.shards)
@@ -94,8 +94,8 @@ def test_two_tuned_checkpoints_average_to_their_mean(tmp_path: Path) -> None:
     merged = merge_lazily([read_difference(t, base) for t in tuned], method="average")
     write_checkpoint(base, merged, tmp_path / "out", progress=False)
     out = Checkpoint(tmp_path / "out")
-    close(out["a.weight"], TENSORS["a.weight"] + 1.5, 1e-6)
-    close(out["norm.weight"], TENSORS["norm.weight"] + 1.5, 1e-6)
+    assert_close(out["a.weight"], TENSORS["a.weight"] + 1.5, 1e-6)
+    assert_close(out["norm.weight"], TENSORS["norm.weight"] + 1.5, 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT calls it
@@ -116,7 +116,7 @@ def test_transformers_loads_the_result_with_the_merged_logits(tmp_path: Path) ->
     write_checkpoint(tmp_path / "base", read_peft(tmp_path / "lora"), tmp_path / "out", max_shard_bytes=4000)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
     with torch.no_grad():
-        close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, expected, 1e-5)
+        assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, expected, 1e-5)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def test_peft_loads_unequal_ranks_with_the_same_outputs(tmp_path: Path) -> None:
         inner = base.inner["q"]
         expected = hidden @ (inner.weight + deltas["inner.q.weight"].dense().float()).T + inner.bias
         model = peft.PeftModel.from_pretrained(base, tmp_path / "out")
-        close(model(x), expected, 1e-5)
+        assert_close(model(x), expected, 1e-5)
     back = read_peft(tmp_path / "out")
     assert back.base == "toy/base"
     for name, delta in deltas.items():
@@ -286,7 +286,7 @@ def test_merged_adapters_round_trip_through_peft(tmp_path: Path) -> None:
     write_peft(merged, tmp_path / "out", base_model="toy/base")
     model = peft.PeftModel.from_pretrained(nn.ModuleDict({"lin": nn.Linear(8, 6)}), tmp_path / "out")
     expected = 0.5 * 5 / 2 * pairs[0][1] @ pairs[0][0] - 6 / 3 * pairs[1][1] @ pairs[1][0]
-    close(model.base_model.model["lin"].get_delta_weight("default"), expected, 1e-6)
+    assert_close(model.base_model.model["lin"].get_delta_weight("default"), expected, 1e-6)
     assert [snapshot(f) for f in folders] == before, "the adapters are untouched"
 
 

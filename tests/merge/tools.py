@@ -12,7 +12,7 @@ from torch import Tensor
 from moa.merge import LowRank
 
 
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     """Fail unless shapes agree and the largest error is within `tolerance` of the largest expected magnitude."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:

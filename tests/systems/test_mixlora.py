@@ -13,6 +13,7 @@ import moa
 from experiments.bench.plain_mixlora import plain_mixlora
 from moa.blocks import BlockEntry, BlockExit
 from moa.errors import ConfigError, FoldError
+from moa.experts import lora as lora_module
 from moa.recipes.mixlora import feed_forward_blocks
 from moa.sites import find_sites
 from tests import models
@@ -94,6 +95,25 @@ def test_the_frozen_products_run_once_per_row() -> None:
         layer.register_forward_hook(lambda m, args, out: rows.append(args[0].shape[:-1].numel()))
     model(torch.randn(2, 7, 6, dtype=torch.float64))
     assert rows == [14, 14, 14]
+
+
+def test_gate_and_up_share_one_product_with_their_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    run = lora_module.grouped_linear
+
+    def counted(x: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:
+        widths.append(weight.shape[1])
+        return run(x, weight, *rest, **options)
+
+    monkeypatch.setattr(lora_module, "grouped_linear", counted)
+    model = make()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = model(x)
+    assert widths == [4, 2], "one product of rank 2 + 2 for gate and up, one for down"
+
+    model.base.up.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))  # no longer the same tensor
+    assert_close(model(x), expected)
+    assert widths[2:] == [4, 4, 2], "nothing is shared between inputs that are not one tensor"
 
 
 def test_unnormalised_weights_and_biases() -> None:
