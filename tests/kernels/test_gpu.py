@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa.kernels import choose_engine, engines, low_rank_mixture, mixture_linear
+from moa.kernels import (
+    choose_engine,
+    engines,
+    grouped_linear,
+    grouped_sum,
+    low_rank_mixture,
+    mixture_linear,
+    triton_tiles,
+)
 from moa.kernels.reference import low_rank_mixture_reference
 
 from .compare import EPS, Case, assert_three_way, make_case, results, truth
@@ -108,6 +116,39 @@ def test_fullgraph_compile_and_backward():
     case = on_gpu(make_case((256,), d_in=256, d_out=256, n_experts=8, rank=8)).to(torch.float32)
     compiled = torch.compile(low_rank_mixture, fullgraph=True, backend="aot_eager")
     assert_three_way(results(compiled, case), results(low_rank_mixture_reference, case), truth(case), eps=1e-6)
+
+
+@pytest.mark.parametrize("engine", [None, "concat", "triton_grouped"])
+@pytest.mark.parametrize(("n_experts", "width"), [(8, 8), (64, 48)])
+def test_grouped_linear_and_sum_three_way(engine, n_experts, width, poisoned):
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(700, 256, generator=rng), torch.randn(n_experts, width, 256, generator=rng) / 16
+    values = torch.randn(700, 2, width, generator=rng)
+    indices = torch.rand(700, n_experts, generator=rng).topk(2, -1).indices.cuda()
+    x, weight, values = (value.to("cuda", torch.bfloat16) for value in (x, weight, values))
+
+    def run(op, leaf, weight, grad):
+        leaves = [value.clone().requires_grad_() for value in (leaf, weight)]
+        y = op(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype)), *([y.detach()] * 2)
+
+    for op, plain, leaf, grad in (
+        (grouped_linear, lambda x, w: torch.einsum("ti,tkpi->tkp", x, w[indices]), x, values),
+        (grouped_sum, lambda v, w: torch.einsum("tkp,tkpi->ti", v, w[indices]), values, x),
+    ):
+        got = run(lambda *o, op=op: op(*o, indices, engine=engine), leaf, weight, grad)
+        exact = run(plain, leaf.double(), weight.double(), grad.double())
+        assert_three_way(got, run(plain, leaf, weight, grad), exact, eps=EPS[torch.bfloat16])
+
+
+def test_measured_tiles_give_the_same_values(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOA_CACHE", str(tmp_path))
+    case = on_gpu(make_case(**SHAPES["tokens"])).to(torch.bfloat16, torch.float32)
+    run = partial(low_rank_mixture, engine="triton_concat")
+    fixed = results(run, case)
+    monkeypatch.setattr(triton_tiles, "TUNE", True)
+    assert_three_way(results(run, case), fixed, truth(case), eps=EPS[torch.bfloat16])
+    assert list(tmp_path.glob("tiles-*.json"))
 
 
 def test_the_dispatcher_picks_triton():
