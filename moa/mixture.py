@@ -127,6 +127,7 @@ class Mixture(nn.Module):
         return y
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"name={self.name!r}"
 
 

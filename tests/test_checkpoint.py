@@ -118,7 +118,9 @@ def test_a_base_in_another_precision_is_the_same_base(tmp_path):
 # ------------------------------------------------------------------------------------------------ wrong files
 
 
-def fails(folder: Path, words: str, error: type[Exception] = CheckpointError, base: nn.Module | None = None) -> str:
+def assert_fails(
+    folder: Path, words: str, error: type[Exception] = CheckpointError, base: nn.Module | None = None
+) -> str:
     with pytest.raises(error, match=re.compile(words, re.DOTALL)) as caught:
         moa.load(folder, base=base or models.llama())
     return str(caught.value)
@@ -131,9 +133,11 @@ def test_a_checkpoint_for_another_base(tmp_path):
     other.apply(other._init_weights)
     for parameter in other.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    fails(tmp_path, r"wrong base: .*LlamaForCausalLM.*the values of .* differ.*check_base=False", base=other)
-    fails(tmp_path, "wrong base: .*has a matrix .*BertForSequenceClassification has none", base=models.bert())
-    fails(tmp_path, r"wrong base: .*\(32, 16\); here it is \(32, 32\)|wrong base", base=models.llama(hidden_size=32))
+    assert_fails(tmp_path, r"wrong base: .*LlamaForCausalLM.*the values of .* differ.*check_base=False", base=other)
+    assert_fails(tmp_path, "wrong base: .*has a matrix .*BertForSequenceClassification has none", base=models.bert())
+    assert_fails(
+        tmp_path, r"wrong base: .*\(32, 16\); here it is \(32, 32\)|wrong base", base=models.llama(hidden_size=32)
+    )
     moa.load(tmp_path, base=other, check_base=False)
 
 
@@ -148,7 +152,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_one_error(tmp_path):
         tensors[keys[2]] = torch.zeros(3, 1)
 
     rewrite(tmp_path, change)
-    text = fails(tmp_path, "does not fit this model")
+    text = assert_fails(tmp_path, "does not fit this model")
     assert "2 missing: " in text and keys[0] in text and keys[1] in text
     assert "1 unexpected: base.stranger" in text
     assert f"1 of another shape: {keys[2]}: (3, 1) in the file" in text
@@ -162,27 +166,27 @@ def test_missing_unexpected_and_misshaped_tensors_are_one_error(tmp_path):
 def test_many_missing_tensors_are_counted_not_listed(tmp_path):
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors, header: [tensors.pop(key) for key in list(tensors)[:20]])
-    assert "20 missing" in (text := fails(tmp_path, "and 15 more")) and len(text) < 1500
+    assert "20 missing" in (text := assert_fails(tmp_path, "and 15 more")) and len(text) < 1500
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
 def test_a_truncated_file(tmp_path, keep):
     data = (saved(tmp_path) / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    fails(tmp_path, "truncated or not a safetensors file")
+    assert_fails(tmp_path, "truncated or not a safetensors file")
 
 
 def test_foreign_files(tmp_path):
-    fails(tmp_path / "nowhere" / "at" / "all", "no folder .*nowhere")
+    assert_fails(tmp_path / "nowhere" / "at" / "all", "no folder .*nowhere")
     (tmp_path / "empty").mkdir()
-    fails(tmp_path / "empty", "has no model.safetensors .*nothing.*name the folder")
+    assert_fails(tmp_path / "empty", "has no model.safetensors .*nothing.*name the folder")
     (tmp_path / "file").write_text("hello")
-    fails(tmp_path / "file", "is a file: name the folder")
+    assert_fails(tmp_path / "file", "is a file: name the folder")
     models.llama().save_pretrained(tmp_path / "plain")
-    fails(tmp_path / "plain", "not written by moa")
+    assert_fails(tmp_path / "plain", "not written by moa")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / WEIGHTS).write_text("this is no checkpoint, it is prose")
-    fails(tmp_path / "text", "truncated or not")
+    assert_fails(tmp_path / "text", "truncated or not")
     with pytest.raises(CheckpointError, match="it is a file"):
         build().save_pretrained(tmp_path / "file")
 
@@ -190,16 +194,16 @@ def test_foreign_files(tmp_path):
 def test_a_format_of_the_future(tmp_path):
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors, header: header.update(format_version=99))
-    fails(tmp_path, "format version 99, this moa reads up to .*upgrade moa")
+    assert_fails(tmp_path, "format version 99, this moa reads up to .*upgrade moa")
 
 
 def test_a_recipe_or_a_layer_that_is_not_there(tmp_path):
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors, header: header["recipes"][0].update(router="topkk"))
-    fails(tmp_path, "unknown router 'topkk'", ConfigError)
+    assert_fails(tmp_path, "unknown router 'topkk'", ConfigError)
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors, header: header["recipes"][0]["layers"].append("model.layers.9.q"))
-    fails(tmp_path, "no free linear layer named model.layers.9.q", ConfigError)
+    assert_fails(tmp_path, "no free linear layer named model.layers.9.q", ConfigError)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -207,7 +211,7 @@ def test_a_checkpoint_that_is_not_finite(tmp_path, value):
     saved(tmp_path)
     key = next(iter(build().adapter_state_dict()))
     rewrite(tmp_path, lambda tensors, header: tensors[key].fill_(value))
-    fails(tmp_path, f"{re.escape(key)} in .* holds NaN or infinity", NumericsError)
+    assert_fails(tmp_path, f"{re.escape(key)} in .* holds NaN or infinity", NumericsError)
 
 
 def test_a_checkpoint_without_a_base_says_how_to_give_one(tmp_path):

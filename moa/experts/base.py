@@ -169,4 +169,5 @@ class ExpertBank(nn.Module):
         return None
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"d_in={self.d_in}, d_out={self.d_out}, n_experts={self.n_experts}"

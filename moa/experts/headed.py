@@ -127,4 +127,5 @@ class HeadedLoRABank(ExpertBank):
         return out.flatten(-2) * self.scaling
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, n_heads={self.n_heads}, scaling={self.scaling:g}"

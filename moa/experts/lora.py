@@ -113,4 +113,5 @@ class LoRABank(ExpertBank):
         return self.engine is None or self.engine in GROUPED_ENGINES
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

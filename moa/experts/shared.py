@@ -61,4 +61,5 @@ class SharedLoRABank(ExpertBank):
         return spread @ self.up.to(hidden.dtype).flatten(0, 1)
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"

@@ -75,6 +75,7 @@ def grouped_sum(values: Tensor, weight: Tensor, indices: Tensor, *, engine: str 
 
 @torch.library.custom_op("moa::grouped_linear", mutates_args=())
 def grouped_linear_op(x: Tensor, weight: Tensor, indices: Tensor, engine: str) -> Tensor:
+    """Return each slot's product (T, K, p) of x (T, i): see `grouped_linear`."""
     check_indices(x, weight, indices)
     with exact_dtypes(x):
         used, dtype = _pick(engine, x, weight, indices)
@@ -90,6 +91,7 @@ def _(x, weight, indices, engine):
 def grouped_linear_backward_op(
     grad: Tensor, x: Tensor | None, weight: Tensor, indices: Tensor, engine: str, needs: list[bool]
 ) -> list[Tensor]:
+    """Return the gradients of x (T, i) and weight (E, p, i) that `needs` names, from grad (T, K, p)."""
     with exact_dtypes(grad):
         used, dtype = _pick(engine, grad, weight, indices)
         rows = None if x is None else x.to(dtype)
@@ -122,6 +124,7 @@ grouped_linear_op.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op("moa::grouped_sum", mutates_args=())
 def grouped_sum_op(values: Tensor, weight: Tensor, indices: Tensor, engine: str) -> Tensor:
+    """Return the sum over slots (T, o) of values (T, K, p): see `grouped_sum`."""
     check_indices(values, weight, indices)
     (total,) = grouped_linear_backward_op(values, None, weight, indices, engine, [True, False])
     return total

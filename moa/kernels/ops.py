@@ -38,6 +38,7 @@ def forward_op(
     bias: Tensor | None,
     engine: str,
 ) -> tuple[Tensor, Tensor]:
+    """Return y (T, o) and the chosen slots' hidden values (T, K, r): see `low_rank_mixture`, `mixture_linear`."""
     check_indices(x, a, indices)
     with exact_dtypes(x):
         return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights))
@@ -103,6 +104,7 @@ def backward_op(
     engine: str,
     needs: list[bool],
 ) -> list[Tensor]:
+    """Return the gradients of x, a, b, weights that `needs` names, from grad (T, o) and what forward kept."""
     with exact_dtypes(grad):
         used = pick(engine, grad, a, b, weights)
         return run_backward(grad, x, a, b, weights, indices, hidden, base, needs, *used)

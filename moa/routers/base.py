@@ -76,6 +76,7 @@ class Router(nn.Module):
         """Update what is not learned by gradient; called once after each optimizer step."""
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"d_in={self.d_in}, n_experts={self.n_experts}, k={self.k}"
 
 

@@ -71,6 +71,7 @@ class ProjectionRouter(BalancedRouter):
         return Routing(y.gather(-1, indices), indices, self.n_experts, y, magnitude)
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, seed={self.seed}"
 
 

@@ -82,6 +82,7 @@ class TaskRouter(Router):
         return torch.full((self.n_experts,), 1.0 / self.n_experts, device=device)
 
     def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
         return f"n_experts={self.n_experts}, tasks={self.first_task} to {self.tasks.stop - 1}, unknown={self.unknown!r}"
 
 
