@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa.kernels import choose_engine, engines, low_rank_mixture, mixture_linear
+from moa.kernels import choose_engine, engines, gated_linear, low_rank_mixture, mixture_linear
 
 from .common import write
 from .kernel_baselines import PEERS, plain_concat, scatter_copies
@@ -106,11 +106,31 @@ def whole_layer() -> dict[str, Any]:
     def plain(x: Tensor, *rest: Tensor) -> Tensor:
         return F.linear(x, weight) + plain_concat(x, *rest)
 
-    steps = {"base": base, "moa": train_step(mixed, inputs), "plain concat": train_step(plain, inputs)}
+    gate = (torch.randn(8, D, device="cuda") / D**0.5).requires_grad_()
+    trained = [inputs.x, gate, inputs.a, inputs.b]
+
+    def with_router(fused: bool) -> Callable[[], Any]:
+        def step() -> Any:
+            if fused:
+                y = gated_linear(inputs.x, weight, None, gate, inputs.a, inputs.b, 2)[0]
+            else:
+                kept, chosen = F.linear(inputs.x.float(), gate).topk(2, -1)
+                y = mixture_linear(inputs.x, weight, None, inputs.a, inputs.b, kept.softmax(-1), chosen)
+            return torch.autograd.grad(y, trained, inputs.grad)
+
+        return step
+
+    steps = {
+        "base": base,
+        "moa": train_step(mixed, inputs),
+        "moa with its router": with_router(True),
+        "moa with its router apart": with_router(False),
+        "plain concat": train_step(plain, inputs),
+    }
     lora = peft_lora(weight, 64)
     if lora is not None:
-        trained = [inputs.x, *(p for p in lora.parameters() if p.requires_grad)]
-        steps["peft LoRA of rank 64"] = lambda: torch.autograd.grad(lora(inputs.x), trained, inputs.grad)
+        leaves = [inputs.x, *(p for p in lora.parameters() if p.requires_grad)]
+        steps["peft LoRA of rank 64"] = lambda: torch.autograd.grad(lora(inputs.x), leaves, inputs.grad)
     found = table(steps)
     return {"times": found, "moa_over": {name: over(found, "moa", name) for name in found}}
 

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .dispatch import choose_engine
+
+# Up to so many rows, few launches that fill the device are faster than one pass: see `triton_decode.py`.
+_FEW_ROWS = 64
 
 
 def gated_linear(
@@ -68,12 +72,17 @@ class _GatedLinear(torch.autograd.Function):
         engine: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        wide = torch.promote_types(x.dtype, torch.float32)  # near-ties must not flip with the activation dtype
-        logits = F.linear(rows.to(wide), gate.to(wide))
-        kept, indices = logits.topk(k, -1)
-        weights = kept.softmax(-1)
-        used, emulated = ops.pick(engine or "", rows, a, b, weights)
-        y, hidden = ops.run_forward(rows, a, b, weights * scaling, indices, base, bias, used, emulated)
+        (n_rows, d_in), (n_experts, rank, d_out) = rows.shape, b.shape
+        name = engine or choose_engine(n_rows, d_in, d_out, n_experts, rank, k, rows.dtype, rows.device)
+        used, emulated = ops.pick(name, rows, a, b, gate)
+        if name == "triton_concat" and n_rows > _FEW_ROWS:
+            y, logits, weights, indices, hidden = _together(rows, gate, a, b, k, scaling, base, bias)
+        else:
+            wide = torch.promote_types(x.dtype, torch.float32)  # near-ties must not flip with the activation dtype
+            logits = F.linear(rows.to(wide), gate.to(wide))
+            kept, indices = logits.topk(k, -1)
+            weights = kept.softmax(-1)
+            y, hidden = ops.run_forward(rows, a, b, weights * scaling, indices, base, bias, used, emulated)
         needs = ctx.needs_input_grad[:4]
         # As in the op: x is for the gradients of a and the gate, the base for that of x.
         ctx.save_for_backward(
@@ -116,6 +125,23 @@ class _GatedLinear(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_gate, found.get("a"), found.get("b"), None, None, None, None, None
+
+
+def _together(
+    rows: Tensor,
+    gate: Tensor,
+    a: Tensor,
+    b: Tensor,
+    k: int,
+    scaling: float,
+    base: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return y, logits, weights, indices, hidden (T, …) with the router's logits in the experts' pass over x (T, i)."""
+    from . import triton_routed  # triton is optional
+
+    down, up, weight, shift = (value if value is None else value.to(rows.dtype) for value in (a, b, base, bias))
+    return triton_routed.forward(rows, gate, down, up, k, scaling, weight, shift)  # type: ignore[arg-type]
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def forward(
             hidden = x.new_empty(n_rows, k, rank)
             mixed = x.new_empty(n_rows, n_experts * rank)
             _shrink(x, a.contiguous(), weights, indices, hidden, mixed)
-            y = _expand(mixed, b, bias)
+            y = expand(mixed, b, bias)
     if base is not None:
         y.addmm_(x, base.T)
     return y, hidden
@@ -102,7 +102,7 @@ def backward(
         )
         if need_x:
             assert grad_hidden is not None
-            grad_x = _expand(grad_hidden, a, None)
+            grad_x = expand(grad_hidden, a, None)
             found.append(grad_x if base is None else grad_x.addmm_(grad, base))
         if need_a:
             assert grad_hidden is not None and x is not None
@@ -163,7 +163,8 @@ def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidde
     tiles.launch("shrink", n_rows, (d, columns, rank, k, dense, str(x.dtype), precision()), size, run)
 
 
-def _expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+def expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """Return mixed factor (+ bias), (T, d), of mixed (T, E·r) and factor (E, r, d)."""
     n_rows, columns = mixed.shape
     d = factor.shape[-1]
     out = mixed.new_empty(n_rows, d)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moa.kernels import triton_grouped, triton_low_rank
+from moa.kernels import triton_grouped, triton_low_rank, triton_routed
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -68,7 +68,7 @@ def compile_only(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", _Driver(arch))
         patch.setattr(JITFunction, "run", compile_instead)
-        for module in (triton_low_rank, triton_grouped):
+        for module in (triton_low_rank, triton_grouped, triton_routed):
             patch.setattr(module, "rows_of", lambda values: values)
         yield launched
 
@@ -97,6 +97,22 @@ def reports(
         y, hidden = engine.forward(x, a, b, weights, indices, None, bias)
         if with_backward:
             engine.backward(y, x, a, b, weights, indices, hidden, None, [True] * 4)
+    distinct = {kernel.hash: (name, kernel) for name, kernel in launched}
+    return [_report(name, kernel) for name, kernel in distinct.values()]
+
+
+def routed_reports(
+    arch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    n_experts: int = 8,
+    rank: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Report]:
+    """Return one report for each distinct kernel of a forward whose router rides in the shrink, k = 2."""
+    x, a, b = (torch.empty(s, dtype=dtype) for s in ((8192, 1024), (n_experts, rank, 1024), (n_experts, rank, 512)))
+    with compile_only(arch, monkeypatch) as launched:
+        triton_routed.forward(x, torch.empty(n_experts, 1024), a, b, 2, 1.0, None, None)
     distinct = {kernel.hash: (name, kernel) for name, kernel in launched}
     return [_report(name, kernel) for name, kernel in distinct.values()]
 

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 
 from moa.errors import BackendError
-from moa.kernels import choose_engine, engines, grouped_linear, grouped_sum, low_rank_mixture, mixture_linear
+from moa.kernels import (
+    choose_engine,
+    engines,
+    gated_linear,
+    grouped_linear,
+    grouped_sum,
+    low_rank_mixture,
+    mixture_linear,
+)
 from moa.kernels import triton_decode as decode
 from moa.kernels.reference import low_rank_mixture_reference
 
@@ -222,3 +230,29 @@ def test_grouped_linear_equals_plain_products(n_rows, k, poisoned):
         found[-1] += (y.detach(), *torch.autograd.grad(y, leaves, x))
     for got, expected in zip(*found, strict=True):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("n_rows", "n_experts", "k", "dtype"), [
+    (70, 4, 2, torch.float32),
+    (65, 12, 3, torch.float32),  # several blocks of columns
+    (130, 8, 1, torch.float32),
+    (70, 8, 2, torch.float16),
+])  # fmt: skip
+def test_a_router_in_the_shrink_equals_the_one_apart(n_rows, n_experts, k, dtype, poisoned):
+    rng = torch.Generator().manual_seed(n_rows)
+    shapes = ((n_rows, 72), (n_experts, 72), (n_experts, 8, 72), (n_experts, 8, 40), (40, 72), (40,), (n_rows, 40))
+    *values, grad = (torch.randn(*shape, dtype=torch.float64, generator=rng).to(dtype) for shape in shapes)
+
+    def run(engine, dtype):
+        x, gate, a, b = (value.to(dtype).requires_grad_() for value in values[:4])
+        weight, bias = (value.to(dtype) for value in values[4:])
+        y, logits, weights, indices = gated_linear(x, weight, bias, gate, a, b, k, 1.5, engine=engine)
+        grads = torch.autograd.grad(y, (x, gate, a, b), grad.to(dtype))
+        return indices, (y.detach(), logits.detach(), weights.detach(), *grads)
+
+    (chosen, got), (expected, plain), (_, exact) = (
+        run(*arguments) for arguments in (("triton_concat", dtype), ("concat", dtype), ("concat", torch.float64))
+    )
+    assert torch.equal(chosen, expected)
+    assert_three_way(got[:5], plain[:5], exact[:5], eps=EPS[dtype])
+    assert_three_way((*got[5:], *got[:3]), (*plain[5:], *plain[:3]), (*exact[5:], *exact[:3]), eps=EPS[dtype])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from moa.kernels import (
     choose_engine,
     engines,
+    gated_linear,
     grouped_linear,
     grouped_sum,
     low_rank_mixture,
@@ -139,6 +140,25 @@ def test_grouped_linear_and_sum_three_way(engine, n_experts, width, poisoned):
         got = run(lambda *o, op=op: op(*o, indices, engine=engine), leaf, weight, grad)
         exact = run(plain, leaf.double(), weight.double(), grad.double())
         assert_three_way(got, run(plain, leaf, weight, grad), exact, eps=EPS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("n_experts", [8, 16])
+def test_a_router_in_the_shrink_equals_the_one_apart(n_experts, poisoned):
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((4096, 512), (n_experts, 512), (n_experts, 8, 512), (n_experts, 8, 768), (768, 512), (4096, 768))
+    *values, grad = (torch.randn(*s, generator=rng).to("cuda", torch.bfloat16) / s[-1] ** 0.5 for s in shapes)
+
+    def run(engine, dtype):
+        x, gate, a, b = (value.to(dtype).requires_grad_() for value in values[:4])
+        y, _, _, indices = gated_linear(x, values[4].to(dtype), None, gate, a, b, 2, engine=engine)
+        return indices, (y.detach(), *torch.autograd.grad(y, (x, gate, a, b), grad.to(dtype)))
+
+    (chosen, got), (expected, plain), (_, exact) = (
+        run(*arguments)
+        for arguments in (("triton_concat", torch.bfloat16), ("concat", torch.bfloat16), ("concat", torch.float64))
+    )
+    assert torch.equal(chosen, expected)
+    assert_three_way(got, plain, exact, eps=EPS[torch.bfloat16])
 
 
 def test_measured_tiles_give_the_same_values(tmp_path, monkeypatch):

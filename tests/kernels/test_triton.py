@@ -17,7 +17,7 @@ from moa.kernels import triton_grouped as grouped
 from moa.kernels import triton_kernels as kernels
 from moa.kernels import triton_low_rank as concat
 
-from .aot import ARCHITECTURES, SHARED_LIMIT, Report, reports
+from .aot import ARCHITECTURES, SHARED_LIMIT, Report, reports, routed_reports
 
 ROOT = Path(__file__).parents[2]
 MATRIX_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -62,6 +62,18 @@ def test_training_kernels_fit_without_spills(arch, monkeypatch):
     found = reports(concat, arch, monkeypatch)
     check(found, arch, TRAINING, MATRIX_OP[arch])
     assert all(report.registers <= 200 for report in found), found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_shrink_with_its_router_fits_without_spills(arch, monkeypatch):
+    found = routed_reports(arch, monkeypatch)
+    check(found, arch, {"routed_shrink_kernel", "expand_kernel"}, MATRIX_OP[arch])
+    assert all(report.registers <= 200 for report in found), found
+
+
+def test_a_larger_shrink_with_its_router_fits_the_smallest_shared_memory(monkeypatch):
+    found = routed_reports(120, monkeypatch, n_experts=16, rank=16)
+    check(found, 120, {"routed_shrink_kernel", "expand_kernel"}, "HMMA")
 
 
 def test_a_dense_layer_fits_without_spills(monkeypatch):
