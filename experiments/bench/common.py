@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing on one thread, and results as JSON with device, versions and commit."""
+"""What the benchmarks share: interleaved timing, and results as JSON with device, versions and commit."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ import torch
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+def interleaved(
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, dict[str, float]]:
     """Return name -> min, median and spread of process CPU seconds; every round runs each step once, in turn.
 
-    One round sees all of them under the same load, so ratios are steadier than the times.
+    One round sees all of them under the same load, so ratios are steadier than the times. Several threads need a clock
+    of wall time: CPU time adds them up.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(warmup + rounds):
         for name, step in steps.items():
-            start = time.process_time()
+            start = clock()
             step()
             if round_ >= warmup:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     return {
         name: {
             "min_s": min(values),

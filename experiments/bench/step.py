@@ -2,13 +2,15 @@
 
 All adapt every linear of the six blocks. `topk` holds 8 experts of rank 8, k = 2; LoRA has rank 64 (same parameters);
 X-LoRA mixes 8 LoRAs of rank 8; Poly 8 skills of rank 8. The model has all-MiniLM-L6-v2's shape with random weights:
-time does not depend on their values.
+time does not depend on their values. On one thread CPU time is measured, on several wall time, as training runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,15 +106,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64], help="32 is the demo's")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="one, and all cores")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
-    shapes = {f"{options.batch} x {length}": measure(options, length) for length in options.lengths}
-    print(write("step", {"rounds": options.rounds, "shapes": shapes}, COMMAND))
+    shapes = {
+        f"{options.batch} x {length}, {threads} threads": measure(options, length, threads)
+        for threads in options.threads
+        for length in options.lengths
+    }
+    print(write("step", {"rounds": options.rounds, "cores": cores, "shapes": shapes}, COMMAND))
 
 
-def measure(options: argparse.Namespace, length: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, length: int, threads: int) -> dict[str, Any]:
     """Return each system's step on one shape of batch."""
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     ids = torch.randint(5, 30000, (options.batch, length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(options.batch) % 2}
     tasks = {**batch, "task_ids": torch.arange(options.batch) % 5}
@@ -125,9 +134,10 @@ def measure(options: argparse.Namespace, length: int) -> dict[str, Any]:
         "peft X-LoRA 8x8": (xlora(), batch),
         "peft Poly 8x8": (poly(), tasks),
     }
-    times = interleaved({name: stepper(model, inputs) for name, (model, inputs) in models.items()}, options.rounds)
+    steps = {name: stepper(model, inputs) for name, (model, inputs) in models.items()}
+    times = interleaved(steps, options.rounds, clock=clock)
     ours, rows = times["moa topk 8x8 k=2"], {}
-    print(f"batch {options.batch} x {length}: moa topk / this, of the least and of the median")
+    print(f"batch {options.batch} x {length}, {threads} threads: moa topk / this, of the least and of the median")
     for name, time in times.items():
         trainable = sum(p.numel() for p in models[name][0].parameters() if p.requires_grad)
         least, middle = ours["min_s"] / time["min_s"], ours["median_s"] / time["median_s"]
