@@ -111,7 +111,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     shapes = {
-        f"{options.batch} x {length}, {threads} threads": measure(options, length, threads)
+        f"{options.batch} x {length}, threads {threads}": measure(options, length, threads)
         for threads in options.threads
         for length in options.lengths
     }
@@ -137,12 +137,12 @@ def measure(options: argparse.Namespace, length: int, threads: int) -> dict[str,
     steps = {name: stepper(model, inputs) for name, (model, inputs) in models.items()}
     times = interleaved(steps, options.rounds, clock=clock)
     ours, rows = times["moa topk 8x8 k=2"], {}
-    print(f"batch {options.batch} x {length}, {threads} threads: moa topk / this, of the least and of the median")
-    for name, time in times.items():
+    print(f"batch {options.batch} x {length}, threads {threads}: moa topk / this, of the least and of the median")
+    for name, taken in times.items():
         trainable = sum(p.numel() for p in models[name][0].parameters() if p.requires_grad)
-        least, middle = ours["min_s"] / time["min_s"], ours["median_s"] / time["median_s"]
-        rows[name] = {**time, "trainable": trainable, "moa_over_this": least, "moa_over_this_median": middle}
-        print(f"{name:24s} {time['min_s'] * 1e3:8.1f} ms   {least:5.2f} {middle:5.2f}   {trainable:,}", flush=True)
+        least, middle = ours["min_s"] / taken["min_s"], ours["median_s"] / taken["median_s"]
+        rows[name] = {**taken, "trainable": trainable, "moa_over_this": least, "moa_over_this_median": middle}
+        print(f"{name:24s} {taken['min_s'] * 1e3:8.1f} ms   {least:5.2f} {middle:5.2f}   {trainable:,}", flush=True)
     return rows
 
 
