@@ -49,12 +49,11 @@ class BlockRouting:
             found = branch.bank.shared_hidden(self.banks, x, indices)
             self._source = x
             self._hidden = {id(bank): hidden for bank, hidden in zip(self.banks, found, strict=False)}
-        return self._hidden.get(id(branch.bank))
-
-    def close(self) -> None:
-        """Forget what the layers shared."""
-        self.routing = self._source = None
-        self._hidden = {}
+        # Taken out: a recomputed forward may stop before the block's last layer, and must not keep activations alive.
+        hidden = self._hidden.pop(id(branch.bank), None)
+        if not self._hidden:
+            self._source = None
+        return hidden
 
 
 class FollowRouter(Router):
@@ -144,7 +143,7 @@ class BlockExit(BlockLayer):
             out: Tensor = self.base(x, *args, **kwargs)
             return out
         routing = self.shared.get(self.name)
-        self.shared.close()
+        self.shared.routing = None
         if x.shape[:-1] != routing.weights.shape:
             raise ShapeError(
                 f"{self.name} expected slots {(*routing.weights.shape, 'i')} and got {tuple(x.shape)}: every layer "
