@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="what `moa demo --prepare` filled")
     parser.add_argument("--work", type=Path, default=Path("runs/granularity"), help="finished runs, to go on from")
-    parser.add_argument("--settings", nargs="+", choices=("alike", "opposed"), default=["opposed", "alike"])
+    parser.add_argument("--settings", nargs="+", choices=("alike", "opposed"), default=["opposed"])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--rows", type=int, default=400, help="training rows of each domain")
     parser.add_argument("--epochs", type=int, default=2)
