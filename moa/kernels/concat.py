@@ -15,7 +15,7 @@ from torch import Tensor
 from . import bag
 
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
-_FEW_ROWS = 64
+FEW_ROWS = 64
 
 
 def forward(
@@ -56,9 +56,7 @@ def infer(
     base: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """Return y (T, o) alone, as `forward`: with few rows, as in decoding, it is the number of calls that costs."""
-    if x.shape[0] > _FEW_ROWS:
-        return forward(x, a, b, weights, indices, base, bias)[0]
+    """Return y (T, o) alone, as `forward`, for few rows: there it is the number of calls that costs."""
     if indices is not None:
         weights = weights.new_zeros(x.shape[0], a.shape[0]).scatter_add_(1, indices, weights)
     hidden = F.linear(x, a.flatten(0, 1))
@@ -143,7 +141,7 @@ def slot_gradients(grad: Tensor, x: Tensor | None, factors: Tensor, indices: Ten
 
 def add_base(y: Tensor, x: Tensor, base: Tensor) -> Tensor:
     """Return y (T, o) plus x baseᵀ, in place."""
-    if x.shape[0] <= _FEW_ROWS:
+    if x.shape[0] <= FEW_ROWS:
         return y.add_(F.linear(x, base))
     return y.addmm_(x, base.T)
 
@@ -156,9 +154,10 @@ def slot_rows(indices: Tensor, n_experts: int) -> Tensor:
 
 def scale(values: Tensor, weights: Tensor) -> Tensor:
     """Return values (T, K, r) times weights (T, K) in values' dtype; exactly 0 where a weight is 0."""
-    gate = weights[..., None]
+    gate = weights.unsqueeze(-1)
     # The product is formed in the wider dtype, so that fp32 weights round once.
-    return (values * gate).masked_fill_(gate == 0, 0).to(values.dtype)
+    scaled = (values * gate).masked_fill_(gate == 0, 0)
+    return scaled if scaled.dtype == values.dtype else scaled.to(values.dtype)
 
 
 def spread(values: Tensor, slots: Tensor | None, n_experts: int) -> Tensor:

@@ -121,6 +121,7 @@ def is_emulated(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _CPU_COLUMNS and not has_native_matmul(x.dtype)
 
 
+@functools.cache
 def get_engine(name: str) -> ModuleType:
     """Return the module that implements an engine.
 

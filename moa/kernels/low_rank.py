@@ -126,17 +126,17 @@ def _apply(
                 f"low_rank_mixture: routing rows {tuple(weights.shape[:-1])} do not broadcast against "
                 f"the rows of x {tuple(rows)}."
             ) from error
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    dtype, autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
+    if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if weights.ndim != 2:
         weights = weights.reshape(-1, k)
         indices = None if indices is None else indices.reshape(-1, k)
     # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
-    operands = (flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
+    operands = (flat if flat.dtype == dtype else flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
     leaves = (x, a, b, weights)
-    bare = is_plain(*leaves) and not _differentiated(*leaves)
+    bare = not autocast and is_plain(*leaves) and not _differentiated(*leaves)
     y = ops.infer(*operands) if bare else ops.forward_op(*operands)[0]
     return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
 
@@ -145,7 +145,11 @@ def is_plain(*operands: Tensor) -> bool:
     """Return whether nothing traces or transforms these tensors, so that an op's bookkeeping may be left out."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(value) in (Tensor, Parameter) for value in operands)
+    # Loops instead of generators: this is on the way of every decoded token.
+    for value in operands:  # noqa: SIM110
+        if type(value) is not Tensor and type(value) is not Parameter:
+            return False
+    return True
 
 
 def _differentiated(*operands: Tensor) -> bool:
@@ -172,6 +176,9 @@ def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | N
             f"low_rank_mixture: indices {indices.dtype} {tuple(indices.shape)} must be int64 and have the "
             f"shape of weights {tuple(weights.shape)}."
         )
+    device = x.device
+    if a.device == b.device == weights.device == device and (indices is None or indices.device == device):
+        return
     for name, value in (("a", a), ("b", b), ("weights", weights), ("indices", indices)):
-        if value is not None and value.device != x.device:
+        if value is not None and value.device != device:
             raise ShapeError(f"low_rank_mixture: x is on {x.device} but {name} on {value.device}; move one of them.")

@@ -54,14 +54,17 @@ def infer(
     bias: Tensor | None,
     engine: str,
 ) -> Tensor:
-    """Return y of `forward_op` without its bookkeeping: for plain tensors of which none needs a gradient."""
-    check_indices(x, a, indices)
-    with exact_dtypes(x):
-        used, emulated = pick(engine, x, a, b, weights)
-        if used is not concat or emulated:
-            return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
+    """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
+    used, emulated = pick(engine, x, a, b, weights)
+    if used is concat and not emulated and x.shape[0] <= concat.FEW_ROWS:
         down, up, base, bias = _cast(x.dtype, a, b, base, bias)
-        return concat.infer(x, down, up, weights, indices, base, bias)
+        try:
+            return concat.infer(x, down, up, weights, indices, base, bias)
+        except RuntimeError:  # its scatter looks at every index anyway: it is named only where one is wrong
+            check_indices(x, a, indices)
+            raise
+    check_indices(x, a, indices)
+    return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
 
 
 def run_forward(
