@@ -19,7 +19,7 @@ from ..errors import ShapeError
 from . import concat
 from .dispatch import PLAIN, choose_engine, get_engine, is_emulated
 
-# From this many rows on, casting a whole base weight to fp32 costs less than an emulated product.
+# From this many rows on, casting whole weights to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
 # Up to this many indices Python finds the least and the greatest sooner than a tensor op starts.
 _FEW_INDICES = 128
@@ -56,7 +56,7 @@ def infer(
 ) -> Tensor:
     """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
     used, emulated = pick(engine, x, a, b, weights)
-    if used is concat and not emulated and x.shape[0] <= concat.FEW_ROWS:
+    if used is concat and x.shape[0] <= (_CAST_PAYS - 1 if emulated else concat.FEW_ROWS):
         down, up, base, bias = _cast(x.dtype, a, b, base, bias)
         try:
             return concat.infer(x, down, up, weights, indices, base, bias)
