@@ -93,6 +93,7 @@ def backward(
         if need_weights:
             assert hidden is not None
             grad_weights = slot_dot(grad_slots, hidden, weights)
+    if need_x or need_a:
         grad_hidden = scale(grad_slots, weights)
         bagged = indices is not None and bag.pays(grad_hidden, n_experts)
         grad_full = spread(grad_hidden, slots, n_experts) if need_a or not bagged else None

@@ -56,7 +56,8 @@ def infer(
 ) -> Tensor:
     """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
     used, emulated = pick(engine, x, a, b, weights)
-    if used is concat and x.shape[0] <= (_CAST_PAYS - 1 if emulated else concat.FEW_ROWS):
+    few = x.shape[0] <= (_CAST_PAYS - 1 if emulated else concat.FEW_ROWS)
+    if used is concat and few and x.device.type == "cpu":
         down, up, base, bias = _cast(x.dtype, a, b, base, bias)
         try:
             return concat.infer(x, down, up, weights, indices, base, bias)
