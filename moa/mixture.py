@@ -97,8 +97,11 @@ class Mixture(nn.Module):
         gated = None if gate is None else branch.bank.add_gated(x, gate, branch.router.k, weight, bias)
         if gated is None:
             return branch.bank.add_linear(x, self.route(branch, x), weight, bias)
-        y, routing = gated
-        self._record(routing, x, branch.router)
+        y, logits, weights, indices = gated
+        # With gradients always: a recomputed forward, which no trace sees, must keep what the first one kept.
+        if self.context.trace is not None or torch.is_grad_enabled():
+            routing = Routing(weights, indices, branch.bank.n_experts, logits, logits.softmax(-1))
+            self._record(routing, x, branch.router)
         return y
 
     def check_differentiable(self, x: Tensor, y0: Tensor) -> None:

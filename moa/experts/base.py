@@ -154,8 +154,10 @@ class ExpertBank(nn.Module):
 
     def add_gated(
         self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Routing] | None:
-        """Return `add_linear` together with the routing, of a softmax over the k largest of x gate^T, or None.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return `add_linear` together with its routing, of a softmax over the k largest of x gate^T, or None.
+
+        (*rows, o), and of the routing logits (*rows, E), weights and indices (*rows, K).
 
         None where the family, or this call, has no way to form both at once.
 

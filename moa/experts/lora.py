@@ -69,16 +69,13 @@ class LoRABank(ExpertBank):
 
     def add_gated(
         self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Routing] | None:
-        """Return base and mixture (*rows, o) and the routing, as one node of the graph, in eager training."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.dropout):
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return base and mixture (*rows, o), logits, weights and indices, as one node of the graph, in eager code."""
+        if torch.compiler.is_compiling() or (self.training and self.dropout):
             return None
         if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, self.down, self.up):
             return None
-        y, logits, weights, indices = gated_linear(
-            x, weight, bias, gate, self.down, self.up, k, self.scaling, engine=self.engine
-        )
-        return y, Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
+        return gated_linear(x, weight, bias, gate, self.down, self.up, k, self.scaling, engine=self.engine)
 
     def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""

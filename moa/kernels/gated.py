@@ -34,7 +34,7 @@ def gated_linear(
     """Return a frozen linear plus the experts that a softmax over the k largest logits of x gateᵀ chooses and weighs.
 
     y[t] = x[t] Wᵀ + bias + s · Σ_j w[t, j] · (x[t] a[e]ᵀ) b[e], e = indices[t, j]: what `mixture_linear` gives with
-    that routing, in value and gradients. For eager training: where a graph is traced, compose the two.
+    that routing, in value and gradients. For eager code: where a graph is traced, compose the two.
 
     Args:
         x: (*rows, i), in the compute dtype.
@@ -53,8 +53,28 @@ def gated_linear(
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
+    if not torch.is_grad_enabled():  # no node is needed, and in decoding its bookkeeping is what costs
+        rows = x.reshape(-1, x.shape[-1])
+        logits, weights, indices = _choose(rows, gate, k)
+        y = ops.infer(rows, a, b, weights if scaling == 1 else weights * scaling, indices, weight, bias, engine or "")
+        return _unflatten(x, y, logits, weights, indices)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(x, gate, a, b, weight, bias, k, scaling, engine)
     return found
+
+
+def _choose(rows: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (T, E), and weights and indices (T, K) of the k largest, of rows (T, i)."""
+    wide = torch.promote_types(rows.dtype, torch.float32)  # near-ties must not flip with the activation dtype
+    logits = F.linear(rows.to(wide), gate.to(wide))
+    kept, indices = logits.topk(k, -1)
+    return logits, kept.softmax(-1), indices
+
+
+def _unflatten(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the values (T, f) with the leading axes of x (*rows, i)."""
+    if x.ndim == 2:
+        return values  # type: ignore[return-value]
+    return tuple(value.view(*x.shape[:-1], value.shape[-1]) for value in values)  # type: ignore[return-value]
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -78,10 +98,7 @@ class _GatedLinear(torch.autograd.Function):
         if name == "triton_concat" and n_rows > _FEW_ROWS:
             y, logits, weights, indices, hidden = _together(rows, gate, a, b, k, scaling, base, bias)
         else:
-            wide = torch.promote_types(x.dtype, torch.float32)  # near-ties must not flip with the activation dtype
-            logits = F.linear(rows.to(wide), gate.to(wide))
-            kept, indices = logits.topk(k, -1)
-            weights = kept.softmax(-1)
+            logits, weights, indices = _choose(rows, gate, k)
             y, hidden = ops.run_forward(rows, a, b, weights * scaling, indices, base, bias, used, emulated)
         needs = ctx.needs_input_grad[:4]
         # As in the op: x is for the gradients of a and the gate, the base for that of x.
@@ -91,7 +108,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.shape, ctx.scaling, ctx.engine = x.shape, scaling, (used, emulated)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return tuple(value.view(*x.shape[:-1], value.shape[-1]) for value in (y, logits, weights, indices))  # type: ignore[return-value]
+        return _unflatten(x, y, logits, weights, indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

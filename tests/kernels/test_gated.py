@@ -186,3 +186,17 @@ def test_who_decides_otherwise_is_asked():
     for options in ({"noisy": True}, {"bias_rate": 0.1}, {"score": "sigmoid"}, {"renormalize": False}):
         assert LinearRouter(6, 4, 2, **options).gate() is None
     assert LinearRouter(6, 4, 4).gate() is None
+
+
+@pytest.mark.parametrize("rows", [(9,), (2, 3), (0,), (1,), (70,)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_without_gradients_it_gives_the_same(rows, dtype):
+    x, gate, a, b, weight, bias = operands(rows, dtype)
+    expected = gated_linear(x.clone().requires_grad_(), weight, bias, gate, a, b, 2, 1.5)
+    with torch.no_grad():
+        got = gated_linear(x, weight, bias, gate, a, b, 2, 1.5)
+    assert torch.equal(got[3], expected[3])
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(got[:3], expected[:3], strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype and not one.requires_grad
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
