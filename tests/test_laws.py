@@ -270,7 +270,8 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, variant: str, kind
 @recipes
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_checkpointing_gives_the_same_gradients(name: str, variant: str, reentrant: bool) -> None:
-    model, batch = build_llama(name, variant), batch_for(name)
+    """In fp64: a reentrant checkpoint's first pass has no gradients, and its sums may run in another order."""
+    model, batch = build_llama(name, variant).double(), batch_for(name)
     plain = step_gradients(model, batch)
     own_losses = any(b.router.stochastic or b.router.loss_weights for _, b in model.branches())
     if reentrant and own_losses:
@@ -284,7 +285,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, variant: str, reentra
     first_pass = model.preview is not None
     assert len(calls) == 2 * model.samples + first_pass, "nothing was recomputed"
     for parameter_name, grad in plain.items():
-        assert_close(checkpointed[parameter_name], grad, 1e-5, parameter_name)
+        assert_close(checkpointed[parameter_name], grad, 1e-9, parameter_name)
 
 
 @recipes
