@@ -294,6 +294,19 @@ def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool) -> No
         assert_close(other, definition, 1e-8, what=f"fused result {number}")  # a difference of larger numbers
 
 
+def bank_gated_is_apart(bank: ExpertBank, x: Tensor, k: int) -> None:
+    """A gate and its mixture in one call, with gradients and without, equal the routing and then `add_linear`."""
+    weight, gate = (torch.randn(size, bank.d_in, dtype=x.dtype) for size in (bank.d_out, bank.n_experts))
+    bias = torch.randn(bank.d_out, dtype=x.dtype)
+    kept, indices = (x @ gate.T).topk(k, -1)
+    expected = bank.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
+    for graded in (True, False):
+        with torch.set_grad_enabled(graded):
+            found = bank.add_gated(x, gate, k, weight, bias)
+        if found is not None:
+            assert_close(found[0], expected, what=f"with gradients {graded}")
+
+
 def bank_starts_as_declared(bank: ExpertBank, x: Tensor) -> None:
     """A fresh bank is exactly zero where it says so, its experts differ, and drawing anew draws anew."""
     bank.reset_parameters()

@@ -83,6 +83,13 @@ def test_bank_fast_equals_generic_with_all_gradients(
 
 
 @banks
+def test_bank_gated_is_its_parts(name: str, variant: str) -> None:
+    bank = laws.make_bank(name, variant, 5, 7, 4, 3)
+    for rows in ((2, 3), (1,), (70,)):
+        laws.bank_gated_is_apart(bank, torch.randn(*rows, 5, dtype=torch.float64), 2)
+
+
+@banks
 @pytest.mark.parametrize("n_experts", [1, 4])
 def test_bank_starts_as_declared(name: str, variant: str, n_experts: int) -> None:
     bank = laws.make_bank(name, variant, 5, 7, n_experts, 3)
@@ -444,7 +451,7 @@ def test_the_bank_laws_fail_on_wrong_banks() -> None:
     """Each law is broken on purpose once: a law that cannot fail proves nothing."""
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     make = functools.partial(laws.make_bank, "lora", "default", 5, 7, 4, 3)
-    original = BANKS["lora"].forward
+    original, original_gated = BANKS["lora"].forward, BANKS["lora"].add_gated
 
     def broken(change: Any) -> Any:
         bank = make()
@@ -457,6 +464,9 @@ def test_the_bank_laws_fail_on_wrong_banks() -> None:
     scaled = weights(lambda w: 1.001 * w)
     fails(laws.bank_selects, scaled, x)
     fails(laws.bank_fast_is_generic, scaled, x, 2, False)
+    gated = make()
+    gated.add_gated = lambda *args: [1.001 * original_gated(make(), *args)[0]]
+    fails(laws.bank_gated_is_apart, gated, x, 2)
     fails(laws.bank_is_linear, weights(lambda w: w.abs()), x)
     slots = weights(lambda w: w * torch.arange(1, w.shape[-1] + 1))
     fails(laws.bank_ignores_slot_order, slots, x, 3)

@@ -53,14 +53,27 @@ class AffineLoRABank(LoRABank):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i)."""
-        y = super().forward(x, routing)
-        return y + routing.dense().to(y.dtype) @ self.shifts().to(y.dtype)
+        return self._shifted(super().forward(x, routing), routing)
 
     def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b + Σ_e w_e E_e(x), (*rows, o)."""
         y = super().add_linear(x, routing, weight, bias)
         if self.training and self.dropout:  # the base class went through forward
             return y
+        return self._shifted(y, routing)
+
+    def add_gated(
+        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return base and mixture (*rows, o), logits, weights and indices, or None."""
+        found = super().add_gated(x, gate, k, weight, bias)
+        if found is None:
+            return None
+        y, logits, weights, indices = found
+        return self._shifted(y, Routing(weights, indices, self.n_experts)), logits, weights, indices
+
+    def _shifted(self, y: Tensor, routing: Routing) -> Tensor:
+        """Return y (*rows, o) with the experts' constants, weighted by the routing."""
         return y + routing.dense().to(y.dtype) @ self.shifts().to(y.dtype)
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:

@@ -15,9 +15,6 @@ from torch import Tensor
 from . import ops
 from .dispatch import choose_engine
 
-# Up to so many rows, few launches that fill the device are faster than one pass: see `triton_decode.py`.
-_FEW_ROWS = 64
-
 
 def gated_linear(
     x: Tensor,
@@ -94,8 +91,8 @@ class _GatedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         (n_rows, d_in), (n_experts, rank, d_out) = rows.shape, b.shape
         name = engine or choose_engine(n_rows, d_in, d_out, n_experts, rank, k, rows.dtype, rows.device)
-        used, emulated = ops.pick(name, rows, a, b, gate)
-        if name == "triton_concat" and n_rows > _FEW_ROWS:
+        used, emulated = ops.pick(name, rows, a, b, k)
+        if name == "triton_concat" and n_rows > used.decode.MAX_ROWS:  # few rows have launches of their own
             y, logits, weights, indices, hidden = _together(rows, gate, a, b, k, scaling, base, bias)
         else:
             logits, weights, indices = _choose(rows, gate, k)

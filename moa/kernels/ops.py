@@ -41,7 +41,7 @@ def forward_op(
     """Return y (T, o) and the chosen slots' hidden values (T, K, r): see `low_rank_mixture`, `mixture_linear`."""
     check_indices(x, a, indices)
     with exact_dtypes(x):
-        return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights))
+        return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights.shape[-1]))
 
 
 def infer(
@@ -55,7 +55,7 @@ def infer(
     engine: str,
 ) -> Tensor:
     """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
-    used, emulated = pick(engine, x, a, b, weights)
+    used, emulated = pick(engine, x, a, b, weights.shape[-1])
     few = x.shape[0] <= (_CAST_PAYS - 1 if emulated else concat.FEW_ROWS)
     if used is concat and few and x.device.type == "cpu":
         down, up, base, bias = _cast(x.dtype, a, b, base, bias)
@@ -110,7 +110,7 @@ def backward_op(
 ) -> list[Tensor]:
     """Return the gradients of x, a, b, weights that `needs` names, from grad (T, o) and what forward kept."""
     with exact_dtypes(grad):
-        used = pick(engine, grad, a, b, weights)
+        used = pick(engine, grad, a, b, weights.shape[-1])
         return run_backward(grad, x, a, b, weights, indices, hidden, base, needs, *used)
 
 
@@ -151,7 +151,7 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
     return [shape for shape, need in zip(shapes, needs, strict=True) if need]
 
 
-def pick(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[ModuleType, bool]:
+def pick(name: str, x: Tensor, a: Tensor, b: Tensor, k: int) -> tuple[ModuleType, bool]:
     """Return the engine that was named, or the one that the sizes choose, and whether it runs in fp32 instead.
 
     A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there such products run in fp32,
@@ -159,7 +159,7 @@ def pick(name: str, x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> tuple[M
     """
     n_experts, rank, d_in = a.shape
     if not name:
-        name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, weights.shape[-1], x.dtype, x.device)
+        name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, k, x.dtype, x.device)
     return get_engine(name), name in PLAIN and is_emulated(x)
 
 
