@@ -34,7 +34,7 @@ def gated_linear(
     that routing, in value and gradients. For eager code: where a graph is traced, compose the two.
 
     Args:
-        x: (*rows, i), in the compute dtype.
+        x: (*rows, i), in the compute dtype: autocast is not looked at.
         weight: (o, i) frozen, no gradient is formed.
         bias: (o,) frozen, or None.
         gate: (E, i) rows of the router.
@@ -50,13 +50,17 @@ def gated_linear(
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
-    if not torch.is_grad_enabled():  # no node is needed, and in decoding its bookkeeping is what costs
+    with ops.exact_dtypes(x):
+        if torch.is_grad_enabled():
+            found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(
+                x, gate, a, b, weight, bias, k, scaling, engine
+            )
+            return found
+        # No node is needed, and in decoding its bookkeeping is what costs.
         rows = x.reshape(-1, x.shape[-1])
         logits, weights, indices = _choose(rows, gate, k)
         y = ops.infer(rows, a, b, weights if scaling == 1 else weights * scaling, indices, weight, bias, engine or "")
         return _unflatten(x, y, logits, weights, indices)
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(x, gate, a, b, weight, bias, k, scaling, engine)
-    return found
 
 
 def _choose(rows: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -200,3 +200,14 @@ def test_without_gradients_it_gives_the_same(rows, dtype):
     for one, other in zip(got[:3], expected[:3], strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype and not one.requires_grad
         torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_autocast_is_not_looked_at(graded):
+    x, gate, a, b, weight, bias = operands(dtype=torch.float32)
+    with torch.set_grad_enabled(graded):
+        expected = gated_linear(x, weight, bias, gate, a, b, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = gated_linear(x, weight, bias, gate, a, b, 2)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
