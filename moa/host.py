@@ -30,6 +30,7 @@ class Host(nn.Module):
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
         streams: in which the base runs, for recipes that have several; None for one.
+        samples: M, forwards per training step, the most that any recipe asks for.
     """
 
     base: nn.Module
@@ -38,7 +39,9 @@ class Host(nn.Module):
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
     streams: Streams | None
+    samples: int = 1
     _preview: Preview | None = None
+    _needs_preview: bool = False
     _folded: bool = False
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
@@ -76,6 +79,10 @@ class Host(nn.Module):
                 raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
             self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
         self.recipes.append((recipe, names))
+        # Every forward asks for these, and finding the routers costs milliseconds.
+        routers = [branch.router for _, branch in self.branches()]
+        self.samples = max(1, *(router.samples for router in routers))
+        self._needs_preview = any(router.needs_preview for router in routers)
         return names
 
     def mixtures(self) -> dict[str, Mixture]:
@@ -101,16 +108,11 @@ class Host(nn.Module):
     @property
     def preview(self) -> Preview | None:
         """What runs the base alone first, (B, S, d), where a router looks at that."""
-        if not any(branch.router.needs_preview for _, branch in self.branches()):
+        if not self._needs_preview:
             return None
         if self._preview is None:
             self._preview = Preview(self.base, self.context)
         return self._preview
-
-    @property
-    def samples(self) -> int:
-        """M: forwards per training step, the most that any recipe asks for."""
-        return max([1, *(branch.router.samples for _, branch in self.branches())])
 
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""

@@ -76,16 +76,18 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""
-        branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
-        plain = plain_weight(self.base)
-        if self.context.enabled and plain is not None and [b.tap for b in branches] == ["input"]:
-            return self._add_linear(branches[0], x, *plain)
-        base_out: Tensor = self.base(x, *args, **kwargs)
-        if not self.context.enabled:
+        base, enabled = self.base, self.context.enabled
+        plain = plain_weight(base) if enabled else None
+        if plain is not None:
+            branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
+            if len(branches) == 1 and branches[0].tap == "input":
+                return self._add_linear(branches[0], x, *plain)
+        base_out: Tensor = base(x, *args, **kwargs)
+        if not enabled:
             return base_out
         if not isinstance(base_out, Tensor):
             raise ShapeError(
-                f"{self.name}: a {type(self.base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
+                f"{self.name}: a {type(base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
                 "tensor (*rows, o). Choose the linear layers inside it as targets."
             )
         self.check_differentiable(x, base_out)
@@ -93,15 +95,16 @@ class Mixture(nn.Module):
 
     def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
-        gate = None if self.context.pinned is not None else branch.router.gate()
-        gated = None if gate is None else branch.bank.add_gated(x, gate, branch.router.k, weight, bias)
+        router, bank = branch.router, branch.bank
+        gate = None if self.context.pinned is not None else router.gate()
+        gated = None if gate is None else bank.add_gated(x, gate, router.k, weight, bias)
         if gated is None:
-            return branch.bank.add_linear(x, self.route(branch, x), weight, bias)
+            return bank.add_linear(x, self.route(branch, x), weight, bias)
         y, logits, weights, indices = gated
         # With gradients always: a recomputed forward, which no trace sees, must keep what the first one kept.
         if self.context.trace is not None or torch.is_grad_enabled():
-            routing = Routing(weights, indices, branch.bank.n_experts, logits, logits.softmax(-1))
-            self._record(routing, x, branch.router)
+            routing = Routing(weights, indices, bank.n_experts, logits, logits.softmax(-1))
+            self._record(routing, x, router)
         return y
 
     def check_differentiable(self, x: Tensor, y0: Tensor) -> None:

@@ -73,9 +73,10 @@ class LoRABank(ExpertBank):
         """Return base and mixture (*rows, o), logits, weights and indices, as one node of the graph, in eager code."""
         if torch.compiler.is_compiling() or (self.training and self.dropout):
             return None
-        if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, self.down, self.up):
+        down, up = self.down, self.up
+        if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, down, up):
             return None
-        return gated_linear(x, weight, bias, gate, self.down, self.up, k, self.scaling, engine=self.engine)
+        return gated_linear(x, weight, bias, gate, down, up, k, self.scaling, engine=self.engine)
 
     def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""

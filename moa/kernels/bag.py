@@ -15,24 +15,21 @@ _MOST_ROWS = 32
 _LEAST_EXPERTS = 3
 
 
-def pays(values: Tensor, n_experts: int) -> bool:
-    """Return whether `expand` is the fastest way for values (T, K, r) here: fp32 on a CPU, thin and sparse."""
-    _, k, rank = values.shape
+def pays(values: Tensor, n_columns: int) -> bool:
+    """Return whether `expand` is the fastest way up here, for values (T, K·r) of E·r columns: on a CPU, fp32, thin and
+    sparse."""
     fits = values.dtype == torch.float32 and values.device.type == "cpu"
-    return fits and k * rank <= _MOST_ROWS and n_experts >= _LEAST_EXPERTS * k
+    return fits and values.shape[1] <= _MOST_ROWS and n_columns >= _LEAST_EXPERTS * values.shape[1]
 
 
-def expand(values: Tensor, indices: Tensor, factors: Tensor) -> Tensor:
-    """Return Σ_j values[t, j] factors[e_j], (T, d), new.
+def expand(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Return Σ_j values[t, j] rows[columns[t, j]], (T, d), new.
 
     Args:
-        values: (T, K, r).
-        indices: (T, K) int64 expert of each slot; repeated ones add.
-        factors: (E, r, d).
+        values: (T, K·r).
+        columns: (T, K·r) int64, as `concat.slot_columns`; repeated ones add.
+        rows: (E·r, d).
     """
-    n_rows, k, rank = values.shape
-    chosen = (indices * rank).unsqueeze(-1) + torch.arange(rank, device=indices.device)
-    starts = torch.arange(0, n_rows * k * rank, k * rank, device=indices.device)
-    rows = factors.flatten(0, 1)
-    total: Tensor = torch.embedding_bag(rows, chosen.view(-1), starts, False, 0, False, values.reshape(-1))[0]
+    starts = torch.arange(0, values.numel(), values.shape[1], device=values.device)
+    total: Tensor = torch.embedding_bag(rows, columns.view(-1), starts, False, 0, False, values.view(-1))[0]
     return total

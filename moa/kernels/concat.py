@@ -8,11 +8,14 @@ gradients that are asked for. Rows are flat here; weights and indices have one r
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import bag
+from .dtypes import cast, wide
 
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
 FEW_ROWS = 64
@@ -28,21 +31,16 @@ def forward(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
-    n_experts, rank, _ = a.shape
     full = x @ a.flatten(0, 1).T  # (T, E·r)
-    slots = None
-    if indices is None:
-        hidden = full.view(-1, n_experts, rank)
-    else:
-        slots = slot_rows(indices, n_experts)
-        hidden = full.view(-1, rank).index_select(0, slots).view(*indices.shape, rank)
-    mixed = scale(hidden, weights)
-    if indices is not None and bag.pays(hidden, n_experts):
-        y = bag.expand(mixed, indices, b)
+    columns = None if indices is None else slot_columns(indices, a)
+    hidden = (full if columns is None else full.gather(1, columns)).view(*weights.shape, a.shape[1])
+    mixed, up = scale(hidden, weights).flatten(1), b.flatten(0, 1)
+    if columns is not None and bag.pays(mixed, full.shape[1]):
+        y = bag.expand(mixed, columns, up)
         if bias is not None:
             y += bias
     else:
-        up, mixed = b.flatten(0, 1), spread(mixed, slots, n_experts)
+        mixed = mixed if columns is None else spread(mixed, columns, full.shape[1])
         y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
     return (y if base is None else add_base(y, x, base)), hidden
 
@@ -57,14 +55,15 @@ def infer(
     bias: Tensor | None,
 ) -> Tensor:
     """Return y (T, o) alone, as `forward`, for few rows: there it is the number of calls that costs."""
+    n_experts, rank, d_in = a.shape
     if indices is not None:
-        weights = weights.new_zeros(x.shape[0], a.shape[0]).scatter_add_(1, indices, weights)
-    hidden = F.linear(x, a.flatten(0, 1))
-    mixed = scale(hidden.view(-1, *a.shape[:2]), weights).view(hidden.shape)
-    up = b.flatten(0, 1)
+        weights = weights.new_zeros(len(x), n_experts).scatter_add_(1, indices, weights)
+    hidden = F.linear(x, a.view(-1, d_in))
+    scale(hidden.view(-1, n_experts, rank), weights, onto_itself=True)
+    y = hidden @ b.view(-1, b.shape[2])
     if base is not None:
-        return F.linear(x, base, bias).addmm_(mixed, up)
-    return mixed @ up if bias is None else torch.addmm(bias, mixed, up)
+        return F.linear(x, base, bias).add_(y)
+    return y if bias is None else y.add_(bias)
 
 
 def backward(
@@ -79,41 +78,24 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Return the gradients of x, a, b, weights that `needs` names, in this order."""
-    n_experts, rank, _ = a.shape
     need_x, need_a, need_b, need_weights = needs
-    slots = None if indices is None else slot_rows(indices, n_experts)
+    columns = None if indices is None else slot_columns(indices, a)
     found: list[Tensor] = []
     grad_weights = None
     if need_x or need_a or need_weights:
         full = grad @ b.flatten(0, 1).T  # (T, E·r)
-        if slots is None:
-            grad_slots = full.view(-1, n_experts, rank)
-        else:
-            grad_slots = full.view(-1, rank).index_select(0, slots).view(*weights.shape, rank)
+        grad_slots = (full if columns is None else full.gather(1, columns)).view(*weights.shape, a.shape[1])
         if need_weights:
             assert hidden is not None
             grad_weights = slot_dot(grad_slots, hidden, weights)
     if need_x or need_a:
-        grad_hidden = scale(grad_slots, weights)
-        bagged = indices is not None and bag.pays(grad_hidden, n_experts)
-        grad_full = spread(grad_hidden, slots, n_experts) if need_a or not bagged else None
-        if need_x:
-            if bagged:
-                assert indices is not None
-                grad_x = bag.expand(grad_hidden, indices, a)
-            else:
-                assert grad_full is not None
-                grad_x = grad_full @ a.flatten(0, 1)
-            if base is not None:
-                grad_x.addmm_(grad, base)
-            found.append(grad_x)
-        if need_a:
-            assert grad_full is not None and x is not None
-            found.append((grad_full.T @ x).view_as(a))
+        grads = _gradients(scale(grad_slots, weights), x, a, columns, [need_x, need_a])
+        if need_x and base is not None:
+            grads[0].addmm_(grad, base)
+        found.extend(grads)
     if need_b:
         assert hidden is not None
-        mixed = spread(scale(hidden, weights), slots, n_experts)
-        found.append((mixed.T @ grad).view_as(b))
+        found.extend(_gradients(scale(hidden, weights), grad, b, columns, [False, True]))
     if grad_weights is not None:
         found.append(grad_weights)
     return found
@@ -121,21 +103,28 @@ def backward(
 
 def slot_products(x: Tensor, factors: Tensor, indices: Tensor) -> Tensor:
     """Return x[t] factors[e]ᵀ of each slot, (T, K, p), as `sorted_rows.slot_products`."""
-    n_experts, width, _ = factors.shape
     full = x @ factors.flatten(0, 1).T
-    return full.view(-1, width).index_select(0, slot_rows(indices, n_experts)).view(*indices.shape, width)
+    return full.gather(1, slot_columns(indices, factors)).view(*indices.shape, factors.shape[1])
 
 
 def slot_gradients(grad: Tensor, x: Tensor | None, factors: Tensor, indices: Tensor, needs: list[bool]) -> list[Tensor]:
     """Return the gradients of x and factors that `needs` names, as `sorted_rows.slot_gradients`."""
-    n_experts = factors.shape[0]
-    bagged = bag.pays(grad, n_experts)
-    full = None if bagged and not needs[1] else spread(grad, slot_rows(indices, n_experts), n_experts)
+    return _gradients(grad, x, factors, slot_columns(indices, factors), needs)
+
+
+def _gradients(
+    grad: Tensor, x: Tensor | None, factors: Tensor, columns: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """Return the gradients of x (T, d) and factors (E, r, d) that `needs` names, from grad (T, K, r) at the columns."""
+    rows, values = factors.flatten(0, 1), grad.flatten(1)
+    if columns is not None and not needs[1] and bag.pays(values, len(rows)):
+        return [bag.expand(values, columns, rows)]
+    full = values if columns is None else spread(values, columns, len(rows))
     found: list[Tensor] = []
     if needs[0]:
-        found.append(bag.expand(grad, indices, factors) if full is None or bagged else full @ factors.flatten(0, 1))
+        found.append(full @ rows)
     if needs[1]:
-        assert x is not None and full is not None
+        assert x is not None
         found.append((full.T @ x).view_as(factors))
     return found
 
@@ -147,31 +136,30 @@ def add_base(y: Tensor, x: Tensor, base: Tensor) -> Tensor:
     return y.addmm_(x, base.T)
 
 
-def slot_rows(indices: Tensor, n_experts: int) -> Tensor:
-    """Return where each slot lies (T·K,) in a (T·E)-row view of the full hidden values."""
-    first = torch.arange(0, indices.shape[0] * n_experts, n_experts, device=indices.device)
-    return (first[:, None] + indices).flatten()
+def slot_columns(indices: Tensor, factors: Tensor) -> Tensor:
+    """Return where the r values of each slot (T, K) lie among those of all experts: columns (T, K·r) of E·r."""
+    n_experts, rank, _ = factors.shape
+    columns = torch.arange(n_experts * rank, device=indices.device).view(n_experts, rank)
+    return torch.embedding(columns, indices).flatten(1)
 
 
-def scale(values: Tensor, weights: Tensor) -> Tensor:
-    """Return values (T, K, r) times weights (T, K) in values' dtype; exactly 0 where a weight is 0."""
+def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
+    """Return values (T, K, r) times weights (T, K) in values' dtype, new or in place; exactly 0 where a weight is 0."""
     gate = weights.unsqueeze(-1)
     # The product is formed in the wider dtype, so that fp32 weights round once.
-    scaled = (values * gate).masked_fill_(gate == 0, 0)
-    return scaled if scaled.dtype == values.dtype else scaled.to(values.dtype)
+    scaled = values.mul_(gate) if onto_itself else values * gate
+    # 0 · inf is NaN. Masking costs several times the product: a CPU looks first, a GPU would have to wait for it.
+    if scaled.device.type != "cpu" or math.isnan(scaled.sum()):
+        scaled.masked_fill_(gate == 0, 0)
+    return cast(scaled, values.dtype)
 
 
-def spread(values: Tensor, slots: Tensor | None, n_experts: int) -> Tensor:
-    """Return values (T, K, r) laid out over all experts (T, E·r), 0 elsewhere; repeated experts add."""
-    rank = values.shape[-1]
-    if slots is None:
-        return values.reshape(-1, n_experts * rank)
-    out = values.new_zeros(values.shape[0] * n_experts, rank)
-    out.index_put_((slots,), values.reshape(-1, rank), accumulate=True)
-    return out.view(-1, n_experts * rank)
+def spread(values: Tensor, columns: Tensor, n_columns: int) -> Tensor:
+    """Return values (T, K·r) at their columns of (T, E·r), 0 elsewhere; repeated experts add."""
+    return values.new_zeros(len(values), n_columns).scatter_add_(1, columns, values)
 
 
 def slot_dot(grad_slots: Tensor, hidden: Tensor, weights: Tensor) -> Tensor:
     """Return ∂/∂weights (T, K): the rank-sized dot product of each slot, summed in fp32 or wider."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return (grad_slots.to(wide) * hidden.to(wide)).sum(-1).to(weights.dtype)
+    dtype = wide(hidden.dtype)
+    return cast((cast(grad_slots, dtype) * cast(hidden, dtype)).sum(-1), weights.dtype)

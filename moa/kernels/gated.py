@@ -14,6 +14,9 @@ from torch import Tensor
 
 from . import ops
 from .dispatch import choose_engine
+from .dtypes import cast, exact_dtypes, wide
+
+_FEW_ROWS = 8
 
 
 def gated_linear(
@@ -50,32 +53,44 @@ def gated_linear(
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
-    with ops.exact_dtypes(x):
+    with exact_dtypes(x):
         if torch.is_grad_enabled():
             found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(
                 x, gate, a, b, weight, bias, k, scaling, engine
             )
             return found
         # No node is needed, and in decoding its bookkeeping is what costs.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _flat(x)
         logits, weights, indices = _choose(rows, gate, k)
-        y = ops.infer(rows, a, b, weights if scaling == 1 else weights * scaling, indices, weight, bias, engine or "")
+        y = ops.infer(rows, a, b, _scaled(weights, scaling), indices, weight, bias, engine or "")
         return _unflatten(x, y, logits, weights, indices)
 
 
 def _choose(rows: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (T, E), and weights and indices (T, K) of the k largest, of rows (T, i)."""
-    wide = torch.promote_types(rows.dtype, torch.float32)  # near-ties must not flip with the activation dtype
-    logits = F.linear(rows.to(wide), gate.to(wide))
+    dtype = wide(rows.dtype)  # near-ties must not flip with the activation dtype
+    rows, gate = cast(rows, dtype), cast(gate, dtype)
+    # For many rows a CPU takes two thirds of the time in this order.
+    logits = F.linear(rows, gate) if len(rows) <= _FEW_ROWS else (gate @ rows.T).T
     kept, indices = logits.topk(k, -1)
     return logits, kept.softmax(-1), indices
+
+
+def _flat(values: Tensor) -> Tensor:
+    """Return values (*rows, f) as (T, f)."""
+    return values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
 
 
 def _unflatten(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the values (T, f) with the leading axes of x (*rows, i)."""
     if x.ndim == 2:
         return values  # type: ignore[return-value]
-    return tuple(value.view(*x.shape[:-1], value.shape[-1]) for value in values)  # type: ignore[return-value]
+    rows = x.shape[:-1]
+    return tuple(value.view(*rows, value.shape[1]) for value in values)  # type: ignore[return-value]
+
+
+def _scaled(weights: Tensor, scaling: float) -> Tensor:
+    return weights if scaling == 1 else weights * scaling
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -92,7 +107,7 @@ class _GatedLinear(torch.autograd.Function):
         scaling: float,
         engine: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _flat(x)
         (n_rows, d_in), (n_experts, rank, d_out) = rows.shape, b.shape
         name = engine or choose_engine(n_rows, d_in, d_out, n_experts, rank, k, rows.dtype, rows.device)
         used, emulated = ops.pick(name, rows, a, b, k)
@@ -100,7 +115,7 @@ class _GatedLinear(torch.autograd.Function):
             y, logits, weights, indices, hidden = _together(rows, gate, a, b, k, scaling, base, bias)
         else:
             logits, weights, indices = _choose(rows, gate, k)
-            y, hidden = ops.run_forward(rows, a, b, weights * scaling, indices, base, bias, used, emulated)
+            y, hidden = ops.run_forward(rows, a, b, _scaled(weights, scaling), indices, base, bias, used, emulated)
         needs = ctx.needs_input_grad[:4]
         # As in the op: x is for the gradients of a and the gate, the base for that of x.
         ctx.save_for_backward(
@@ -121,28 +136,33 @@ class _GatedLinear(torch.autograd.Function):
         found: dict[str, Tensor] = {}
         if grad is not None:
             needs = [need_x, need_a, need_b, True]
-            scaled = weights * ctx.scaling
-            flat = grad.reshape(-1, grad.shape[-1])
-            values = ops.run_backward(flat, rows, a, b, scaled, indices, hidden, base, needs, *ctx.engine)
+            scaled = _scaled(weights, ctx.scaling)
+            values = ops.run_backward(_flat(grad), rows, a, b, scaled, indices, hidden, base, needs, *ctx.engine)
             found = dict(zip([n for n, need in zip("xabw", needs, strict=True) if need], values, strict=True))
-            own = found["w"] * ctx.scaling
-            grad_weights = own if grad_weights is None else own + grad_weights.reshape(own.shape)
+            own = _scaled(found["w"], ctx.scaling)
+            grad_weights = own if grad_weights is None else own + _flat(grad_weights)
         grad_x = found.get("x")
         grad_gate = None
         if grad_weights is not None or grad_logits is not None:
-            to_logits = weights.new_zeros(len(weights), len(gate))
-            if grad_logits is not None:
-                to_logits += grad_logits.reshape(to_logits.shape)
-            if grad_weights is not None:
-                slots = grad_weights.reshape(weights.shape)
-                to_logits.scatter_add_(1, indices, weights * (slots - (slots * weights).sum(-1, keepdim=True)))
+            to_logits = _to_logits(grad_logits, grad_weights, weights, indices, len(gate))
             if need_gate:
-                grad_gate = (to_logits.T @ rows.to(to_logits.dtype)).to(gate.dtype)
+                grad_gate = cast(to_logits.T @ cast(rows, to_logits.dtype), gate.dtype)
             if need_x:
                 grad_x = _plus_product(grad_x, to_logits, gate)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
         return grad_x, grad_gate, found.get("a"), found.get("b"), None, None, None, None, None
+
+
+def _to_logits(
+    grad_logits: Tensor | None, grad_weights: Tensor | None, weights: Tensor, indices: Tensor, n_experts: int
+) -> Tensor:
+    """Return the whole gradient of the logits (T, E): their own, and through the softmax that of the weights (T, K)."""
+    own = weights.new_zeros(len(weights), n_experts) if grad_logits is None else _flat(grad_logits)
+    if grad_weights is None:
+        return own
+    through = torch._softmax_backward_data(_flat(grad_weights), weights, -1, weights.dtype)
+    return own.scatter_add(1, indices, through)
 
 
 def _together(
@@ -164,8 +184,9 @@ def _together(
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     """Return total + left right, in place and in one pass where they share a dtype; a fresh product for None."""
+    right = cast(right, left.dtype)
     if total is None:
-        return left @ right.to(left.dtype)
-    if total.dtype == left.dtype == right.dtype:
+        return left @ right
+    if total.dtype == left.dtype:
         return total.addmm_(left, right)
-    return total.add_((left @ right.to(left.dtype)).to(total.dtype))
+    return total.add_((left @ right).to(total.dtype))

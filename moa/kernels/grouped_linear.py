@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import BackendError, ShapeError, unknown_name
 from . import concat, sorted_rows
 from .dispatch import choose_engine, is_emulated, why_not
-from .ops import check_indices, exact_dtypes
+from .dtypes import cast, cast_all, exact_dtypes
+from .ops import check_indices
 
 # Engines that have these two; the others are made for whole mixtures.
 GROUPED_ENGINES = ("concat", "sorted", "triton_grouped")
@@ -79,7 +80,7 @@ def grouped_linear_op(x: Tensor, weight: Tensor, indices: Tensor, engine: str) -
     check_indices(x, weight, indices)
     with exact_dtypes(x):
         used, dtype = _pick(engine, x, weight, indices)
-        return used.slot_products(x.to(dtype), weight.to(dtype), indices).to(x.dtype)
+        return cast(used.slot_products(*cast_all(dtype, x, weight), indices), x.dtype)
 
 
 @grouped_linear_op.register_fake
@@ -94,10 +95,9 @@ def grouped_linear_backward_op(
     """Return the gradients of x (T, i) and weight (E, p, i) that `needs` names, from grad (T, K, p)."""
     with exact_dtypes(grad):
         used, dtype = _pick(engine, grad, weight, indices)
-        rows = None if x is None else x.to(dtype)
-        found = used.slot_gradients(grad.to(dtype).contiguous(), rows, weight.to(dtype), indices, needs)
+        found = used.slot_gradients(*cast_all(dtype, grad.contiguous(), x, weight), indices, needs)
     kept = [dtype for dtype, need in zip((grad.dtype, weight.dtype), needs, strict=True) if need]
-    return [value.to(dtype) for value, dtype in zip(found, kept, strict=True)]
+    return [cast(value, dtype) for value, dtype in zip(found, kept, strict=True)]
 
 
 @grouped_linear_backward_op.register_fake

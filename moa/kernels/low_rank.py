@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ..errors import ShapeError
 from . import ops
+from .dtypes import cast
 
 
 def low_rank_mixture(
@@ -116,7 +117,7 @@ def _apply(
 ) -> Tensor:
     """Check, flatten the rows, bring everything to the compute dtype, and call the op."""
     _check(x, a, b, weights, indices)
-    rows, k = x.shape[:-1], weights.shape[-1]
+    rows, k, device = x.shape[:-1], weights.shape[-1], x.device.type
     if weights.shape[:-1] != rows:
         try:
             weights = weights.expand(*rows, k)
@@ -126,19 +127,26 @@ def _apply(
                 f"low_rank_mixture: routing rows {tuple(weights.shape[:-1])} do not broadcast against "
                 f"the rows of x {tuple(rows)}."
             ) from error
-    dtype, autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if weights.ndim != 2:
-        weights = weights.reshape(-1, k)
+    flat = x
+    if len(rows) != 1:
+        flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, k)
         indices = None if indices is None else indices.reshape(-1, k)
     # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
-    operands = (flat if flat.dtype == dtype else flat.to(dtype), a, b, weights, indices, base, bias, engine or "")
-    leaves = (x, a, b, weights)
-    bare = not autocast and is_plain(*leaves) and not _differentiated(*leaves)
-    y = ops.infer(*operands) if bare else ops.forward_op(*operands)[0]
-    return y if x.ndim == 2 else y.view(*rows, y.shape[-1])
+    if torch.is_autocast_enabled(device):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        y = ops.forward_op(cast(flat, dtype), a, b, weights, indices, base, bias, engine or "")[0]
+    elif _needs_node(x, a, b, weights):
+        y = ops.forward_op(flat, a, b, weights, indices, base, bias, engine or "")[0]
+    else:
+        y = ops.infer(flat, a, b, weights, indices, base, bias, engine or "")
+    return y if len(rows) == 1 else y.view(*rows, y.shape[-1])
+
+
+def _needs_node(*operands: Tensor) -> bool:
+    """Return whether something differentiates, traces or transforms these tensors."""
+    if torch.is_grad_enabled() and any(value.requires_grad for value in operands):
+        return True
+    return not is_plain(*operands)
 
 
 def is_plain(*operands: Tensor) -> bool:
@@ -152,13 +160,11 @@ def is_plain(*operands: Tensor) -> bool:
     return True
 
 
-def _differentiated(*operands: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(value.requires_grad for value in operands)
-
-
 def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None) -> None:
     """Raise ShapeError where the operands of one mixture do not belong together."""
-    if a.ndim != 3 or b.ndim != 3 or a.shape[:2] != b.shape[:2] or x.ndim < 1 or x.shape[-1] != a.shape[-1]:
+    down, up, shape = a.shape, b.shape, weights.shape
+    fits = len(down) == len(up) == 3 and down[0] == up[0] and down[1] == up[1]
+    if not fits or x.ndim < 1 or x.shape[-1] != down[2]:
         raise ShapeError(
             f"low_rank_mixture: x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)} do not fit: "
             "expected x (*rows, i), a (E, r, i), b (E, r, o) with the same E, r and i."
@@ -166,12 +172,12 @@ def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | N
     if not (x.is_floating_point() and weights.is_floating_point()):
         raise ShapeError(f"low_rank_mixture: x is {x.dtype} and weights {weights.dtype}; both must be floating.")
     if indices is None:
-        if weights.ndim < 1 or weights.shape[-1] != a.shape[0]:
+        if len(shape) < 1 or shape[-1] != down[0]:
             raise ShapeError(
                 f"low_rank_mixture: weights {tuple(weights.shape)} without indices must hold one weight for "
                 f"each of the {a.shape[0]} experts; pass indices to choose some of them."
             )
-    elif indices.dtype != torch.int64 or indices.shape != weights.shape:
+    elif indices.dtype != torch.int64 or indices.shape != shape:
         raise ShapeError(
             f"low_rank_mixture: indices {indices.dtype} {tuple(indices.shape)} must be int64 and have the "
             f"shape of weights {tuple(weights.shape)}."

@@ -7,7 +7,6 @@ The pair is opaque to `torch.compile`: a graph holds one node forward and one ba
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from . import concat
 from .dispatch import PLAIN, choose_engine, get_engine, is_emulated
+from .dtypes import cast, cast_all, exact_dtypes
 
 # From this many rows on, casting whole weights to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
@@ -56,16 +56,25 @@ def infer(
 ) -> Tensor:
     """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
     used, emulated = pick(engine, x, a, b, weights.shape[-1])
-    few = x.shape[0] <= (_CAST_PAYS - 1 if emulated else concat.FEW_ROWS)
-    if used is concat and few and x.device.type == "cpu":
-        down, up, base, bias = _cast(x.dtype, a, b, base, bias)
-        try:
-            return concat.infer(x, down, up, weights, indices, base, bias)
-        except RuntimeError:  # its scatter looks at every index anyway: it is named only where one is wrong
-            check_indices(x, a, indices)
-            raise
-    check_indices(x, a, indices)
-    return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
+    n_rows = x.shape[0]
+    few = used is concat and n_rows <= concat.FEW_ROWS
+    if x.device.type != "cpu" or not (few or (n_rows == 1 and not engine)):
+        check_indices(x, a, indices)
+        return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
+    late = base if emulated and n_rows < _CAST_PAYS else None
+    dtype = torch.float32 if emulated else x.dtype
+    slots = indices
+    try:
+        if n_rows == 1 and slots is not None:  # its experts are all that are read
+            chosen, slots = slots.view(-1), None
+            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
+        rows, a, b = cast_all(dtype, x, a, b)
+        early, bias = cast_all(dtype, None if late is not None else base, bias)
+        y = concat.infer(rows, a, b, weights, slots, early, bias)
+    except (IndexError, RuntimeError):  # the ops look at every index anyway: it is named only where one is wrong
+        check_indices(x, a, indices)
+        raise
+    return _plus_late(cast(y, x.dtype), x, late)
 
 
 def run_forward(
@@ -81,12 +90,17 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r) of `forward_op` by the engine that `pick` returned."""
     if not emulated:
-        return used.forward(x, *_cast(x.dtype, a, b), weights, indices, *_cast(x.dtype, base, bias))
+        return used.forward(x, *cast_all(x.dtype, a, b), weights, indices, *cast_all(x.dtype, base, bias))
     late = base if x.shape[0] < _CAST_PAYS else None
-    early = None if late is not None else base
-    wide = used.forward(x.float(), a.float(), b.float(), weights, indices, _float(early), _float(bias))
-    y, hidden = (value.to(x.dtype) for value in wide)
-    return (y if late is None else y.add_(F.linear(x, late.to(x.dtype)))), hidden
+    wide = cast_all(torch.float32, x, a, b)
+    early = cast_all(torch.float32, None if late is not None else base, bias)
+    y, hidden = cast_all(x.dtype, *used.forward(*wide, weights, indices, *early))
+    return _plus_late(y, x, late), hidden
+
+
+def _plus_late(y: Tensor, x: Tensor, base: Tensor | None) -> Tensor:
+    """Return y (T, o) plus x baseᵀ in x's dtype, in place: for so few rows casting all of base costs more."""
+    return y if base is None else y.add_(F.linear(x, cast(base, x.dtype)))
 
 
 @forward_op.register_fake
@@ -130,14 +144,14 @@ def run_backward(
     """Return the gradients of x, a, b, weights that `needs` names by the engine that `pick` returned."""
     grad = grad.contiguous()
     if emulated:
-        wide = (_float(value) for value in (grad, x, a, b))
-        found = used.backward(*wide, weights, indices, _float(hidden), _float(base), needs)
+        wide = cast_all(torch.float32, grad, x, a, b)
+        found = used.backward(*wide, weights, indices, *cast_all(torch.float32, hidden, base), needs)
     else:
-        factors = _cast(grad.dtype, a, b)
-        found = used.backward(grad, x, *factors, weights, indices, hidden, *_cast(grad.dtype, base), needs)
+        factors = cast_all(grad.dtype, a, b)
+        found = used.backward(grad, x, *factors, weights, indices, hidden, *cast_all(grad.dtype, base), needs)
     dtypes = (grad.dtype, a.dtype, b.dtype, weights.dtype)
     kept = [dtype for dtype, need in zip(dtypes, needs, strict=True) if need]
-    return [value.to(dtype) for value, dtype in zip(found, kept, strict=True)]
+    return [cast(value, dtype) for value, dtype in zip(found, kept, strict=True)]
 
 
 @backward_op.register_fake
@@ -179,21 +193,6 @@ def check_range(indices: Tensor, n_experts: int) -> None:
             low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= n_experts:
             raise ShapeError(f"indices lie between {low} and {high}; there are experts 0 … {n_experts - 1}.")
-
-
-def exact_dtypes(x: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which engines keep the dtypes they were given: autocast stays on inside custom ops."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _cast(dtype: torch.dtype, *values: Tensor | None) -> list[Any]:
-    """Return the values in one dtype: inside the op, so that the masters are kept for backward, not their copies."""
-    return [value if value is None or value.dtype == dtype else value.to(dtype) for value in values]
-
-
-def _float(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.float()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -66,6 +66,7 @@ class LinearRouter(BalancedRouter):
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.noise_weight = nn.Parameter(torch.empty(n_experts, d_in)) if noisy else None
+        self._plain = score == "softmax" and k < n_experts and not noisy and not bias_rate
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,9 +100,8 @@ class LinearRouter(BalancedRouter):
         """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
         # A forward that was replaced, or that something watches, must run.
         watched = self._forward_hooks or self._forward_pre_hooks or self.forward != LinearRouter.forward.__get__(self)
-        changed = self.noise_weight is not None or self.selection_bias is not None or (self.training and self.jitter)
-        plain = self.score == "softmax" and self.renormalize and self.k < self.n_experts
-        return self.weight if plain and not changed and not watched else None
+        plain = self._plain and self.renormalize and not watched
+        return self.weight if plain and not (self.training and self.jitter) else None
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
         usage = None
