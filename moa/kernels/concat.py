@@ -8,8 +8,6 @@ gradients that are asked for. Rows are flat here; weights and indices have one r
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,25 +43,21 @@ def forward(
     return (y if base is None else add_base(y, x, base)), hidden
 
 
-def infer(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return y (T, o) alone, as `forward`, for few rows: there it is the number of calls that costs."""
-    n_experts, rank, d_in = a.shape
+def infer(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return Σ_j w_j h_j b[e_j] (T, o) alone, formed in a dtype, by few calls. One row reads no experts but its own.
+
+    Raises:
+        IndexError, RuntimeError: an index names no expert.
+    """
     if indices is not None:
-        weights = weights.new_zeros(len(x), n_experts).scatter_add_(1, indices, weights)
-    hidden = F.linear(x, a.view(-1, d_in))
-    scale(hidden.view(-1, n_experts, rank), weights, onto_itself=True)
-    y = hidden @ b.view(-1, b.shape[2])
-    if base is not None:
-        return F.linear(x, base, bias).add_(y)
-    return y if bias is None else y.add_(bias)
+        if len(x) == 1:
+            chosen = indices.view(-1)
+            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
+        else:
+            weights = weights.new_zeros(len(x), a.shape[0]).scatter_add_(1, indices, weights)
+    hidden = F.linear(cast(x, dtype), cast(a, dtype).flatten(0, 1))
+    scale(hidden.view(len(x), *a.shape[:2]), weights, onto_itself=True)
+    return hidden @ cast(b, dtype).flatten(0, 1)
 
 
 def backward(
@@ -149,9 +143,15 @@ def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
     # The product is formed in the wider dtype, so that fp32 weights round once.
     scaled = values.mul_(gate) if onto_itself else values * gate
     # 0 · inf is NaN. Masking costs several times the product: a CPU looks first, a GPU would have to wait for it.
-    if scaled.device.type != "cpu" or math.isnan(scaled.sum()):
+    if weights.device.type != "cpu" or _any_zero(weights):
         scaled.masked_fill_(gate == 0, 0)
     return cast(scaled, values.dtype)
+
+
+def _any_zero(weights: Tensor) -> bool:
+    if len(weights) == 1:  # Python has looked before a tensor op starts
+        return 0.0 in weights[0].tolist()
+    return int(weights.count_nonzero()) < weights.numel()
 
 
 def spread(values: Tensor, columns: Tensor, n_columns: int) -> Tensor:

@@ -62,7 +62,7 @@ def gated_linear(
         # No node is needed, and in decoding its bookkeeping is what costs.
         rows = _flat(x)
         logits, weights, indices = _choose(rows, gate, k)
-        y = ops.infer(rows, a, b, _scaled(weights, scaling), indices, weight, bias, engine or "")
+        y = ops.infer(rows, a, b, weights, indices, weight, bias, engine or "", scaling)
         return _unflatten(x, y, logits, weights, indices)
 
 

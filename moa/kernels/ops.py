@@ -53,28 +53,33 @@ def infer(
     base: Tensor | None,
     bias: Tensor | None,
     engine: str,
+    scaling: float = 1.0,
 ) -> Tensor:
-    """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast."""
-    used, emulated = pick(engine, x, a, b, weights.shape[-1])
-    n_rows = x.shape[0]
-    few = used is concat and n_rows <= concat.FEW_ROWS
-    if x.device.type != "cpu" or not (few or (n_rows == 1 and not engine)):
+    """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast.
+
+    `scaling` multiplies the mixture. Where rows are few, what costs is the number of calls.
+    """
+    n_rows, on_cpu = x.shape[0], x.device.type == "cpu"
+    if n_rows == 1 and on_cpu and not engine:
+        few, emulated = True, is_emulated(x)
+    else:
+        used, emulated = pick(engine, x, a, b, weights.shape[-1])
+        few = on_cpu and used is concat and n_rows <= concat.FEW_ROWS
+    if not few:
         check_indices(x, a, indices)
-        return run_forward(x, a, b, weights, indices, base, bias, used, emulated)[0]
-    late = base if emulated and n_rows < _CAST_PAYS else None
-    dtype = torch.float32 if emulated else x.dtype
-    slots = indices
+        scaled = weights if scaling == 1 else weights * scaling
+        return run_forward(x, a, b, scaled, indices, base, bias, used, emulated)[0]
     try:
-        if n_rows == 1 and slots is not None:  # its experts are all that are read
-            chosen, slots = slots.view(-1), None
-            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
-        rows, a, b = cast_all(dtype, x, a, b)
-        early, bias = cast_all(dtype, None if late is not None else base, bias)
-        y = concat.infer(rows, a, b, weights, slots, early, bias)
+        y = concat.infer(x, a, b, weights, indices, torch.float32 if emulated else x.dtype)
     except (IndexError, RuntimeError):  # the ops look at every index anyway: it is named only where one is wrong
         check_indices(x, a, indices)
         raise
-    return _plus_late(cast(y, x.dtype), x, late)
+    if base is None:
+        y = cast(y if scaling == 1 else y * scaling, x.dtype)
+        return y if bias is None else y.add_(bias)
+    dtype = torch.float32 if emulated and n_rows >= _CAST_PAYS else x.dtype
+    base, bias = cast_all(dtype, base, bias)
+    return cast(F.linear(cast(x, dtype), base, bias).add_(y, alpha=scaling), x.dtype)
 
 
 def run_forward(
@@ -95,12 +100,7 @@ def run_forward(
     wide = cast_all(torch.float32, x, a, b)
     early = cast_all(torch.float32, None if late is not None else base, bias)
     y, hidden = cast_all(x.dtype, *used.forward(*wide, weights, indices, *early))
-    return _plus_late(y, x, late), hidden
-
-
-def _plus_late(y: Tensor, x: Tensor, base: Tensor | None) -> Tensor:
-    """Return y (T, o) plus x baseᵀ in x's dtype, in place: for so few rows casting all of base costs more."""
-    return y if base is None else y.add_(F.linear(x, cast(base, x.dtype)))
+    return (y if late is None else y.add_(F.linear(x, cast(late, x.dtype)))), hidden
 
 
 @forward_op.register_fake

@@ -55,6 +55,14 @@ def test_equals_the_training_forward(n_rows, k, dtype):
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
+def test_strided_factors(n_rows):
+    case = make_case((n_rows,)).to(torch.float32)
+    a, b = (value.mT.contiguous().mT for value in (case.a, case.b))
+    expected = low_rank_mixture(case.x, case.a, case.b, case.weights, case.indices)
+    torch.testing.assert_close(low_rank_mixture(case.x, a, b, case.weights, case.indices), expected)
+
+
+@pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_an_index_of_no_expert_is_refused(n_rows, wrong):
     case = make_case((n_rows,)).to(torch.float32)
