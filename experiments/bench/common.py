@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -29,10 +30,12 @@ def interleaved(
     of wall time: CPU time adds them up.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(0)
     for round_ in range(warmup + rounds):
-        for name, step in steps.items():
+        draw.shuffle(order)  # none always meets the caches as the same neighbour left them
+        for name in order:
             start = clock()
-            step()
+            steps[name]()
             if round_ >= warmup:
                 times[name].append(clock() - start)
     return {

@@ -8,6 +8,8 @@ gradients that are asked for. Rows are flat here; weights and indices have one r
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,15 +145,16 @@ def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
     # The product is formed in the wider dtype, so that fp32 weights round once.
     scaled = values.mul_(gate) if onto_itself else values * gate
     # 0 · inf is NaN. Masking costs several times the product: a CPU looks first, a GPU would have to wait for it.
-    if weights.device.type != "cpu" or _any_zero(weights):
+    if weights.device.type != "cpu" or _is_suspect(scaled, weights):
         scaled.masked_fill_(gate == 0, 0)
     return cast(scaled, values.dtype)
 
 
-def _any_zero(weights: Tensor) -> bool:
+def _is_suspect(scaled: Tensor, weights: Tensor) -> bool:
+    """Return whether a weight of 0 (T, K) may have made a NaN in scaled (T, K, r)."""
     if len(weights) == 1:  # Python has looked before a tensor op starts
         return 0.0 in weights[0].tolist()
-    return int(weights.count_nonzero()) < weights.numel()
+    return math.isnan(scaled.sum())
 
 
 def spread(values: Tensor, columns: Tensor, n_columns: int) -> Tensor:
