@@ -3,12 +3,17 @@
 All adapt every linear of the six blocks. `topk` holds 8 experts of rank 8, k = 2; LoRA has rank 64 (same parameters);
 X-LoRA mixes 8 LoRAs of rank 8; Poly 8 skills of rank 8. The model has all-MiniLM-L6-v2's shape with random weights:
 time does not depend on their values. On one thread CPU time is measured, on several wall time, as training runs.
+
+Where a process happens to lay out its tensors moves one system against another by up to 10 %: each shape is measured
+in several processes, and the median of their ratios is what counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 import warnings
@@ -26,6 +31,7 @@ import moa
 from .common import interleaved, write
 
 COMMAND = "python -m experiments.bench.step"
+OURS = "moa topk 8x8 k=2"
 LINEARS = ["query", "key", "value", "intermediate.dense", "output.dense"]  # every linear of every block
 
 
@@ -103,47 +109,67 @@ def stepper(model: nn.Module, batch: dict[str, Any]) -> Callable[[], None]:
 def main() -> None:
     """Time all of them in turn and write experiments/results/step.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64], help="32 is the demo's")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}), help="one, and all cores")
     options = parser.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    shapes = {}
+    for threads in options.threads:
+        for length in options.lengths:
+            name = f"{options.batch} x {length}, threads {threads}"
+            job = (options.batch, length, threads, options.rounds)
+            runs = []
+            for _ in range(options.processes):
+                with spawn.Pool(1) as pool:
+                    runs.append(pool.apply(measure, job))
+            shapes[name] = summary(name, runs)
+    found = {"rounds": options.rounds, "processes": options.processes, "cores": cores, "shapes": shapes}
+    print(write("step", found, f"{COMMAND} --rounds {options.rounds} --processes {options.processes}"))
+
+
+def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return each system's times in every process, and moa's over them: the median of the processes' ratios."""
+    print(f"batch {name}: moa topk / this, median of {len(runs)} processes (least, greatest)")
+    rows = {}
+    for system, first in runs[0].items():
+        row: dict[str, Any] = {"trainable": first["trainable"]}
+        for kind in ("min_s", "median_s"):
+            row[kind] = [run[system][kind] for run in runs]
+            row[f"moa_over_this_{kind}"] = [run[OURS][kind] / run[system][kind] for run in runs]
+        ratios = row["moa_over_this_min_s"]
+        row["moa_over_this"] = statistics.median(ratios)
+        rows[system] = row
+        low, middle, high = min(ratios), row["moa_over_this"], max(ratios)
+        print(f"{system:24s} {min(row['min_s']) * 1e3:8.1f} ms   {middle:5.2f} ({low:.2f}, {high:.2f})", flush=True)
+    return rows
+
+
+def measure(batch_size: int, length: int, threads: int, rounds: int) -> dict[str, Any]:
+    """Return each system's step on one shape of batch, with its trainable parameters."""
     warnings.filterwarnings("ignore")
-    shapes = {
-        f"{options.batch} x {length}, threads {threads}": measure(options, length, threads)
-        for threads in options.threads
-        for length in options.lengths
-    }
-    print(write("step", {"rounds": options.rounds, "cores": cores, "shapes": shapes}, COMMAND))
-
-
-def measure(options: argparse.Namespace, length: int, threads: int) -> dict[str, Any]:
-    """Return each system's step on one shape of batch."""
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
-    ids = torch.randint(5, 30000, (options.batch, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(options.batch) % 2}
-    tasks = {**batch, "task_ids": torch.arange(options.batch) % 5}
+    ids = torch.randint(5, 30000, (batch_size, length))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch_size) % 2}
+    tasks = {**batch, "task_ids": torch.arange(batch_size) % 5}
     targets = {"targets": LINEARS}
     models: dict[str, tuple[nn.Module, dict[str, Any]]] = {
         "frozen base": (frozen(), batch),
-        "moa topk 8x8 k=2": (moa.build(encoder(), "topk", 8, 2, rank=8, **targets), batch),
+        OURS: (moa.build(encoder(), "topk", 8, 2, rank=8, **targets), batch),
         "moa remix 8x8 k=2 M=2": (moa.build(encoder(), "remix", 8, 2, rank=8, **targets), batch),
         "peft LoRA r64": (lora(64), batch),
         "peft X-LoRA 8x8": (xlora(), batch),
         "peft Poly 8x8": (poly(), tasks),
     }
     steps = {name: stepper(model, inputs) for name, (model, inputs) in models.items()}
-    times = interleaved(steps, options.rounds, clock=clock)
-    ours, rows = times["moa topk 8x8 k=2"], {}
-    print(f"batch {options.batch} x {length}, threads {threads}: moa topk / this, of the least and of the median")
-    for name, taken in times.items():
-        trainable = sum(p.numel() for p in models[name][0].parameters() if p.requires_grad)
-        least, middle = ours["min_s"] / taken["min_s"], ours["median_s"] / taken["median_s"]
-        rows[name] = {**taken, "trainable": trainable, "moa_over_this": least, "moa_over_this_median": middle}
-        print(f"{name:24s} {taken['min_s'] * 1e3:8.1f} ms   {least:5.2f} {middle:5.2f}   {trainable:,}", flush=True)
-    return rows
+    times: dict[str, Any] = interleaved(steps, rounds, clock=clock)
+    for name, (model, _) in models.items():
+        times[name]["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return times
 
 
 if __name__ == "__main__":
