@@ -81,7 +81,7 @@ class Host(nn.Module):
         self.recipes.append((recipe, names))
         # Every forward asks for these, and finding the routers costs milliseconds.
         routers = [branch.router for _, branch in self.branches()]
-        self.samples = max(1, *(router.samples for router in routers))
+        self.samples = max([1, *(router.samples for router in routers)])
         self._needs_preview = any(router.needs_preview for router in routers)
         return names
 

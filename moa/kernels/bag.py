@@ -16,8 +16,7 @@ _LEAST_EXPERTS = 3
 
 
 def pays(values: Tensor, n_columns: int) -> bool:
-    """Return whether `expand` is the fastest way up here, for values (T, K·r) of E·r columns: on a CPU, fp32, thin and
-    sparse."""
+    """Return whether `expand` is fastest here for values (T, K·r) of E·r columns: fp32 on a CPU, thin and sparse."""
     fits = values.dtype == torch.float32 and values.device.type == "cpu"
     return fits and values.shape[1] <= _MOST_ROWS and n_columns >= _LEAST_EXPERTS * values.shape[1]
 
