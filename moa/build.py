@@ -134,6 +134,7 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         if isinstance(model, MoAModel) and lists is not None:
             model.recipes, model.modules_to_save = lists
+            model.routers_changed()
         raise
 
 

@@ -79,11 +79,14 @@ class Host(nn.Module):
                 raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
             self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
         self.recipes.append((recipe, names))
-        # Every forward asks for these, and finding the routers costs milliseconds.
+        self.routers_changed()
+        return names
+
+    def routers_changed(self) -> None:
+        """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
         routers = [branch.router for _, branch in self.branches()]
         self.samples = max([1, *(router.samples for router in routers)])
         self._needs_preview = any(router.needs_preview for router in routers)
-        return names
 
     def mixtures(self) -> dict[str, Mixture]:
         """Return the mixtures by the name of their layer, each (*rows, i) -> (*rows, o), in order."""
@@ -205,6 +208,7 @@ class Host(nn.Module):
             self.streams.remove()
             self.streams = None
         self.recipes.clear()
+        self.routers_changed()
         return self.base
 
     def adapt(self, new_task: int = 0, mode: str = "full", *, collapse: bool = False) -> None:
