@@ -66,7 +66,7 @@ class Routing:
 
 
 class Recorder(Protocol):
-    """What a context's trace slot accepts: see `moa.trace.Trace`."""
+    """What a context's trace slot accepts: see `moa.objective.Trace`."""
 
     def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
         """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count."""

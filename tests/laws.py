@@ -366,7 +366,7 @@ def router_is_deterministic_in_eval(router: Router, x: Tensor, context: Context)
 
 def router_parameters_are_reached(router: Router, x: Tensor, context: Context) -> None:
     """In training every trainable parameter gets a gradient through weights, log_prob or one of its losses."""
-    from moa.losses import LOSSES
+    from moa.objective.losses import LOSSES
 
     router.train()
     routing = router(x, context)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import moa
-from moa.blocks import FollowRouter
 from moa.errors import ConfigError, ContextError, FoldError, ShapeError
 from moa.experts import BANKS
-from moa.mixture import Mixture
-from moa.monitor import RoutingStatistics
+from moa.mixture.blocks import FollowRouter
+from moa.mixture.mixture import Mixture
+from moa.monitor.statistics import RoutingStatistics
 from moa.recipes import RECIPES, Site
 from moa.routers import ROUTERS
 

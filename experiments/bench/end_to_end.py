@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import moa
-from moa.demo import cache_folder
+from moa.runs.demo import cache_folder
 
 from .common import interleaved, write
 from .kernel_baselines import mola_loop

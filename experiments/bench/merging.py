@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moa.demo import cache_folder
+from moa.runs.demo import cache_folder
 
 from .common import write
 

@@ -27,7 +27,7 @@ import transformers
 from transformers import BertConfig, BertForSequenceClassification
 
 import moa
-from moa.monitor import RoutingCollapseWarning
+from moa.monitor.statistics import RoutingCollapseWarning
 
 RESULT = Path(__file__).parent.parent / "results" / "monitor.json"
 BATCH, LENGTH, N_TASKS = 16, 48, 4

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from moa.candidates import CandidateRanker
+from experiments.cross_domain.candidates import CandidateRanker
 
 from .data import Case, Domain, cases, load, text_of
 

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from experiments.bench.common import RESULTS, write
-from moa.demo import cache_folder
+from moa.runs.demo import cache_folder
 
 from .run import Log, Settings, run
 from .summary import figure, summarise, table

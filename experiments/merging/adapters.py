@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import moa
 from moa.experts import LoRABank, VectorBank
-from moa.heads import MultiTaskForSequenceClassification
-from moa.mixture import Branch
+from moa.mixture.mixture import Branch
+from moa.model.heads import MultiTaskForSequenceClassification
 from moa.recipes import Recipe, Site, make_recipe
 from moa.routers import LinearRouter, ProjectionRouter
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
-from moa.heads import MultiTaskForSequenceClassification
-from moa.tasks import Task, encode_tasks
+from moa.model.heads import MultiTaskForSequenceClassification
+from moa.runs.tasks import Task, encode_tasks
 
 Rows = Sequence[dict[str, Any]]
 FILES = {

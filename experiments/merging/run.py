@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moa.heads import MultiTaskForSequenceClassification
+from moa.model.heads import MultiTaskForSequenceClassification
 
 from .adapters import KINDS, Adapter, take, train
 from .data import TaskRows, accuracy, below, load, upper

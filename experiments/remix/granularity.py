@@ -26,9 +26,9 @@ from transformers import AutoTokenizer
 
 import moa
 from experiments.bench.common import write
-from moa.demo import cache_folder
-from moa.heads import MultiTaskForSequenceClassification
-from moa.tasks import Collator, EncodedTask, Task, encode_tasks
+from moa.model.heads import MultiTaskForSequenceClassification
+from moa.runs.demo import cache_folder
+from moa.runs.tasks import Collator, EncodedTask, Task, encode_tasks
 
 COMMAND = "python -m experiments.remix.granularity"
 DOMAINS = ("tweets", "amazon", "movie", "nyt")

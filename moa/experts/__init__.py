@@ -1,7 +1,7 @@
 """Expert banks: the adapter families. `BANKS` names them for `expert=`."""
 
 from .affine import AffineLoRABank
-from .base import ExpertBank
+from .bank import ExpertBank
 from .headed import HeadedLoRABank
 from .lora import LoRABank
 from .shared import SharedLoRABank

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..types import Routing
-from .base import ExpertBank
+from .bank import ExpertBank
 from .headed_linear import headed_linear
 
 

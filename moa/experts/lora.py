@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..kernels import GROUPED_ENGINES, gated_linear, grouped_linear, grouped_sum, low_rank_mixture, mixture_linear
 from ..kernels.low_rank import is_plain
 from ..types import Routing
-from .base import ExpertBank
+from .bank import ExpertBank
 
 
 class LoRABank(ExpertBank):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..types import Routing
-from .base import ExpertBank
+from .bank import ExpertBank
 
 
 class SharedLoRABank(ExpertBank):

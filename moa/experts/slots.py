@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import FoldError, ShapeError
 from ..types import Routing
-from .base import ExpertBank
+from .bank import ExpertBank
 
 
 class SlotBank(ExpertBank):

@@ -3,16 +3,16 @@
 Works on plain mappings name -> tensor; knows no model and no router.
 """
 
+from ..delta import Delta, Deltas, Dense, LowRank, deltas, low_rank
+from ..formats.peft_folder import peft_deltas, read_peft
+from ..formats.tensor_files import Checkpoint, difference, read_difference
 from .average import average_factors, model_stock, slerp
-from .checkpoint import Checkpoint, difference, read_difference
 from .codec import Coded, code_book, coded_bytes, encode, quantize
 from .compose import Squeezed, squeeze, stack
 from .data_aware import AdaMerged, adamerge, fisher, gram, regmean
-from .delta import Delta, Deltas, Dense, LowRank, deltas, low_rank
 from .elect import Elected, emr
 from .fly import FlyStack, fly_shared, fly_stack
 from .methods import METHODS
-from .peft_folder import peft_deltas, read_peft
 from .run import merge, merge_lazily
 from .split import average_copies, join_masked, partition_masks, recompose
 from .subspace import isotropic, knots, principal_subspace, project_out, task_singular_vectors

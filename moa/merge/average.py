@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..delta import Delta, Dense, LowRank, inner
 from ..errors import ConfigError, NumericsError, ShapeError
-from .delta import Delta, Dense, LowRank, inner
 from .subspace import total
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..delta import Delta, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
-from .delta import Delta, LowRank
 
 
 def check_weights(weights: Sequence[float] | None, n: int, where: str) -> tuple[float, ...]:

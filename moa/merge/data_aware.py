@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..delta import Delta, DeltaLike, Dense, LowRank, as_delta, check_finite
 from ..errors import ConfigError, NumericsError, ShapeError
 from .compose import check_weights
-from .delta import Delta, DeltaLike, Dense, LowRank, as_delta, check_finite
 
 
 def gram(inputs: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..delta import DeltaLike, Dense, as_delta
 from ..errors import ConfigError, ShapeError
 from .codec import pack_bits, unpack_bits
-from .delta import DeltaLike, Dense, as_delta
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..delta import Delta, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
 from .compose import check_weights
-from .delta import Delta, LowRank
 
 SELECT = ("magnitude", "signed")
 

@@ -10,15 +10,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..delta import Delta, Dense
 from ..errors import ConfigError
 from .average import average_factors, model_stock, slerp
 from .compose import normalised, stack
 from .consensus import DEFINITIONS, VOTES, weighted_sum
 from .data_aware import AdaMerged, adamerge, fisher, regmean
-from .delta import Delta, Dense
 from .elect import elect, magnitudes, rescalers
-from .engine import REQUIRED, Job, Method, Option, Plan, elementwise, low_rank_only, sparsified, thresholds, vote
 from .fly import fly_shared, shares_down
+from .jobs import REQUIRED, Job, Method, Option, Plan, elementwise, low_rank_only, sparsified, thresholds, vote
 from .subspace import isotropic, knots, task_singular_vectors, total
 
 SCALE = Option(1.0, "λ, multiplies the merged change")

@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..delta import Delta, DeltaLike, Deltas, deltas, listed
 from ..errors import ConfigError, unknown_name
 from .compose import check_weights, normalised
-from .delta import Delta, DeltaLike, Deltas, deltas, listed
-from .engine import Job, Method, Plan, read_options
+from .jobs import Job, Method, Plan, read_options
 from .methods import METHODS
 from .subspace import total
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..delta import LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
-from .delta import LowRank
 
 AXES = ("entries", "rows", "columns")
 

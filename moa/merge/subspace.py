@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..delta import Delta, Dense, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
 from .compose import numerical_rank, stack, thin_svd
 from .consensus import weighted_sum
-from .delta import Delta, Dense, LowRank
 
 
 def total(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,28 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..delta import Delta, DeltaLike, LowRank, as_delta, check_finite, listed
 from ..errors import CheckpointError, ConfigError, ShapeError
-from .atomic import TYPE_NAMES, plan_shards, staged, write_safetensors
-from .card import model_card, peft_version
-from .checkpoint import Checkpoint, read_json
+from ..formats.atomic import TYPE_NAMES, copy_rest, plan_shards, staged, write_safetensors
+from ..formats.card import model_card, peft_version
+from ..formats.peft_folder import PREFIX
+from ..formats.tensor_files import Checkpoint, read_json
 from .compose import Squeezed, squeeze
-from .delta import Delta, DeltaLike, LowRank, as_delta, check_finite, listed
-from .peft_folder import PREFIX
-
-# Weights in any format: never copied beside merged ones, where a loader could prefer them.
-WEIGHT_SUFFIXES = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-)
 
 
 @dataclass(frozen=True)
@@ -169,17 +153,6 @@ def _changed(weight: Tensor, deltas: Mapping[str, DeltaLike], name: str) -> Tens
     if isinstance(delta, LowRank):
         return torch.addmm(wide, delta.up.to(dtype), delta.down.to(dtype))
     return wide + delta.dense().to(dtype)
-
-
-def copy_rest(folder: Path, partial: Path) -> None:
-    """Copy every file that holds no weights (no tensors of any shape), in sub-folders too; hidden ones are left."""
-    for source in sorted(folder.rglob("*")):
-        inside = source.relative_to(folder)
-        if any(part.startswith(".") for part in inside.parts) or source.name.endswith(WEIGHT_SUFFIXES):
-            continue
-        if source.is_file():
-            (partial / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, partial / inside)
 
 
 def _write_index(partial: Path, files: Mapping[str, list[str]], total: int) -> None:

@@ -1,7 +1,9 @@
 """The table of systems: importing this package fills `RECIPES`, one file per family of rows."""
 
-from . import choice, flylora, gates, given, hydra, mixlora, poly, remix, xcross
-from .base import RECIPES, Recipe, Site, make_recipe, recipe_class, register_recipe
+from ..mixture import Site
+from . import encoder_gates as choice
+from . import flylora, gates, given, hydra, mixlora, poly, remix, xcross
+from .recipe import RECIPES, Recipe, make_recipe, recipe_class, register_recipe
 
 __all__ = [
     "RECIPES",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .base import Recipe, make_recipe
+from .recipe import Recipe, make_recipe
 
 
 def by_depth(router: str, n_layers: int, n_experts: Sequence[int], **options: Any) -> list[Recipe]:

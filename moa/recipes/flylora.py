@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from ..experts import ExpertBank, VectorBank
-from ..mixture import Branch
+from ..mixture import Branch, Site
 from ..routers import ProjectionRouter
 from ..routers.projection import layer_seed
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("flylora", "FlyLoRA, arXiv 2510.08396")

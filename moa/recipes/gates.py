@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..mixture import Branch
+from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("topk", "MoLoRA, arXiv 2309.05444; gate of Mixtral, arXiv 2401.04088")

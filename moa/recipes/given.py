@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..experts import LoRABank
-from ..mixture import Branch, Mixture
+from ..mixture import Branch, Mixture, Site
+from ..mixture.preview import hidden_width
 from ..routers import PreviewRouter, PrototypeRouter
 from ..types import Context
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("xlora", "Buehler and Buehler 2024, arXiv 2402.07148")
@@ -62,8 +63,6 @@ class XLoRA(Recipe):
         Raises:
             ConfigError: an encoder-decoder, or no transformers model.
         """
-        from ..preview import hidden_width
-
         return dataclasses.replace(self, d_hidden=hidden_width(base))
 
     def build(self, site: Site) -> list[Branch]:

@@ -7,9 +7,9 @@ from typing import Literal
 
 from ..errors import ConfigError
 from ..experts import AffineLoRABank, ExpertBank, LoRABank
-from ..mixture import Branch
+from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, Router
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 # names of the layers that write to the residual stream, where the paper puts its branches
 OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)"

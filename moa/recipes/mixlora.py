@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..blocks import routed_block
 from ..errors import ConfigError
 from ..experts import BANKS, ExpertBank
-from ..layers import is_convolution
-from ..mixture import Branch, Mixture, mixture_on
+from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, linear_sites, mixture_on
+from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
 from ..types import Context
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("mixlora", "Li et al. 2024, arXiv 2404.15159")
@@ -32,8 +30,8 @@ class MixLoRA(Recipe):
 
     Source: arXiv 2404.15159, eq. 3-7.
     Differs: the released code has a balance coefficient of 1e-3, the paper 1e-2; theirs is k times ours (see
-        `moa.losses.balance_loss`), so 2e-3 here is the code's. Its gate starts from N(0, 0.02²). The frozen products
-        of a block run once per token, whatever k.
+        `moa.objective.losses.balance_loss`), so 2e-3 here is the code's. Its gate starts from N(0, 0.02²). The frozen
+        products of a block run once per token, whatever k.
     """
 
     rank: int = 16
@@ -48,7 +46,6 @@ class MixLoRA(Recipe):
         Raises:
             ConfigError: of a feed-forward block (d -> f, f -> d) some layers are targets and others are not.
         """
-        from ..sites import find_sites, linear_sites
 
         chosen = {site.name for site in find_sites(base, self.targets)}
         for block in feed_forward_blocks(linear_sites(base)):
@@ -101,32 +98,3 @@ class MixLoRA(Recipe):
             dropout=self.dropout,
             engine=self.engine,
         )
-
-
-def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
-    """Return the feed-forward blocks among the sites: the layers d -> f that open one, then the f -> d' that closes it.
-
-    Told from sizes and order, not from names, but for attention, which is left out by its name.
-
-    Args:
-        sites: of one model, in order.
-    """
-    blocks: list[list[Site]] = []
-    opened: list[Site] = []
-    for site in sites:
-        if re.search(r"attn|attention", site.name, re.IGNORECASE) or is_convolution(site.module):
-            continue
-        together = bool(opened) and _numbers(site) == _numbers(opened[0])
-        if together and site.d_in == opened[0].d_out:
-            blocks.append([*opened, site])
-            opened = []
-        elif together and (site.d_in, site.d_out) == (opened[0].d_in, opened[0].d_out):
-            opened.append(site)
-        else:
-            opened = [site] if site.d_in != site.d_out else []
-    return blocks
-
-
-def _numbers(site: Site) -> list[str]:
-    """Return the numbered parts of a layer's name: layers of one block agree in them."""
-    return [part for part in site.name.split(".") if part.isdigit()]

@@ -14,10 +14,10 @@ import torch
 
 from ..errors import ConfigError
 from ..experts import ExpertBank, HeadedLoRABank, LoRABank
-from ..mixture import Branch
+from ..mixture import Branch, Site
 from ..routers import FixedRouter, Router, TableRouter
-from .base import Recipe, Site, register_recipe
 from .gates import Fixed
+from .recipe import Recipe, register_recipe
 
 MODES = ("full", "z", "mu")
 

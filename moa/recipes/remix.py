@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
-from ..mixture import Branch
+from ..mixture import Branch, Site
 from ..routers import SampledRouter
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("remix", "Qiu et al. 2026, arXiv 2603.10160")

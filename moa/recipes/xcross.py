@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ConfigError
-from ..mixture import Branch
-from ..preview import hidden_width
+from ..mixture import Branch, Site
+from ..mixture.preview import hidden_width
+from ..mixture.streams import Streams, find_body
 from ..routers import IdRouter
-from ..streams import Streams, find_body
 from ..types import Context
-from .base import Recipe, Site, register_recipe
+from .recipe import Recipe, register_recipe
 
 
 @register_recipe("xcross", "X-Cross, arXiv 2504.20859")
@@ -27,7 +27,7 @@ class XCross(Recipe):
         beta: β of the direct terms.
         gamma: γ of the difference terms.
 
-    Source: arXiv 2504.20859, §3, as far as public accounts give its equations; see `moa.streams`.
+    Source: arXiv 2504.20859, §3, as far as public accounts give its equations; see `moa.mixture.streams`.
     Differs: the paper's β, γ, its start of W and whether z is per token are not public: here 1, 1, zero (the model
         starts as the mean of the adapted ones) and per token. One forward runs all streams, folded into the batch.
     """

@@ -1,14 +1,14 @@
 """Routers: who decides which experts act on a row. `ROUTERS` names the classes."""
 
-from .base import Router
 from .choice import ExpertChoiceRouter, SoftRouter
+from .first_pass import PreviewRouter
 from .fixed import FixedRouter
-from .given import PreviewRouter
 from .identity import IdRouter
 from .linear import LinearRouter
 from .localized import LocalizedRouter
 from .projection import ProjectionRouter
 from .prototype import PrototypeRouter
+from .router import Router
 from .sampled import SampledRouter
 from .table import TableRouter, TaskEmbeddingRouter
 from .threshold import ThresholdRouter

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..types import Routing
-from .base import Router
+from .router import Router
 
 
 class BalancedRouter(Router):

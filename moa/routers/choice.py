@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
 from ..types import Context, Routing
-from .base import Router, exact_linear
+from .router import Router, exact_linear
 
 
 class ExpertChoiceRouter(Router):

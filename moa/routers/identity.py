@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..types import Context, Routing
-from .base import Router
+from .router import Router
 
 
 class IdRouter(Router):

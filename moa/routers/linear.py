@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..types import Context, Routing
 from . import select
 from .balanced import BalancedRouter
-from .base import exact_linear
+from .router import exact_linear
 
 
 class LinearRouter(BalancedRouter):
@@ -36,7 +36,7 @@ class LinearRouter(BalancedRouter):
         jitter: training only, multiplies x by U(1 − jitter, 1 + jitter) for the logits.
         noisy: learned Gaussian noise on the logits in training, softmax over the kept ones.
         bias_rate: u, step of the selection bias after each optimizer step; 0 for no bias.
-        losses: name -> coefficient, see `moa.losses.LOSSES`.
+        losses: name -> coefficient, see `moa.objective.losses.LOSSES`.
 
     Raises:
         ConfigError: bad k, a negative rate, or options that exclude each other.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..types import Context, Routing
 from .balanced import BalancedRouter
-from .base import exact_linear
+from .router import exact_linear
 
 
 class ProjectionRouter(BalancedRouter):

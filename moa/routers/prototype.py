@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..types import Context, Routing
 from . import select
-from .base import Router, exact_linear
+from .router import Router, exact_linear
 
 
 class PrototypeRouter(Router):

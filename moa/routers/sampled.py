@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import Context, Routing
-from .base import Router, exact_linear, frozen_while_decoding, pool
+from .router import Router, exact_linear, frozen_while_decoding, pool
 
 
 class SampledRouter(Router):

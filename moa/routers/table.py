@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import Context, Routing
-from .base import Router
+from .router import Router
 
 EPS = 1e-12  # of the released normalisation
 
@@ -160,7 +160,7 @@ class TaskEmbeddingRouter(TaskRouter):
         n_experts: E.
         n_tasks: N.
         d_embedding: size of an embedding.
-        losses: name -> coefficient, see `moa.losses.LOSSES`.
+        losses: name -> coefficient, see `moa.objective.losses.LOSSES`.
         first_task, unknown: as in `TaskRouter`.
 
     Raises:

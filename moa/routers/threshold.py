@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..types import Context, Routing
-from .base import Router, exact_linear
+from .router import Router, exact_linear
 
 
 class ThresholdRouter(Router):
@@ -27,7 +27,7 @@ class ThresholdRouter(Router):
         d_in: i.
         n_experts: E.
         max_threshold: τ_max in (0, 1]; None is 1/E.
-        losses: name -> coefficient, see `moa.losses.LOSSES`.
+        losses: name -> coefficient, see `moa.objective.losses.LOSSES`.
 
     Raises:
         ConfigError: max_threshold outside (0, 1].

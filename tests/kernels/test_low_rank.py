@@ -1,4 +1,7 @@
-"""`low_rank_mixture` and `mixture_linear`, every engine that runs here. Run: pytest tests/kernels/test_low_rank.py"""
+"""`low_rank_mixture` and `mixture_linear`, every engine that runs here.
+
+Run: pytest tests/kernels/test_low_rank.py
+"""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch
 from peft.utils import merge_utils
 from torch import Tensor, nn
 
-import moa.merge.engine as engine
+import moa.merge.jobs as engine
 from moa.errors import ConfigError, MoaError, NumericsError, ShapeError
 from moa.merge import METHODS, Delta, Dense, LowRank, difference, merge, merge_lazily, read_peft, squeeze
-from moa.merge.engine import REQUIRED
+from moa.merge.jobs import REQUIRED
 from moa.merge.sparsify import draw_mask, generator_for
 
 from .tools import assert_close, factors, lora_folder, matrices

@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from moa.errors import ConfigError, ShapeError
-from moa.merge import (
-    Delta,
-    Dense,
-    LowRank,
-    isotropic,
-    knots,
-    principal_subspace,
-    project_out,
-    task_singular_vectors,
-)
+from moa.merge import Delta, Dense, LowRank, isotropic, knots, principal_subspace, project_out, task_singular_vectors
 from moa.merge.consensus import agreeing_sum
 from moa.merge.sparsify import keep_largest
 from moa.merge.subspace import aligned, partial_isometry

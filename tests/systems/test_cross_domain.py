@@ -16,9 +16,9 @@ from transformers import BertConfig, BertModel
 
 import moa
 from experiments.cross_domain.bench import Bench, Settings, batches, groups_of
+from experiments.cross_domain.candidates import CandidateRanker
 from experiments.cross_domain.data import Case, cases, load, metrics, popularity, text_of
 from experiments.cross_domain.run import make, rates_of, run, some, summary
-from moa.candidates import CandidateRanker
 from moa.errors import ConfigError, ShapeError
 from tests.laws import assert_close
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import moa
 from moa.errors import ConfigError, FoldError
 from moa.experts import VectorBank
-from moa.mixture import Mixture
+from moa.mixture.mixture import Mixture
 from moa.recipes import Site
 from moa.routers import ProjectionRouter
 from moa.routers.projection import layer_seed, sparse_projection

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import moa
 from moa.errors import ConfigError, ContextError, FoldError
-from moa.losses import balance_loss, localized_loss
-from moa.mixture import Mixture
+from moa.mixture.mixture import Mixture
+from moa.objective.losses import balance_loss, localized_loss
 from moa.recipes import Site
 from moa.recipes.depth import by_depth
 from moa.routers import LocalizedRouter, ThresholdRouter

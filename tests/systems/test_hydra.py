@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import moa
 from moa.errors import ConfigError, FoldError, ShapeError
-from moa.mixture import Branch, Mixture
+from moa.mixture.mixture import Branch, Mixture
 from moa.recipes import Site
 from moa.routers import FixedRouter
 from tests import models

@@ -18,7 +18,7 @@ from experiments.merging.data import TaskRows, accuracy, below, collate, upper
 from experiments.merging.merges import MERGES, OWN, changed, merged, merges_of
 from experiments.merging.run import Log, Settings, compare, tune
 from experiments.merging.summary import figure, mean_of, summarise, table
-from moa.heads import MultiTaskForSequenceClassification
+from moa.model.heads import MultiTaskForSequenceClassification
 from tests.laws import assert_close
 
 

@@ -133,8 +133,8 @@ def test_an_installed_plug_in_is_found_by_name(tmp_path: Path) -> None:
 
 
 def test_the_decorator_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moa.recipes.base, "RECIPES", dict(moa.RECIPES))
-    table = moa.recipes.base.RECIPES
+    monkeypatch.setattr(moa.recipes.recipe, "RECIPES", dict(moa.RECIPES))
+    table = moa.recipes.recipe.RECIPES
     original = table["topk"]
     made = moa.register_recipe("mine", "a paper")(type("Mine", (original,), {}))
     assert table["mine"] is made and made.paper == "a paper"

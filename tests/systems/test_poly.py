@@ -279,7 +279,7 @@ def test_a_table_of_another_size_does_not_load(tmp_path: Any) -> None:
     model = trained()
     model.save_pretrained(tmp_path)
     other = moa.build(models.llama(), "mhr", n_experts=SKILLS, rank=RANK, n_heads=2, n_tasks=TASKS + 1)
-    from moa import checkpoint
+    from moa.formats import checkpoint
 
     with pytest.raises(moa.MoaError, match=r"table: \(3, 2, 4\) in the file, \(4, 2, 4\) in the model"):
         checkpoint.fill(other.adapter_state_dict(), checkpoint.read(tmp_path)[1], tmp_path)

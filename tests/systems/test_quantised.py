@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import moa
 from moa.errors import ConfigError, FoldError
-from moa.mixture import plain_weight
+from moa.mixture.mixture import plain_weight
 from tests import laws, models
 from tests.laws import assert_close
 

@@ -1,4 +1,7 @@
-"""X-Cross: crossings against their equation, streams against models alone. Run: pytest tests/systems/test_xcross.py"""
+"""X-Cross: crossings against their equation, streams against models alone.
+
+Run: pytest tests/systems/test_xcross.py
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 
 import moa
 from moa.errors import ConfigError, ShapeError
+from moa.mixture.streams import Crossing, Streams
 from moa.routers import IdRouter
-from moa.streams import Crossing, Streams
 from tests import models
 from tests.laws import assert_close
 

@@ -1,0 +1,119 @@
+"""Fold a static mixture into its base weight: exact, or an error that says why not.
+
+The file is not called fold.py: importing it would hide the function `moa.fold` behind the module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FoldError
+from ..layers import as_weight, matrix
+from ..mixture import Branch, Mixture
+
+
+@torch.no_grad()
+def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the changes of weight (o, i) and bias (o,) that a static mixture equals, in the experts' dtype.
+
+    With y0 = W x + b, branches on the input D x + c and branches on the output S y0 + t:
+    y = (W + D + S W) x + b + c + S b + t
+
+    Args:
+        mixture: whose base is a dense linear layer or a convolution, then (o, C · kernel).
+        task: the inputs are all of this task, for routers that look at it.
+
+    Raises:
+        FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
+            weight.
+    """
+    if not mixture.folds:
+        raise FoldError(
+            f"{mixture.name} is a layer of a block whose experts are whole blocks: no weight of one layer equals that."
+        )
+    base: Any = mixture.base
+    dense, bias = matrix(base), getattr(base, "bias", None)
+    if dense is None:
+        raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to fold into.")
+    delta: Tensor | None = None
+    shift: Tensor | None = None
+    for branch in mixture.branches:
+        assert isinstance(branch, Branch)
+        routing = branch.router.constant(task)
+        if routing is None:
+            raise FoldError(_not_constant(mixture, branch, task))
+        change, constant = branch.bank.mixture_delta(routing)
+        if branch.tap == "output":
+            if bias is not None:
+                through = change @ bias.to(change.dtype)
+                constant = through if constant is None else constant + through
+            change = change @ dense.to(change.dtype)
+        delta = change if delta is None else delta + change
+        if constant is not None:
+            shift = constant if shift is None else shift + constant
+    if delta is None:
+        raise FoldError(f"{mixture.name} has no branch to fold.")
+    return delta, shift
+
+
+def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:
+    kind = type(branch.router).__name__
+    known = branch.router.known_tasks
+    if known is not None:
+        which = "no task was named" if task is None else f"task {task} is none of them"
+        return (
+            f"{mixture.name}: the routing of {kind} depends on the task ({known.start} to {known.stop - 1}) and "
+            f"{which}: fold for one of them with merge_and_unload(task_id=…)."
+        )
+    return (
+        f"{mixture.name}: the routing of {kind} depends on the input, so the mixture is not one weight. "
+        "Export its experts one by one (moa.export_expert)."
+    )
+
+
+@torch.no_grad()
+def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
+    """Return the base layer (i -> o) with new parameters: its weight and bias plus the mixture.
+
+    The sums are formed in fp32 at least and rounded once to the base's dtype. A base without a bias gets one where
+    the mixture adds a constant. The old parameters are not written to: another model may share them.
+
+    Args:
+        mixture: to fold.
+        task: fold what the inputs of this task get.
+
+    Raises:
+        FoldError: no exact weight exists, or the base's weight is quantised.
+    """
+    base: Any = mixture.base
+    delta, shift = folded_change(mixture, task)
+    base.weight = _sum(base.weight, as_weight(base, delta))
+    if shift is not None:
+        bias = getattr(base, "bias", None)
+        base.bias = _sum(torch.zeros_like(shift, dtype=base.weight.dtype) if bias is None else bias, shift)
+    folded: nn.Module = base
+    return folded
+
+
+def _sum(parameter: Tensor, change: Tensor) -> nn.Parameter:
+    wide = torch.promote_types(parameter.dtype, change.dtype)
+    total = (parameter.to(wide) + change.to(wide)).to(parameter.dtype)
+    return nn.Parameter(total.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def check_untied(model: nn.Module, mixture: Mixture) -> None:
+    """Check that no other module uses the weight (o, i) that a mixture folds into, as tied embeddings do.
+
+    Raises:
+        FoldError: one does; both are named.
+    """
+    weight = getattr(mixture.base, "weight", None)
+    for name, module in model.named_modules():
+        if module is not mixture.base and any(p is weight for p in module._parameters.values() if p is not None):
+            raise FoldError(
+                f"{mixture.name}: its weight is also that of {name}, which has no mixture: folding would change that "
+                "too, or untie what a saved checkpoint ties again. Untie the two before building on it."
+            )

@@ -1,0 +1,1 @@
+"""Files: checkpoints, adapters of other libraries, safetensors, atomic writes."""

@@ -1,0 +1,203 @@
+"""The file format: one safetensors file that holds the tensors and, in its header, what rebuilds the model.
+
+`model.safetensors` is the checkpoint; `config.json` repeats its header for people and for tools that look for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, NumericsError
+from ..layers import is_dense
+from .atomic import replacing
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint atomically: the new weights file replaces the old one in one step, or not at all.
+
+    Args:
+        folder: made if it does not exist; other files in it are left alone.
+        description: plain JSON values that rebuild the model.
+        tensors: name -> tensor of any shape, e.g. down (E, r, i).
+
+    Raises:
+        CheckpointError: the folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"cannot save to {folder}: it is a file. Name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": "moa", "format_version": FORMAT_VERSION, **description}
+    data = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(folder / WEIGHTS) as temporary:
+        save_file(data, temporary, metadata={"format": "pt", "moa": json.dumps(header)})
+    with replacing(folder / CONFIG) as temporary:
+        temporary.write_text(json.dumps({"model_type": "moa", **header}, indent=2) + "\n")
+
+
+def locate(path: str | Path) -> Path:
+    """Return the folder of a checkpoint: the path itself, or the local copy of a hub id.
+
+    Raises:
+        CheckpointError: neither exists.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"{path} is a file: name the folder that holds {WEIGHTS}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG, "adapter_*", "*/adapter_*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"no folder {path!s}, and the hub does not give it either: {error}") from error
+
+
+def of_run(path: str | Path) -> Path:
+    """Return the folder of a checkpoint (tensors of any shape): the path itself, or its model/ where it is a run."""
+    inner = Path(path) / "model"
+    return inner if (inner / WEIGHTS).is_file() else Path(path)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a checkpoint holds: its description and its tensors on the CPU, name -> tensor of any shape.
+
+    Raises:
+        CheckpointError: no such file, a truncated one, one that moa did not write, or a newer format.
+    """
+    file = folder / WEIGHTS
+    if not file.is_file():
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(f"{folder} has no {WEIGHTS} (it holds {there}): name the folder save_pretrained wrote.")
+    try:
+        with safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get("moa")
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    if header is None:
+        raise CheckpointError(f"{file} was not written by moa: its header has no 'moa' entry.")
+    description = json.loads(header)
+    if description["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {description['format_version']}, this moa reads up to {FORMAT_VERSION}: "
+            "upgrade moa."
+        )
+    return description, tensors
+
+
+def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy a checkpoint's tensors into a model's own, which must agree in name and shape.
+
+    Args:
+        own: name -> tensor of the model, of any shape, changed in place.
+        tensors: name -> tensor of the checkpoint.
+        folder: named in the error.
+
+    Raises:
+        CheckpointError: missing, unexpected or mis-shaped tensors, all in one message, grouped by kind.
+        NumericsError: a tensor holds NaN or infinity.
+    """
+    problems = []
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{name}: {tuple(tensors[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    for kind, rows in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if rows:
+            shown = "; ".join(rows[:5]) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
+            problems.append(f"{len(rows)} {kind}: {shown}")
+    if problems:
+        raise CheckpointError(f"{folder} does not fit this model. Tensors " + ". Tensors ".join(problems) + ".")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(f"{name} in {folder} holds NaN or infinity: this checkpoint is not usable.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def original_name(name: str) -> str:
+    """Return a base tensor's name as it was before mixtures went in: "q.base.weight" -> "q.weight"."""
+    head, _, last = name.rpartition(".")
+    return f"{head.removesuffix('.base')}.{last}" if head.endswith(".base") else name
+
+
+def fingerprint(base: nn.Module, n_tensors: int = 8, n_values: int = 4) -> dict[str, Any]:
+    """Return a few values of a few frozen tensors, by which another base is recognised.
+
+    Args:
+        base: with or without mixtures inside.
+        n_tensors: how many floating matrices (o, i) to look at, spread evenly over the model.
+        n_values: how many of their values to keep, spread evenly over the flattened matrix.
+    """
+    frozen = {
+        original_name(name): tensor
+        for name, tensor in base.named_parameters()
+        if ".branches." not in name and not tensor.requires_grad and is_dense(tensor) and tensor.ndim == 2
+    }
+    names = sorted(frozen)
+    chosen = [names[i * len(names) // n_tensors] for i in range(min(n_tensors, len(names)))] if names else []
+    if len(names) <= n_tensors:
+        chosen = names
+    probes = {}
+    for name in chosen:
+        flat = frozen[name].detach().reshape(-1)
+        at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
+        probes[name] = {
+            "shape": list(frozen[name].shape),
+            "values": flat[at.to(flat.device)].float().tolist(),
+        }
+    return probes
+
+
+def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> None:
+    """Check that a base is the one a checkpoint was made on, up to the precision of its dtype.
+
+    Args:
+        stored: the checkpoint's "base" entry.
+        base: without mixtures, its matrices (o, i).
+        folder: named in the error.
+
+    Raises:
+        CheckpointError: a matrix is missing, of another shape or of other values.
+    """
+    own = {original_name(n): p for n, p in base.named_parameters()}
+    for name, probe in stored["fingerprint"].items():
+        tensor = own.get(name)
+        was = f"{folder} was made on {stored['class']} {stored['name_or_path']!r}"
+        if tensor is None:
+            raise CheckpointError(f"wrong base: {was}, which has a matrix {name}; {type(base).__name__} has none.")
+        if not is_dense(tensor):  # a quantised base holds codes, which cannot be compared
+            continue
+        if list(tensor.shape) != probe["shape"]:
+            raise CheckpointError(
+                f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(tensor.shape)}."
+            )
+        flat = tensor.detach().reshape(-1)
+        at = torch.linspace(0, flat.numel() - 1, len(probe["values"]), dtype=torch.float64).long()
+        values = flat[at.to(flat.device)].float().cpu()
+        if not torch.allclose(values, torch.tensor(probe["values"]), rtol=1e-2, atol=1e-5):
+            raise CheckpointError(
+                f"wrong base: {was}; the values of {name} differ from this {type(base).__name__}'s. Load the right "
+                "base, or pass check_base=False to use this one on purpose."
+            )
+
+
+def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with JSON values alone; what JSON cannot hold becomes its text."""
+    return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]

@@ -1,0 +1,194 @@
+"""peft's X-LoRA checkpoint layout into the recipe `xlora`. Buehler and Buehler 2024, arXiv 2402.07148; PEFT 0.21."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta import LowRank
+from ..errors import CheckpointError, ConfigError
+from ..mixture import Branch
+from ..recipes import make_recipe
+from ..routers import PreviewRouter
+from .foreign import CONFIG, Foreign, read_foreign
+from .peft_export import Adapter, load_experts
+from .peft_folder import peft_deltas
+
+CLASSIFIER = re.compile(r"(?:base_model\.)?internal_xlora_classifier\.layers\.(?:(\d+)\.)?(weight|bias)")
+FACTOR = re.compile(r"\.lora_[AB]\.weight$")
+PREFIXES = ("base_model.lora_model.model.", "base_model.model.")
+
+
+def adopt_xlora(model: Any, found: Foreign) -> None:
+    """Put an X-LoRA checkpoint into a model; its outputs are then those of peft's X-LoRA.
+
+    The adapters are the numbered folders beside the classifier, as peft saves them, or else the folders that the
+    configuration names. The experts stay frozen unless use_trainable_adapters is set.
+
+    Args:
+        model: with no mixtures, on the base of the checkpoint.
+        found: the folder.
+
+    Raises:
+        CheckpointError: an option that the recipe does not have; a classifier or an adapter that is missing, not
+            complete or of another shape.
+
+    Source: PEFT 0.21, tuners/xlora.
+    Differs: PEFT 0.21.2 saves tensors by a filter that takes the number of a layer for the number of an adapter. Of
+        its folders, the classifier is put together again; adapters in them are not complete, so those that the
+        configuration names are used where they were frozen, and nothing where they were trained. With
+        layerwise_scalings each layer gets a classifier of its own, inner layers copied: equal until trained further.
+    """
+    config = found.config
+    _check(found)
+    folders = _adapter_folders(found)
+    adapters = [_adapter(found, folder, len(folders)) for folder in folders]
+    layers = sorted({name for adapter in adapters for name in adapter.layers})
+    raw = not config.get("enable_softmax", True)
+    try:
+        recipe = make_recipe(
+            "xlora",
+            n_experts=len(adapters),
+            k=config.get("top_k_lora") or 0,
+            rank=max(adapter.max_rank for adapter in adapters),
+            layerwise=config.get("layerwise_scalings", False),
+            depth=config.get("xlora_depth", 1),
+            width=config.get("xlora_size", 2048),
+            classifier_dropout=config.get("xlora_dropout_p", 0.2),
+            temperature=1.0 if raw else config.get("softmax_temperature", 1.0),  # peft divides in the softmax alone
+            score="raw" if raw else "softmax",
+            renormalize=config.get("enable_softmax_topk", False),
+            targets=tuple(layers),
+            train_experts=config.get("use_trainable_adapters", False),
+        )
+        names = model.add_recipe(recipe, layers)
+    except ConfigError as error:
+        raise CheckpointError(f"{found.path} does not become an xlora recipe on this base: {error}") from error
+    load_experts(model.mixtures(), names, adapters)
+    _fill_classifier(model, found, folders)
+
+
+def _check(found: Foreign) -> None:
+    config = found.config
+    if config.get("scaling_pass_value"):
+        raise CheckpointError(
+            f"{found.path} sets scaling_pass_value={config['scaling_pass_value']}: the recipe's first pass runs the "
+            "base without adapters, which is 0."
+        )
+    if config.get("enable_softmax_topk") and not config.get("top_k_lora"):
+        raise CheckpointError(
+            f"{found.path} sets enable_softmax_topk without top_k_lora: a second softmax over all experts is not what "
+            "the recipe does; set top_k_lora."
+        )
+    names = config.get("adapters")
+    if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))) or not names:
+        raise CheckpointError(
+            f"{found.path} names adapters {names!r}: expected '0', '1', …, the names under which peft saves them and "
+            "which keep their order."
+        )
+
+
+def _adapter_folders(found: Foreign) -> list[Path]:
+    """Return the adapters' folders in order: those beside the classifier, or those the configuration names."""
+    named = found.config["adapters"]
+    out = []
+    for number in range(len(named)):
+        beside, original = found.path / str(number), Path(named[str(number)])
+        usable = (beside / CONFIG).is_file() and not (len(named) > 1 and _torn(read_foreign(beside)))
+        if not usable and found.config.get("use_trainable_adapters"):
+            raise CheckpointError(f"{beside} does not hold all of trained adapter {number}: what was trained is lost.")
+        if not usable and not (original / CONFIG).is_file():
+            raise CheckpointError(
+                f"{found.path}: adapter {number} is not complete in {beside} (PEFT 0.21 saves it so), and {original}, "
+                f"which it was made from, is not there: put that adapter's folder in the place of {beside}, or at "
+                f"{original}."
+            )
+        out.append(beside if usable else original)
+    return out
+
+
+def _torn(adapter: Foreign) -> bool:
+    """Tell whether an adapter was saved by PEFT 0.21's filter: it then holds weights of the base, too."""
+    return any(key.startswith(PREFIXES[0]) and not FACTOR.search(key) for key in adapter.tensors)
+
+
+def _adapter(found: Foreign, folder: Path, n_experts: int) -> Adapter:
+    adapter = read_foreign(folder)
+    torn = n_experts == 1 and _torn(adapter)  # one adapter has no other to be taken for
+    tensors = {}
+    for key, tensor in adapter.tensors.items():
+        if CLASSIFIER.fullmatch(key) or (torn and not FACTOR.search(key)):
+            continue
+        name = key
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        tensors[f"{PREFIXES[1]}{name}"] = tensor
+    # experts run as factors on x, for which it is no matter how the base stores its weight
+    config = {**adapter.config, "fan_in_fan_out": False}
+    weight = float(found.config.get("global_scaling_weight", 1.0))
+    layers = {}
+    for name, delta in peft_deltas(tensors, config, source=str(folder)).items():
+        assert isinstance(delta, LowRank)
+        layers[name.removesuffix(".weight")] = (delta.down, delta.up, weight)
+    return Adapter(folder, layers)
+
+
+def _classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:
+    """Return the classifier's linear layers by their place in peft's stack: weight (o, i) and bias (o,)."""
+    out: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in found.tensors.items():
+        match = CLASSIFIER.fullmatch(key)
+        if match is None or match[1] is None:
+            raise CheckpointError(f"{found.path} holds {key!r}, which is no tensor of an X-LoRA classifier.")
+        out.setdefault(int(match[1]), {})[match[2]] = tensor
+    for number in range(len(found.config["adapters"])):  # PEFT 0.21 puts layer j into folder j, without its number
+        beside = found.path / str(number)
+        if number in out or not (beside / CONFIG).is_file():
+            continue
+        for key, tensor in read_foreign(beside).tensors.items():
+            match = CLASSIFIER.fullmatch(key)
+            if match is not None and match[1] is None:
+                out.setdefault(number, {})[match[2]] = tensor
+    return out
+
+
+@torch.no_grad()
+def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
+    config = found.config
+    stack = _classifier(found)
+    step = 3 if config.get("xlora_dropout_p", 0.2) > 0 else 2  # linear, ReLU and, where there is any, dropout
+    wanted = [step * number for number in range(config.get("xlora_depth", 1))]
+    missing = [place for place in wanted if set(stack.get(place, ())) != {"weight", "bias"}]
+    if missing or len(stack) > len(wanted):
+        raise CheckpointError(
+            f"{found.path}: the classifier has layers {sorted(stack)}, expected {wanted}, weight and bias each."
+        )
+    routers = [
+        b.router for b in _branches(model) if isinstance(b.router, PreviewRouter) and list(b.router.parameters())
+    ]
+    n = len(folders)
+    for number, router in enumerate(routers):
+        for place, layer in zip(wanted, router.layers, strict=True):
+            weight, bias = stack[place]["weight"], stack[place]["bias"]
+            if place == wanted[-1] and config.get("layerwise_scalings"):
+                weight, bias = weight[number * n : number * n + n], bias[number * n : number * n + n]
+            assert isinstance(layer, torch.nn.Linear)
+            if weight.shape != layer.weight.shape:
+                raise CheckpointError(
+                    f"{found.path}: layer {place} of the classifier is {tuple(weight.shape)}, expected "
+                    f"{tuple(layer.weight.shape)}: another base, or other adapters."
+                )
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+    last = stack[wanted[-1]]["bias"].shape[0]
+    expected = n * (len(routers) if config.get("layerwise_scalings") else 1)
+    if last != expected:
+        raise CheckpointError(f"{found.path}: the classifier scores {last} places, these adapters have {expected}.")
+
+
+def _branches(model: Any) -> list[Any]:
+    return [branch for _, branch in model.branches() if isinstance(branch, Branch)]

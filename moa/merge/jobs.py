@@ -1,0 +1,313 @@
+"""What every merging method is built from: one row of the table, one tensor's job, the streams between them.
+
+Elementwise rows are sparsify × agree × scale; see `moa.merge.methods` for the rows and their papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, Deltas, Dense, LowRank, check_finite
+from ..errors import ConfigError, ShapeError, unknown_name
+from .consensus import agreeing_sum, weighted_sum
+from .cutoff import model_threshold
+from .sparsify import check_density, drop_by_rank, drop_random, generator_for, keep_above, keep_largest, keep_middle
+from .subspace import total
+
+# Sparsified deltas of one tensor are kept between the two passes of a sign vote up to this size, else made again:
+# both give the same numbers.
+KEEP_BYTES = 256 * 2**20
+
+REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword of a method.
+
+    Args:
+        default: its value when not given; `REQUIRED` if it must be.
+        doc: what it means.
+        choices: the accepted names, if it is one of several.
+    """
+
+    default: Any
+    doc: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of merging methods.
+
+    Args:
+        name: what `merge(method=…)` takes.
+        paper: where it comes from.
+        definition: what it computes, with w_t the weights and δ_t the deltas.
+        run: merges one tensor.
+        options: its keywords.
+        weights: how given weights are read: "normalised" to sum 1, "sum" as they are, "none" if it takes none.
+        prepare: runs once before the tensors, over all of them; its result is `Job.state`.
+        matrices_only: it is defined for matrices; other tensors are averaged with the same weights, as in its paper.
+        sparsify: for elementwise rows, how entries are dropped.
+        agree: for elementwise rows, whether signs are elected.
+    """
+
+    name: str
+    paper: str
+    definition: str
+    run: Callable[[Job], Delta]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    weights: Literal["normalised", "sum", "none"] = "sum"
+    prepare: Callable[[Plan], Any] | None = None
+    matrices_only: bool = False
+    sparsify: str | None = None
+    agree: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A merge that has been checked but not run.
+
+    Args:
+        method: the row.
+        adapters: n sets of deltas with the shapes known, each (o, i).
+        names: the tensors, in order.
+        weights: (n,) numbers.
+        options: the method's keywords, complete.
+    """
+
+    method: Method
+    adapters: Sequence[Deltas]
+    names: tuple[str, ...]
+    weights: tuple[float, ...]
+    options: Mapping[str, Any]
+
+    def delta(self, index: int, name: str) -> Delta | None:
+        """Return one adapter's finite delta (o, i), None where it has none.
+
+        Raises:
+            NumericsError: it holds NaN or infinity.
+        """
+        adapter = self.adapters[index]
+        return check_finite(adapter[name], name, adapter.source) if name in adapter else None
+
+    def aligned(self, name: str) -> list[Delta]:
+        """Return every adapter's delta of one tensor, of one shape (o, i) and one type; zero where one has none.
+
+        Raises:
+            ShapeError: the shapes differ.
+            NumericsError: one holds NaN or infinity.
+        """
+        found = [self.delta(t, name) for t in range(len(self.adapters))]
+        shapes = {a.source: tuple(d.shape) for a, d in zip(self.adapters, found, strict=True) if d is not None}
+        if len(set(shapes.values())) > 1:
+            raise ShapeError(
+                f"{name!r} has another shape in some adapters ({shapes}): they belong to different base models."
+            )
+        return wide(zero_like(found))
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The merge of one tensor.
+
+    Args:
+        plan: the merge it belongs to.
+        name: the tensor.
+        deltas: n deltas of one shape, e.g. (o, i).
+        state: what the method's `prepare` returned.
+    """
+
+    plan: Plan
+    name: str
+    deltas: Sequence[Delta]
+    state: Any = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One number per adapter."""
+        return self.plan.weights
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The method's keywords."""
+        return self.plan.options
+
+
+def read_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every keyword of a method with its value.
+
+    Raises:
+        ConfigError: an unknown keyword (the nearest is named), a missing one, or a value that is not a choice.
+    """
+    for key in given:
+        if key not in method.options:
+            raise ConfigError(unknown_name("option", key, method.options, f"method {method.name!r}"))
+    values = {}
+    for key, option in method.options.items():
+        value = given.get(key, option.default)
+        if value is REQUIRED:
+            raise ConfigError(f"method {method.name!r} needs {key}=: {option.doc}.")
+        if option.choices and value not in option.choices:
+            raise ConfigError(unknown_name(key, value, option.choices, f"method {method.name!r}"))
+        values[key] = value
+    return values
+
+
+def per_adapter(value: Any, n: int, what: str) -> tuple[float, ...]:
+    """Return one number per adapter from one number, or from a sequence of n.
+
+    Raises:
+        ConfigError: a sequence of another length, or no number.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return (float(value),) * n
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != n:
+        raise ConfigError(f"{what} is {value!r}; expected a number, or one per adapter ({n}).")
+    return tuple(float(v) for v in value)
+
+
+def scope(options: Mapping[str, Any]) -> str:
+    """Return over what magnitudes are ranked: the "model" (the paper's TIES) or each "tensor"; no tensors involved."""
+    return options["scope"] or ("model" if options.get("definition") == "paper" else "tensor")
+
+
+def thresholds(plan: Plan) -> tuple[float, ...] | None:
+    """Return each adapter's magnitude threshold over the whole model, or None if tensors are trimmed alone."""
+    densities = per_adapter(plan.options["density"], len(plan.adapters), "density")
+    for density in densities:
+        check_density(density, plan.method.name)
+    if scope(plan.options) != "model":
+        return None
+
+    def threshold(index: int, density: float) -> float:
+        if density == 1:  # all entries are kept, and no pass over the model is needed to know it
+            return 0.0
+        held = [name for name in plan.names if name in plan.adapters[index]]
+
+        def stream() -> Iterator[Tensor]:
+            for name in held:
+                delta = plan.delta(index, name)
+                assert delta is not None
+                yield delta.dense()
+
+        first = plan.delta(index, held[0]) if held else None
+        dtype = first.dtype if first is not None else torch.float32
+        return model_threshold(stream, sum(sizes[name] for name in held), density, dtype)
+
+    sizes = {}
+    for name in plan.names:
+        known = plan.delta(next(t for t, a in enumerate(plan.adapters) if name in a), name)
+        assert known is not None
+        sizes[name] = known.shape.numel()
+    return tuple(threshold(t, density) for t, density in enumerate(densities))
+
+
+def sparsified(job: Job, tensors: Sequence[Delta | Tensor] | None = None) -> Callable[[], Iterator[Tensor]]:
+    """Return a function that starts a pass over a job's sparsified deltas, dense, each (o, i).
+
+    Args:
+        job: whose method row says how.
+        tensors: instead of the job's deltas, other tensors to treat the same way.
+    """
+    kind, options, n = job.plan.method.sparsify, job.options, len(job.deltas)
+    kind = options.get("sparsify", kind)
+    source = job.deltas if tensors is None else tensors
+    densities = per_adapter(options.get("density", 1.0), n, "density")
+
+    def one(index: int) -> Tensor:
+        item = source[index]
+        delta = item if isinstance(item, Tensor) else item.dense()
+        density = densities[index]
+        if kind == "magnitude":
+            if job.state is not None and tensors is None:
+                return keep_above(delta, job.state[index])
+            return keep_largest(delta, density)
+        if kind == "random":
+            generator = generator_for(options["seed"], index, job.name)
+            return drop_random(delta, density, generator, rescale=options["rescale"])
+        if kind == "rank":
+            generator = generator_for(options["seed"], index, job.name)
+            return drop_by_rank(
+                delta,
+                density,
+                options["epsilon"],
+                generator,
+                definition=options["probabilities"],
+                rescale=options["rescale"],
+            )
+        if kind == "middle":
+            return keep_middle(delta, density, options["gamma"])
+        return delta
+
+    first = source[0]
+    size = first.shape.numel() * first.dtype.itemsize * n
+    if size > KEEP_BYTES:
+        return lambda: (one(t) for t in range(n))
+    kept: list[Tensor] = []
+
+    def stream() -> Iterator[Tensor]:
+        for t in range(n):
+            if t == len(kept):
+                kept.append(one(t))
+            yield kept[t]
+
+    return stream
+
+
+def elementwise(job: Job) -> Delta:
+    """Return sparsify × agree × scale of one tensor's deltas (o, i): the elementwise rows of the table."""
+    method, scale = job.plan.method, float(job.options.get("scale", 1.0))
+    if method.sparsify is None and not method.agree:
+        return total(job.deltas, [w * scale for w in job.weights])
+    stream = sparsified(job)
+    result = vote(job, stream) if method.agree else weighted_sum(stream(), job.weights)
+    return Dense(result if scale == 1 else result * scale)
+
+
+def vote(job: Job, stream: Callable[[], Iterator[Tensor]]) -> Tensor:
+    """Return the sign-agreeing combination (o, i) of a job's sparsified deltas, by the options of its row."""
+    options = job.options
+    return agreeing_sum(
+        stream, job.weights, options["definition"], vote=options["vote"], normalize=options["normalize"]
+    )
+
+
+def zero_like(deltas: Sequence[Delta | None]) -> list[Delta]:
+    """Return the deltas (o, i) with zero changes, of rank 0 where low-rank is possible, in place of missing ones."""
+    present = next(d for d in deltas if d is not None)
+    return [d if d is not None else present.zeros() for d in deltas]
+
+
+def low_rank_only(job: Job) -> list[LowRank]:
+    """Return a job's deltas, all low-rank.
+
+    Raises:
+        ConfigError: one is dense.
+    """
+    parts = [d for d in job.deltas if isinstance(d, LowRank)]
+    if len(parts) < len(job.deltas):
+        raise ConfigError(
+            f"method {job.plan.method.name!r} joins low-rank factors, and {job.name!r} is dense in "
+            f"{len(job.deltas) - len(parts)} of {len(job.deltas)} adapters: squeeze it first, or use task_arithmetic."
+        )
+    return parts
+
+
+def wide(values: Sequence[Delta]) -> list[Delta]:
+    """Return the deltas (o, i) all in the widest type among them, so that no method meets two types."""
+    dtype = values[0].dtype
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return [
+        v
+        if v.dtype == dtype
+        else (LowRank(v.down.to(dtype), v.up.to(dtype)) if isinstance(v, LowRank) else Dense(v.dense().to(dtype)))
+        for v in values
+    ]

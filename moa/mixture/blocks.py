@@ -1,0 +1,196 @@
+"""Blocks whose layers share something: one routing over a feed-forward block, streams that run side by side.
+
+Feng et al. 2024 and Li et al. 2024 (experts that are whole feed-forward blocks over one frozen block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ContextError, ShapeError
+from ..routers import Router
+from ..types import Context, Routing
+from .mixture import Branch, Mixture
+
+
+class BlockRouting:
+    """What the layers of one block share: the routing, set by its first layer, and one product with their input.
+
+    Args:
+        openers: branches of the layers that open the block.
+    """
+
+    def __init__(self, openers: Sequence[Branch]) -> None:
+        self.banks = [branch.bank for branch in openers]
+        self.routing: Routing | None = None
+        self._source: Tensor | None = None
+        self._hidden: dict[int, Tensor] = {}
+
+    def get(self, name: str) -> Routing:
+        """Return the routing, weights and indices (*rows, K).
+
+        Raises:
+            ContextError: the block's first layer has not run.
+        """
+        if self.routing is None:
+            raise ContextError(f"{name}: the first layer of its block has not run before it, so there is no routing.")
+        return self.routing
+
+    def hidden(self, branch: Branch, x: Tensor, indices: Tensor) -> Tensor | None:
+        """Return a branch's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them alone.
+
+        Layers that see the same x share one product: x is read, and its gradient written, once.
+        """
+        if x is not self._source:
+            found = branch.bank.shared_hidden(self.banks, x, indices)
+            self._source = x
+            self._hidden = {id(bank): hidden for bank, hidden in zip(self.banks, found, strict=False)}
+        # Taken out: a recomputed forward may stop before the block's last layer, and must not keep activations alive.
+        hidden = self._hidden.pop(id(branch.bank), None)
+        if not self._hidden:
+            self._source = None
+        return hidden
+
+
+class FollowRouter(Router):
+    """Gives the routing that the first layer of the block has decided; it decides nothing.
+
+    Args:
+        d_in: i of its own layer.
+        leader: the router that decides.
+        shared: where the routing lies.
+    """
+
+    def __init__(self, d_in: int, leader: Router, shared: BlockRouting) -> None:
+        super().__init__(d_in, leader.n_experts, leader.k)
+        self.causal = leader.causal
+        self.shared = shared
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the block's routing, weights (*rows, K)."""
+        return self.shared.get(type(self).__name__)
+
+
+class BlockLayer(Mixture):
+    """A layer of a block whose experts are whole blocks: y = Σ_k w_k block_{e_k}(x), not a sum in each layer.
+
+    Between the first layers and the last, every row has one slot per active expert: an axis K before the features.
+    Whatever lies between (activations, products, dropout, norms over features) sees it as one more row axis.
+
+    Args:
+        base: the frozen layer.
+        branches: one; the first layer's holds the router, the others a `FollowRouter`.
+        context: shared by all mixtures of the model.
+        name: dotted path of the layer.
+        shared: the block's routing.
+    """
+
+    folds = False
+
+    def __init__(
+        self, base: nn.Module, branches: list[Branch], context: Context, name: str, shared: BlockRouting
+    ) -> None:
+        super().__init__(base, branches, context, name)
+        self.shared = shared
+
+    @property
+    def branch(self) -> Branch:
+        """The one branch."""
+        branch = self.branches[0]
+        assert isinstance(branch, Branch)
+        return branch
+
+
+class BlockEntry(BlockLayer):
+    """A first layer of a block: opens a slot for each active expert, (*rows, i) -> (*rows, K, o).
+
+    The frozen product is formed once per row, not once per expert.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) + E_{e_k}(x) for each slot k, (*rows, K, o); with experts switched off base(x), (*rows, o)."""
+        base_out: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.enabled:
+            return base_out
+        self.check_differentiable(x, base_out)
+        branch = self.branch
+        if not isinstance(branch.router, FollowRouter):
+            self.shared.routing = _on_rows(self.route(branch, x), x)
+        routing = self.shared.get(self.name)
+        if routing.weights.shape[:-1] != x.shape[:-1]:
+            raise ShapeError(
+                f"{self.name} sees rows {tuple(x.shape[:-1])}, the first layer of its block saw "
+                f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
+            )
+        assert routing.indices is not None
+        hidden = self.shared.hidden(branch, x, routing.indices)
+        return branch.bank.open_slots(x, routing.indices, base_out, hidden)
+
+
+class BlockExit(BlockLayer):
+    """The last layer of a block: closes the slots, (*rows, K, i) -> (*rows, o).
+
+    W is linear, so Σ_k w_k (W h_k + b) = W Σ_k w_k h_k + b Σ_k w_k: its product, too, is formed once per row.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return Σ_k w_k (base(x_k) + E_{e_k}(x_k)), (*rows, o), of slots x (*rows, K, i)."""
+        if not self.context.enabled:
+            out: Tensor = self.base(x, *args, **kwargs)
+            return out
+        routing = self.shared.get(self.name)
+        self.shared.routing = None
+        if x.shape[:-1] != routing.weights.shape:
+            raise ShapeError(
+                f"{self.name} expected slots {(*routing.weights.shape, 'i')} and got {tuple(x.shape)}: every layer "
+                "that opens its block must be among the targets."
+            )
+        assert routing.indices is not None
+        weights = routing.weights.unsqueeze(-1)
+        mixed = (x * weights.to(x.dtype)).sum(-2)
+        y: Tensor = self.base(mixed, *args, **kwargs)
+        self.check_differentiable(mixed, y)
+        if self.bias is not None:
+            y = y + (weights.sum(-2) - 1).to(y.dtype) * self.bias.to(y.dtype)
+        return y + self.branch.bank.close_slots(x, routing.weights, routing.indices).to(y.dtype)
+
+
+def routed_block(
+    entries: Sequence[tuple[nn.Module, str, Branch]],
+    last: tuple[nn.Module, str, Branch],
+    context: Context,
+) -> list[Mixture]:
+    """Return the layers of one block whose experts are whole blocks, entries first.
+
+    Args:
+        entries: (layer, name, branch) of those that read the block's input, in the order in which they run; the first
+            one's branch holds the router, whose rows (*rows, K) all of them share.
+        last: (layer, name, branch) of the one that writes the block's output.
+        context: shared by all mixtures of the model.
+
+    Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, §3.2.
+    Differs: the paper's last layer multiplies once per active expert; here all frozen products run once per row.
+    """
+    shared = BlockRouting([branch for _, _, branch in entries])
+    leader = entries[0][2].router
+    layers: list[Mixture] = []
+    for kind, members in ((BlockEntry, entries), (BlockExit, [last])):
+        for module, name, branch in members:
+            if layers:
+                branch.router = FollowRouter(branch.bank.d_in, leader, shared)
+            layers.append(kind(module, [branch], context, name, shared))
+    return layers
+
+
+def _on_rows(routing: Routing, x: Tensor) -> Routing:
+    """Return the routing expanded to the rows of x (*rows, i), with indices."""
+    rows = x.shape[:-1]
+    weights = routing.weights.expand(*rows, routing.k)
+    indices = routing.indices
+    if indices is None:
+        indices = torch.arange(routing.n_experts, device=x.device)
+    return Routing(weights, indices.expand(*rows, routing.k), routing.n_experts)

@@ -1,0 +1,196 @@
+"""The layer: a frozen base and branches that add to it. It names no method."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, ShapeError
+from ..experts import ExpertBank
+from ..layers import is_conv1d, is_convolution, is_dense, patches
+from ..routers import Router
+from ..types import Context, Routing
+
+
+class Branch(nn.Module):
+    """A router, a bank, and where they tap the layer: its input x (*rows, i) or its base's output y0 (*rows, o).
+
+    Raises:
+        ConfigError: an unknown tap.
+    """
+
+    def __init__(self, router: Router, bank: ExpertBank, tap: Literal["input", "output"] = "input") -> None:
+        super().__init__()
+        if tap not in ("input", "output"):
+            raise ConfigError(f"tap must be 'input' or 'output', got {tap!r}.")
+        self.router, self.bank, self.tap = router, bank, tap
+
+
+class Mixture(nn.Module):
+    """y0 = base(x); y = y0 + Σ bank(x or y0, router(x or y0, context)).
+
+    Args:
+        base: the frozen layer, (*rows, i) -> (*rows, o).
+        branches: what is added.
+        context: shared by all mixtures of one model.
+        name: dotted path of the layer, for traces and messages.
+
+    Attributes:
+        folds: a static routing makes it one weight.
+    """
+
+    folds = True
+
+    def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self.branches = nn.ModuleList(branches)
+        self.context = context
+        self.name = name
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight (o, i): some models look at its dtype or device. PyTorch's quantised layers unpack it."""
+        weight: Any = self.base.weight
+        return weight if isinstance(weight, Tensor) else weight()
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias (o,) or None."""
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, Tensor | None) else bias()
+
+    def route(self, branch: Branch, x: Tensor) -> Routing:
+        """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
+        if self.context.pinned is not None:
+            return pinned_routing(x, self.context.pinned, branch.bank.n_experts)
+        routing: Routing = branch.router(x, self.context)
+        self._record(routing, x, branch.router)
+        return routing
+
+    def _record(self, routing: Routing, x: Tensor, router: Router) -> None:
+        if self.context.trace is not None:
+            self.context.trace.add(self.name, routing, self.context.mask_for(x), router)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (*rows, o) for x (*rows, i)."""
+        base, enabled = self.base, self.context.enabled
+        plain = plain_weight(base) if enabled else None
+        if plain is not None:
+            branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
+            if len(branches) == 1 and branches[0].tap == "input":
+                return self._add_linear(branches[0], x, *plain)
+        base_out: Tensor = base(x, *args, **kwargs)
+        if not enabled:
+            return base_out
+        if not isinstance(base_out, Tensor):
+            raise ShapeError(
+                f"{self.name}: a {type(base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
+                "tensor (*rows, o). Choose the linear layers inside it as targets."
+            )
+        self.check_differentiable(x, base_out)
+        return self.add(x, base_out)
+
+    def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
+        router, bank = branch.router, branch.bank
+        gate = None if self.context.pinned is not None else router.gate()
+        gated = None if gate is None else bank.add_gated(x, gate, router.k, weight, bias)
+        if gated is None:
+            return bank.add_linear(x, self.route(branch, x), weight, bias)
+        y, logits, weights, indices = gated
+        # With gradients always: a recomputed forward, which no trace sees, must keep what the first one kept.
+        if self.context.trace is not None or torch.is_grad_enabled():
+            routing = Routing(weights, indices, bank.n_experts, logits, logits.softmax(-1))
+            self._record(routing, x, router)
+        return y
+
+    def check_differentiable(self, x: Tensor, y0: Tensor) -> None:
+        """Check that a gradient goes through the base from y0 (*rows, o) to x (*rows, i), if training needs it.
+
+        Raises:
+            ConfigError: it does not, as in layers quantised for inference: the layers before it would not learn.
+        """
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled() and x.requires_grad):
+            return
+        if y0.grad_fn is None or "NotImplemented" in y0.grad_fn.name():  # PyTorch's mark of an op without a gradient
+            kind = type(self.base)
+            raise ConfigError(
+                f"{self.name}: no gradient goes through a {kind.__module__}.{kind.__name__}, so what is trained before "
+                "it would learn nothing. Train on the base before it was quantised for inference, or quantise it by a "
+                "library whose layers are differentiable."
+            )
+
+    def add(self, x: Tensor, y0: Tensor) -> Tensor:
+        """Return y0 (*rows, o) and what the branches add to it for x (*rows, i)."""
+        y = y0
+        for branch in self.branches:
+            assert isinstance(branch, Branch)
+            source = x if branch.tap == "input" else y0
+            y = y + branch.bank(source, self.route(branch, source)).to(y.dtype)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
+        return f"name={self.name!r}"
+
+
+class ConvMixture(Mixture):
+    """The same on a convolution: rows are its places, x's features the patches under its kernel.
+
+    Every router and bank works here as on a linear layer, and a static mixture folds exactly, because a convolution is
+    a linear layer on patches. Routers see one row per place, (B, L, C · kernel).
+
+    The patches are a copy of x, kernel / stride² times its size (1 for a patch embedding, 9 for 3 × 3 at stride 1),
+    which training keeps for the backward pass. A convolution of rank r in their place would not need it, but would be
+    another forward for each family.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the layer's output (B, o, *places) for x (B, C, *size)."""
+        base_out: Tensor = self.base(x, *args, **kwargs)
+        if not self.context.enabled:
+            return base_out
+        self.check_differentiable(x, base_out)
+        return self.add(patches(self.base, x), base_out.flatten(2).mT).mT.reshape(base_out.shape)
+
+
+def mixture_on(base: nn.Module, branches: list[Branch], context: Context, name: str) -> Mixture:
+    """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution.
+
+    Args:
+        base, branches, context, name: see `Mixture`.
+    """
+    return (ConvMixture if is_convolution(base) else Mixture)(base, branches, context, name)
+
+
+def pinned_routing(x: Tensor, expert: int, n_experts: int) -> Routing:
+    """Return the constant routing that gives expert the weight 1, for x (*rows, i).
+
+    Raises:
+        ConfigError: expert is outside 0 … n_experts - 1.
+    """
+    if not 0 <= expert < n_experts:
+        raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {n_experts - 1}.")
+    one = torch.ones(1, dtype=torch.float32, device=x.device)
+    return Routing(one, torch.full((1,), expert, device=x.device), n_experts)
+
+
+def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return (weight (o, i), bias (o,) or None) of a frozen dense linear, or None for any other base.
+
+    A quantised, hooked, offloaded or trainable base is not plain: it runs its own forward.
+    """
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    if "forward" in vars(base):  # replaced on the instance, as accelerate does to move weights in and out
+        return None
+    if type(base) is not nn.Linear and not is_conv1d(base):
+        return None
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    if not is_dense(weight) or weight.requires_grad:
+        return None
+    return weight.T if is_conv1d(base) else weight, bias

@@ -1,0 +1,199 @@
+"""Streams: n copies of a model's body side by side in one batch, crossing after every block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..types import Context
+
+FIRST_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
+
+
+class Crossing(nn.Module):
+    """Lets n streams read each other: directly, and by their differences.
+
+    z = W [h_1; …; h_n];  h̃_m = h_m + Σ_{m'≠m} [ β z^dir_{m,m'} h_{m'} + γ z^diff_{m,m'} (h_m − h_{m'}) ]
+
+    | parameter | shape | start |
+    |---|---|---|
+    | weight (W) | (2 n (n − 1), n · d) | zero: the streams start apart |
+
+    z is linear in the row, neither normalised nor positive, and has a gradient at W = 0.
+
+    Args:
+        n: streams.
+        d: features of a hidden state.
+        beta: β.
+        gamma: γ.
+    """
+
+    pairs: Tensor
+
+    def __init__(self, n: int, d: int, beta: float = 1.0, gamma: float = 1.0) -> None:
+        super().__init__()
+        self.n, self.beta, self.gamma = n, beta, gamma
+        self.weight = nn.Parameter(torch.zeros(2 * n * (n - 1), n * d))
+        pairs = [m * n + other for m in range(n) for other in range(n) if other != m]
+        self.register_buffer("pairs", torch.tensor(pairs, dtype=torch.long), persistent=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the crossed streams (n, *rows, d) of h (n, *rows, d)."""
+        together = h.movedim(0, -2)  # (*rows, n, d)
+        z = F.linear(together.flatten(-2), self.weight.to(h.dtype))
+        direct, difference = z.chunk(2, -1)
+        rows = z.shape[:-1]
+        full = z.new_zeros(*rows, self.n * self.n)
+        where = self.pairs.expand(*rows, -1)
+        read = self.beta * full.scatter(-1, where, direct).unflatten(-1, (self.n, self.n))
+        differ = self.gamma * full.scatter(-1, where, difference).unflatten(-1, (self.n, self.n))
+        own = differ.sum(-1, keepdim=True) * together
+        return (together + (read - differ) @ together + own).movedim(-2, 0)
+
+
+class Streams(nn.Module):
+    """n streams of one body: its inputs are folded into the batch, cross after every block, and end as one.
+
+    h = Σ_m w_m h̃_m after the last block, so that what follows (norm, pooler, head) sees the batch as it came.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | crossings.*.weight | (2 n (n − 1), n · d) | zero |
+    | weights (w) | (n,) | 1/n |
+
+    Args:
+        n: streams.
+        d: features of a hidden state.
+        body: the module whose forward takes a batch.
+        blocks: its blocks in order, each (rows, S, d) -> (rows, S, d) or a tuple that begins with it.
+        context: of the mixtures inside.
+        beta, gamma: of the crossings.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        d: int,
+        body: nn.Module,
+        blocks: Sequence[nn.Module],
+        context: Context,
+        *,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.n, self.context = n, context
+        self.crossings = nn.ModuleList(Crossing(n, d, beta, gamma) for _ in blocks)
+        self.weights = nn.Parameter(torch.full((n,), 1.0 / n))
+        last = len(blocks) - 1
+        self._hooks = [body.register_forward_pre_hook(Fold(self), with_kwargs=True)]
+        self._hooks += [b.register_forward_hook(Cross(self, i, i == last)) for i, b in enumerate(blocks)]
+
+    @property
+    def running(self) -> bool:
+        """Whether the streams run: not while the experts are switched off, nor with one of them pinned."""
+        return self.context.enabled and self.context.pinned is None
+
+    def remove(self) -> None:
+        """Take the hooks out: the body is as before."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def cross(self, hidden: Tensor, number: int, last: bool) -> Tensor:
+        """Return the streams after block `number`, (n · B, S, d), or their weighted sum (B, S, d) after the last."""
+        apart: Tensor = self.crossings[number](hidden.unflatten(0, (self.n, -1)))
+        if not last:
+            return apart.flatten(0, 1)
+        return torch.einsum("m...,m->...", apart, self.weights.to(apart.dtype))
+
+
+class Fold:
+    """The hook that repeats a body's inputs for each stream, stream after stream."""
+
+    def __init__(self, streams: Streams) -> None:
+        self.streams = streams
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the inputs with (n · B, …) in place of (B, …)."""
+        if not self.streams.running:
+            return None
+        given = [kwargs[name] for name in FIRST_INPUTS if isinstance(kwargs.get(name), Tensor)]
+        size = (given or [a for a in args if isinstance(a, Tensor)])[0].shape[0]
+        return self._repeat(args, size), self._repeat(kwargs, size)
+
+    def _repeat(self, value: Any, size: int) -> Any:
+        if isinstance(value, Tensor):
+            if value.ndim < 2 or value.shape[0] != size:
+                return value
+            return value.repeat(self.streams.n, *([1] * (value.ndim - 1)))
+        if isinstance(value, Mapping):
+            return {name: self._repeat(item, size) for name, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._repeat(item, size) for item in value)
+        if hasattr(value, "reorder_cache") and "reorder_cache" not in vars(value):
+            value.reorder_cache = self._reordering(value.reorder_cache)  # beam search moves whole examples
+        return value
+
+    def _reordering(self, original: Any) -> Any:
+        def reorder(order: Tensor) -> None:
+            if self.streams.running:
+                steps = torch.arange(self.streams.n, device=order.device)[:, None] * order.numel()
+                order = (steps + order).flatten()
+            original(order)
+
+        return reorder
+
+
+class Cross:
+    """The hook after a block."""
+
+    def __init__(self, streams: Streams, number: int, last: bool) -> None:
+        self.streams, self.number, self.last = streams, number, last
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Return the block's output with its hidden states crossed."""
+        if not self.streams.running:
+            return None
+        if isinstance(output, Tensor):
+            return self.streams.cross(output, self.number, self.last)
+        return (self.streams.cross(output[0], self.number, self.last), *output[1:])
+
+
+def find_body(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[nn.Module]]:
+    """Return the module that takes a batch and its blocks, given layers (i -> o) that lie inside the blocks.
+
+    Args:
+        model: holds them.
+        names: dotted names of the layers.
+
+    Raises:
+        ConfigError: a layer outside the blocks, blocks in more than one list, or no module that takes a batch.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    outside = []
+    for name in names:
+        parts = name.split(".")
+        path = next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()), None)
+        holder = model.get_submodule(path) if path is not None else None
+        if isinstance(holder, nn.ModuleList):
+            lists[str(path)] = holder
+        else:
+            outside.append(name)
+    if outside or len(lists) != 1:
+        what = f"{', '.join(outside[:4])} lie outside" if outside else f"there are several: {', '.join(lists)}"
+        raise ConfigError(
+            f"streams run through one stack of blocks, and {what} in {type(model).__name__}: choose other targets, or "
+            "adapters of the blocks alone."
+        )
+    path, blocks = next(iter(lists.items()))
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        body = model.get_submodule(".".join(parts[:depth]))
+        if hasattr(body, "get_input_embeddings"):
+            return body, list(blocks)
+    raise ConfigError(f"no module around {path} takes a batch (none has get_input_embeddings).")

@@ -1,0 +1,1 @@
+"""The model that holds mixtures: host, batch, objective, loading."""

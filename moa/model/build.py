@@ -1,0 +1,132 @@
+"""`build` puts a mixture into a model; `load` brings back a saved one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+from ..formats.peft_export import load_experts, read_adapters
+from ..mixture import backbone_prefix
+from ..recipes import Recipe, make_recipe, recipe_class
+from .host import all_or_nothing
+from .moa_model import MoAModel
+
+HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
+ALIASES = {
+    "target_modules": "targets",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_experts": "n_experts",
+    "top_k": "k",
+}
+
+
+def build(
+    model: nn.Module,
+    router: str | Recipe | Sequence[Recipe] = "topk",
+    n_experts: int | None = None,
+    k: int | None = None,
+    *,
+    expert: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: str | Sequence[str] | None = None,
+    experts: Sequence[str | Path] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    **options: Any,
+) -> MoAModel:
+    """Return model with a mixture of adapters in its layers, everything else frozen.
+
+    Args:
+        model: any module, transformers or not, changed in place; or a `MoAModel`, which gets a further recipe.
+        router: name of a recipe (`moa.RECIPES`), a recipe, or a list of recipes for different layers.
+        n_experts: E, experts per layer; the recipe's default is 8.
+        k: K, active experts per row; the recipe's default is 2 in most.
+        expert: adapter family, "lora".
+        rank: r of each expert, default 8.
+        alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
+        targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
+        experts: folders of PEFT LoRA adapters that become the experts, on the layers that they adapt; frozen unless
+            train_experts=True.
+        modules_to_save: names of modules that are trained and saved whole; default the new heads of
+            classification models.
+        options: the recipe's own keywords; peft's spellings (target_modules, r, lora_alpha, …) are understood.
+
+    Returns:
+        The `MoAModel`; `model` is inside it as `.base`.
+
+    Raises:
+        ConfigError: unknown names (the nearest known one is given), values out of range, no matching layer, or layers
+            that already carry experts.
+        CheckpointError: an adapter folder that cannot be read or does not fit this base.
+    """
+    for theirs, ours in ALIASES.items():
+        if theirs in options:
+            options[ours] = options.pop(theirs)
+    given = {
+        "n_experts": n_experts,
+        "k": k,
+        "expert": expert,
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() & options.keys():
+        raise ConfigError(f"{name} is given twice, once under peft's spelling: give it once.")
+    options = {**given, **options}
+    if isinstance(options.get("targets"), list):
+        options["targets"] = tuple(options["targets"])
+    if experts is not None and not isinstance(router, str):
+        raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
+    adapters = read_adapters(experts) if experts is not None else None
+    if adapters is not None:
+        for name, value in (("n_experts", len(adapters)), ("rank", max(a.max_rank for a in adapters))):
+            if options.setdefault(name, value) != value:
+                raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
+        options.setdefault("train_experts", False)
+    if isinstance(router, str):
+        if adapters is None and recipe_class(router).wants_experts:
+            raise ConfigError(f"router={router!r} is for adapters that exist already: name them with experts=[…].")
+        recipes = [make_recipe(router, **options)]
+    else:
+        several: list[Any] = list(router) if isinstance(router, Sequence) else []
+        recipes = [router] if isinstance(router, Recipe) else several
+        if options:
+            raise ConfigError(f"keywords {', '.join(options)} belong inside the recipes when router is not a name.")
+        if not recipes or not all(isinstance(r, Recipe) for r in recipes):
+            raise ConfigError(f"router must be a name, a Recipe or a list of Recipes, got {router!r}.")
+    with all_or_nothing(model):
+        out = model if isinstance(model, MoAModel) else MoAModel.around(model)
+        if modules_to_save is None and out is not model:
+            modules_to_save = _new_heads(model)
+        out.train_whole(modules_to_save or ())
+        for recipe in recipes:
+            sites = None if adapters is None else sorted({name for a in adapters for name in a.layers})
+            names = out.add_recipe(recipe, sites)
+            if adapters is not None:
+                load_experts(out.mixtures(), names, adapters)
+                out.experts_changed()
+    return out
+
+
+def _new_heads(model: nn.Module) -> list[str]:
+    """Return the head modules of a classification model: they were not pretrained, so they are trained whole."""
+    prefix = backbone_prefix(model)
+    if not prefix or not any(kind in type(model).__name__ for kind in HEADS):
+        return []
+    return [n for n, m in model.named_children() if f"{n}." != prefix and any(True for _ in m.parameters())]
+
+
+def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any) -> MoAModel:
+    """Return the model saved under a path or hub id; the same as `MoAModel.from_pretrained`.
+
+    Args:
+        path, base, check_base, kwargs: see there.
+    """
+    return MoAModel.from_pretrained(path, base, check_base=check_base, **kwargs)

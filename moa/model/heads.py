@@ -1,0 +1,273 @@
+"""One pretrained encoder with one classification head per task; and how a checkpoint's base is found again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ..errors import CheckpointError, ConfigError, ContextError, unknown_name
+
+POOLINGS = ("mean", "cls", "last")
+
+
+class MultiTaskConfig(PreTrainedConfig):
+    """What rebuilds a `MultiTaskForSequenceClassification`.
+
+    Args:
+        encoder: the encoder's own configuration as plain values, its model_type included.
+        encoder_name_or_path: where the encoder came from, "" for one made in memory.
+        labels: task name -> its label names; the order of tasks is the order of task ids.
+        pooling: "mean" over real tokens, "cls" (the first real token) or "last" (the last real token).
+        kwargs: as for every configuration.
+
+    Raises:
+        ConfigError: an unknown pooling.
+    """
+
+    model_type = "multi_task_classifier"
+
+    def __init__(
+        self,
+        encoder: Mapping[str, Any] | None = None,
+        encoder_name_or_path: str = "",
+        labels: Mapping[str, Sequence[str]] | None = None,
+        pooling: str = "mean",
+        **kwargs: Any,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise ConfigError(unknown_name("pooling", pooling, POOLINGS))
+        self.encoder = dict(encoder or {})
+        self.encoder_name_or_path = encoder_name_or_path
+        self.labels = {task: list(names) for task, names in (labels or {}).items()}
+        self.pooling = pooling
+        super().__init__(**kwargs)
+
+
+class TaskHeads(nn.Module):
+    """N linear heads in one: logits_b = W[task_b] h_b + b[task_b], −∞ for classes that the task does not have.
+
+    | tensor | shape | start |
+    |---|---|---|
+    | weight | (N, C, d) | normal, σ = 0.02 |
+    | bias | (N, C) | zero |
+    | present (buffer) | (N, C) bool | which classes each task has |
+
+    Args:
+        d_in: d.
+        n_labels: classes of each task; C is the largest.
+
+    Raises:
+        ConfigError: no task, or a task with fewer than two classes.
+    """
+
+    present: Tensor
+
+    def __init__(self, d_in: int, n_labels: Sequence[int]) -> None:
+        super().__init__()
+        if not n_labels or min(n_labels) < 2:
+            raise ConfigError(f"each task needs at least 2 classes, got {list(n_labels)}.")
+        self.n_labels = list(n_labels)
+        self.weight = nn.Parameter(torch.empty(len(n_labels), max(n_labels), d_in))
+        self.bias = nn.Parameter(torch.empty(len(n_labels), max(n_labels)))
+        self.register_buffer("present", torch.empty(len(n_labels), max(n_labels), dtype=torch.bool))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weight (N, C, d) anew, set bias to zero, mark the classes present."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+        with torch.no_grad():
+            counts = torch.tensor(self.n_labels, device=self.present.device)
+            self.present.copy_(torch.arange(self.present.shape[1], device=self.present.device) < counts[:, None])
+
+    def forward(self, h: Tensor, task_ids: Tensor) -> Tensor:
+        """Return logits (B, C) of pooled features h (B, d) for tasks (B,)."""
+        n_tasks, n_classes, _ = self.weight.shape
+        # every head on every row, then the row's own: one product, and a backward without scattered additions
+        every = F.linear(h.to(self.weight.dtype), self.weight.flatten(0, 1), self.bias.flatten()).view(
+            -1, n_tasks, n_classes
+        )
+        own = every.gather(1, task_ids[:, None, None].expand(-1, 1, n_classes)).squeeze(1)
+        return own.masked_fill(~self.present[task_ids], float("-inf"))
+
+
+class MultiTaskForSequenceClassification(PreTrainedModel):
+    """Any transformers encoder, pooled, under one linear head per task.
+
+    logits_b = W[task_b] pool(encoder(x_b)) + b[task_b];  loss = mean cross-entropy
+
+    The encoder is `.encoder` (the base model prefix), so `moa.build` puts experts into it and trains and saves the
+    heads whole. An unused pooler of the encoder is dropped.
+
+    Args:
+        config: tasks, pooling, the encoder's configuration.
+        encoder: a loaded encoder; None makes one with fresh weights, as `from_pretrained` needs.
+
+    Raises:
+        ConfigError: an encoder-decoder.
+    """
+
+    config_class = MultiTaskConfig
+    base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: MultiTaskConfig, encoder: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        if encoder is None:
+            values = dict(config.encoder)
+            encoder = AutoModel.from_config(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+        else:
+            for module in encoder.modules():  # its weights are there: post_init must not draw them anew
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        if getattr(encoder.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"{type(encoder).__name__} is an encoder-decoder, which has no one sequence of hidden states to pool: "
+                "use an encoder or a decoder, or a generation task."
+            )
+        if isinstance(getattr(encoder, "pooler", None), nn.Module):
+            encoder.pooler = None
+        self.encoder = encoder
+        self.heads = TaskHeads(encoder.config.hidden_size, [len(names) for names in config.labels.values()])
+        self.heads.to(dtype=torch.promote_types(encoder.dtype, torch.float32))
+        self.post_init()
+
+    @classmethod
+    def from_encoder(
+        cls, name_or_path: str | Path, labels: Mapping[str, Sequence[str]], pooling: str = "mean", **kwargs: Any
+    ) -> MultiTaskForSequenceClassification:
+        """Return a model with a pretrained encoder and fresh heads.
+
+        Args:
+            name_or_path: hub id or folder of the encoder.
+            labels: task name -> its label names.
+            pooling: "mean", "cls" or "last".
+            kwargs: for the encoder's `from_pretrained` (dtype, …).
+
+        Raises:
+            OSError: no such encoder.
+            ConfigError: see the class.
+        """
+        encoder = AutoModel.from_pretrained(name_or_path, **kwargs)
+        return cls.around(encoder, labels, pooling)
+
+    @classmethod
+    def around(
+        cls, encoder: PreTrainedModel, labels: Mapping[str, Sequence[str]], pooling: str = "mean"
+    ) -> MultiTaskForSequenceClassification:
+        """Return a model with fresh heads on an encoder that is in memory; its output is (B, S, d)."""
+        values = encoder.config.to_dict()
+        # a model read from GGUF carries this although its weights are dense
+        values.pop("quantization_config", None)
+        name = encoder.name_or_path or ""
+        config = MultiTaskConfig(values, name, labels, pooling, dtype=encoder.dtype)
+        config.name_or_path = name
+        return cls(config, encoder)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TaskHeads):
+            module.reset_parameters()
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return one vector per example, (B, d), of hidden states (B, S, d) under a mask (B, S); padding is ignored."""
+        real = torch.ones(hidden.shape[:2], device=hidden.device) if attention_mask is None else attention_mask
+        if self.config.pooling == "mean":
+            weight = real.to(hidden.dtype).unsqueeze(-1)
+            return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+        first, last = real.argmax(1), real.shape[1] - 1 - real.flip(1).argmax(1)
+        at = first if self.config.pooling == "cls" else last
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), at]
+
+    def features(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return the pooled features (B, d) of token ids (B, S)."""
+        if input_ids is not None:
+            kwargs["input_ids"] = input_ids
+        hidden = self.encoder(attention_mask=attention_mask, **kwargs).last_hidden_state
+        return self.pool(hidden, attention_mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Return logits (B, C), and with labels the mean cross-entropy ().
+
+        Args:
+            input_ids: (B, S).
+            attention_mask: (B, S), 1 on real tokens.
+            token_type_ids: (B, S), for encoders that have segments.
+            task_ids: (B,) int64, which head each example uses.
+            labels: (B,) int64 class of its own task; -100 is left out.
+            num_items_in_batch: examples of the whole accumulated batch, as Trainer passes it: the loss is then their
+                sum divided by this number.
+            kwargs: for the encoder.
+
+        Raises:
+            ContextError: task ids are missing or out of range.
+        """
+        task_ids = self._checked(task_ids)
+        if token_type_ids is not None:
+            kwargs["token_type_ids"] = token_type_ids
+        logits = self.heads(self.features(input_ids, attention_mask, **kwargs), task_ids)
+        loss = None
+        if labels is not None:
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(logits.float(), labels)
+            else:
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _checked(self, task_ids: Tensor | None) -> Tensor:
+        names = list(self.config.labels)
+        span = f"0 to {len(names) - 1} ({', '.join(names)})"
+        if task_ids is None:
+            raise ContextError(
+                f"this model has one head per task and got no task ids: pass task_ids=(B,) with values {span}, or keep "
+                "a task_ids column in the data set."
+            )
+        if not torch.compiler.is_compiling() and bool(((task_ids < 0) | (task_ids >= len(names))).any()):
+            low, high = int(task_ids.min()), int(task_ids.max())
+            raise ContextError(f"task ids must be {span}, got values from {low} to {high}.")
+        return task_ids
+
+
+def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Return the base model that a checkpoint names.
+
+    Args:
+        row: the checkpoint's "base" entry: class, name_or_path, config.
+        folder: of the checkpoint, named in errors.
+        kwargs: for `from_pretrained`; dtype is the stored one unless given.
+
+    Raises:
+        CheckpointError: no name was stored, the class is not known, or nothing can be loaded from there.
+    """
+    name, class_name, config = row["name_or_path"], row["class"], row["config"] or {}
+    advice = "Pass load(path, base=model)."
+    if not name:
+        raise CheckpointError(f"{folder} names no base to load ({class_name} was made in memory). {advice}")
+    options = {"dtype": config["dtype"], **kwargs} if config.get("dtype") else dict(kwargs)
+    try:
+        if class_name == MultiTaskForSequenceClassification.__name__:
+            if name != config["encoder_name_or_path"]:  # it was saved whole, heads included
+                return MultiTaskForSequenceClassification.from_pretrained(name, **options)
+            return MultiTaskForSequenceClassification.from_encoder(name, config["labels"], config["pooling"], **options)
+        cls = getattr(transformers, class_name, None)
+        if not hasattr(cls, "from_pretrained"):
+            raise CheckpointError(f"{folder} was made on a {class_name}, which transformers does not have. {advice}")
+        return cls.from_pretrained(name, **options)  # type: ignore[union-attr]
+    except OSError as error:
+        raise CheckpointError(f"the base of {folder}, {name!r}, cannot be loaded: {error} {advice}") from error

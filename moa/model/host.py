@@ -1,0 +1,338 @@
+"""The host of mixtures: puts recipes into a base, looks at them, takes them out again. It knows no framework."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..experts import LoRABank
+from ..folding.swap import swapped
+from ..folding.weights import check_untied, fold, folded_change
+from ..formats import checkpoint
+from ..mixture import Branch, Mixture, find_sites, inject, linear_sites, placement, take_out
+from ..mixture.preview import Preview
+from ..mixture.streams import Streams
+from ..objective.trace import Trace
+from ..recipes import Recipe
+from ..types import Context
+from .adapt import adapted, optimizer_groups
+
+
+class Host(nn.Module):
+    """What `MoAModel` does with the mixtures in its base, whatever the base is.
+
+    Attributes:
+        base: the model that holds the mixtures.
+        context: what they share; the encoder half of an encoder-decoder shares `encoder_context`, which has its mask.
+        recipes: (recipe, names of its layers), in the order in which they were built.
+        modules_to_save: names of the base's modules that are trained and saved whole.
+        streams: in which the base runs, for recipes that have several; None for one.
+        samples: M, forwards per training step, the most that any recipe asks for.
+    """
+
+    base: nn.Module
+    context: Context
+    encoder_context: Context
+    recipes: list[tuple[Recipe, list[str]]]
+    modules_to_save: list[str]
+    streams: Streams | None
+    samples: int = 1
+    _preview: Preview | None = None
+    _needs_preview: bool = False
+    _folded: bool = False
+
+    def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
+        """Put a recipe's mixtures into the base and return their names.
+
+        Args:
+            recipe: the row of the table.
+            sites: names of the layers, each (*rows, i) -> (*rows, o); None takes the recipe's targets.
+
+        Raises:
+            ConfigError: no layer matches, or one of them carries experts already.
+        """
+        recipe = recipe.for_base(self.base)
+        if sites is None:
+            chosen = find_sites(self.base, recipe.targets)
+        else:
+            free = linear_sites(self.base)
+            missing = sorted(set(sites) - {s.name for s in free})
+            if missing:
+                raise ConfigError(f"no free linear layer named {', '.join(missing)} in {type(self.base).__name__}.")
+            chosen = [s for s in free if s.name in set(sites)]  # in the order in which they run
+        chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
+        side = _encoder_modules(self.base)
+        for context, part in (
+            (self.context, [s for s in chosen if id(s.module) not in side]),
+            (self.encoder_context, [s for s in chosen if id(s.module) in side]),
+        ):
+            if part:
+                mixtures = recipe.mixtures(part, context)
+                if not recipe.train_experts:
+                    for branch in (branch for mixture in mixtures for branch in mixture.branches):
+                        branch.bank.requires_grad_(False)
+                inject(self.base, part, mixtures)
+        names = [s.name for s in chosen]
+        streams = recipe.streams(self.base, names, self.context)
+        if streams is not None:
+            if self.streams is not None:
+                streams.remove()
+                raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
+            self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
+        self.recipes.append((recipe, names))
+        self.routers_changed()
+        return names
+
+    def train_whole(self, names: Sequence[str]) -> None:
+        """Train modules of the base whole, and save them whole, e.g. a head (d -> C).
+
+        Raises:
+            ConfigError: the base has no module of such a name.
+        """
+        for name in names:
+            try:
+                self.base.get_submodule(name).requires_grad_(True)
+            except AttributeError as error:
+                raise ConfigError(
+                    f"modules_to_save names {name!r}, which {type(self.base).__name__} does not have."
+                ) from error
+        self.modules_to_save += [name for name in names if name not in self.modules_to_save]
+
+    def routers_changed(self) -> None:
+        """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
+        routers = [branch.router for _, branch in self.branches()]
+        self.samples = max([1, *(router.samples for router in routers)])
+        self._needs_preview = any(router.needs_preview for router in routers)
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """Return the mixtures by the name of their layer, each (*rows, i) -> (*rows, o), in order."""
+        return {m.name: m for m in self.base.modules() if isinstance(m, Mixture)}
+
+    def branches(self) -> Iterator[tuple[str, Branch]]:
+        """Yield (layer name, branch) for every branch, each on rows (*rows, i)."""
+        for name, mixture in self.mixtures().items():
+            for branch in mixture.branches:
+                assert isinstance(branch, Branch)
+                yield name, branch
+
+    def experts_changed(self) -> None:
+        """Tell the routers that route by their experts to look at them again, down (E, r, i) and up (E, r, o).
+
+        `build` does it for adapters that it reads in; call it after training experts behind such a router.
+        """
+        for _, branch in self.branches():
+            if isinstance(branch.bank, LoRABank):
+                branch.router.experts_changed(branch.bank.down, branch.bank.up)
+
+    @property
+    def preview(self) -> Preview | None:
+        """What runs the base alone first, (B, S, d), where a router looks at that."""
+        if not self._needs_preview:
+            return None
+        if self._preview is None:
+            self._preview = Preview(self.base, self.context)
+        return self._preview
+
+    def optimizer_step_done(self) -> None:
+        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
+        for _, branch in self.branches():
+            branch.router.step()
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Record the routings of the forwards inside, training or not: `with model.tracing() as trace: model(...)`."""
+        trace, before = Trace(), self.context.trace
+        self.context.trace = self.encoder_context.trace = trace
+        try:
+            yield trace
+        finally:
+            self.context.trace = self.encoder_context.trace = before
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the frozen base alone inside the block.
+
+        Raises:
+            ConfigError: inside `folded`, where the base is not the frozen one.
+        """
+        self._check_not_folded("disable_adapter")
+        before = self.context.enabled
+        self.context.enabled = self.encoder_context.enabled = False
+        try:
+            yield
+        finally:
+            self.context.enabled = self.encoder_context.enabled = before
+
+    @contextlib.contextmanager
+    def pin_expert(self, expert: int) -> Iterator[None]:
+        """Use one expert with weight 1 in every layer inside the block, in place of the routers.
+
+        Raises:
+            ConfigError: at the first layer that has no such expert; inside `folded`.
+        """
+        self._check_not_folded("pin_expert")
+        before = self.context.pinned
+        self.context.pinned = self.encoder_context.pinned = expert
+        try:
+            yield
+        finally:
+            self.context.pinned = self.encoder_context.pinned = before
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters, counted once each."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and all parameters in one line, as peft does."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def merge_and_unload(self, task_id: int | None = None) -> nn.Module:
+        """Fold every mixture into its layer and return the base, as peft's method of this name.
+
+        Args:
+            task_id: fold what this task's inputs get, where routers look at the task.
+
+        Raises:
+            FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
+        """
+        mixtures = self.mixtures()
+        for mixture in mixtures.values():
+            check_untied(self.base, mixture)
+            folded_change(mixture, task_id)
+        for mixture in mixtures.values():
+            fold(mixture, task_id)
+        return self.unload()
+
+    def folded(self, task_id: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
+        """Run with the mixtures folded into their layers inside the block, the base bit for bit as it was afterwards.
+
+        Args:
+            task_id: fold what this task's inputs get, where routers look at the task.
+
+        Raises:
+            FoldError: a mixture has no exact weight; the layer and the reason are named.
+        """
+        mixtures = self.mixtures()
+        for mixture in mixtures.values():
+            check_untied(self.base, mixture)
+        return self._swapped(swapped(mixtures, task_id))
+
+    @contextlib.contextmanager
+    def _swapped(self, swap: contextlib.AbstractContextManager[None]) -> Iterator[nn.Module]:
+        with swap:
+            enabled, self._folded = self.context.enabled, True
+            self.context.enabled = self.encoder_context.enabled = False
+            try:
+                yield self.base
+            finally:
+                self.context.enabled = self.encoder_context.enabled = enabled
+                self._folded = False
+
+    def unload(self) -> nn.Module:
+        """Take the mixtures out and return the base with its own layers, their weights untouched."""
+        take_out(self.base)
+        if self.streams is not None:
+            self.streams.remove()
+            self.streams = None
+        self.recipes.clear()
+        self.routers_changed()
+        return self.base
+
+    def adapt(self, new_task: int = 0, mode: str = "full", *, collapse: bool = False) -> None:
+        """Make this trained model ready to learn one new task from its experts; see `moa.model.adapt.adapted`.
+
+        Args:
+            new_task: the id that the new task's examples carry in task_ids.
+            mode: "full", "z" (the new task's routing alone) or "mu" (the experts under equal weights).
+            collapse: with "mu", one LoRA in place of the experts, their mean.
+
+        Raises:
+            ConfigError: a recipe that does not route by task, or an unknown mode.
+        """
+        self.recipes = adapted(self.recipes, self.mixtures(), new_task, mode, collapse=collapse)
+
+    def optimizer_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Return an optimizer's parameter groups; routers that have a learning rate of their own get it.
+
+        Args:
+            lr: of everything else.
+            weight_decay: of everything else.
+        """
+        return optimizer_groups(self.parameters(), [b.router for _, b in self.branches()], lr, weight_decay)
+
+    def get_base_model(self) -> nn.Module:
+        """Return the wrapped model, mixtures inside."""
+        return self.base
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds: routers, experts, streams and the modules trained whole, by their name.
+
+        A layer that several parents share has one entry, under its first name.
+        """
+        heads = tuple(f"base.{name}." for name in self.modules_to_save)
+        state = self.state_dict(keep_vars=True)
+        chosen = {k: v for k, v in state.items() if ".branches." in k or k.startswith(("streams.", *heads))}
+        first = {id(v): k for k, v in reversed(chosen.items())}
+        return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what rebuilds this model: base, recipes, layers; plain JSON values.
+
+        Raises:
+            ConfigError: inside `folded`, where the base is not the frozen one.
+        """
+        self._check_not_folded("saving")
+        config: Any = getattr(self.base, "config", None)
+        if not hasattr(config, "to_dict"):  # a plain module's own affair
+            config = None
+        return {
+            "base": {
+                "class": type(self.base).__name__,
+                "name_or_path": str(getattr(self.base, "name_or_path", "")),
+                "config": checkpoint.plain_config(config.to_dict()) if config is not None else None,
+                "fingerprint": checkpoint.fingerprint(self.base),
+            },
+            "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
+            "modules_to_save": self.modules_to_save,
+        }
+
+    def _check_not_folded(self, what: str) -> None:
+        if self._folded:
+            raise ConfigError(
+                f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
+            )
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Give a model back as it was if building on it fails: its own layers, and what of them is trained."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    before = {id(m) for m in model.modules() if isinstance(m, Mixture)}
+    lists = (list(model.recipes), list(model.modules_to_save)) if isinstance(model, Host) else None
+    try:
+        yield
+    except BaseException:
+        take_out(model, {id(m) for m in model.modules() if isinstance(m, Mixture)} - before)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        if isinstance(model, Host) and lists is not None:
+            model.recipes, model.modules_to_save = lists
+            model.routers_changed()
+        raise
+
+
+def _encoder_modules(base: nn.Module) -> set[int]:
+    """Return the ids of the modules below the encoder of an encoder-decoder, empty for other models."""
+    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return set()
+    encoder = base.get_encoder()  # type: ignore[operator]
+    return {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")

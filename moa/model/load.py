@@ -1,0 +1,76 @@
+"""A saved mixture back into a model: checkpoints of moa and folders of other libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..errors import CheckpointError
+from ..formats import checkpoint, foreign
+from ..formats.adopters import adopt
+from ..recipes import make_recipe
+from .heads import load_base
+from .host import Host, all_or_nothing
+
+TASKS = {"CAUSAL_LM": "AutoModelForCausalLM", "QUESTION_ANS": "AutoModelForCausalLM"}  # the latter is MixLoRA's word
+H = TypeVar("H", bound=Host)
+
+
+def load_host(
+    around: Callable[[nn.Module], H],
+    path: str | Path,
+    base: nn.Module | None = None,
+    *,
+    check_base: bool = True,
+    **kwargs: Any,
+) -> H:
+    """Return the host of a saved mixture; see `MoAModel.from_pretrained`, whose arguments and errors it has.
+
+    Args:
+        around: makes a host of a base, (B, S) -> outputs.
+        path, base, check_base, kwargs: see there.
+    """
+    folder = checkpoint.locate(path)
+    if foreign.is_foreign(folder):
+        found = foreign.read_foreign(folder)
+        out = around(_foreign_base(found, kwargs) if base is None else base)
+        with all_or_nothing(out.base):
+            adopt(out, found)
+        out.eval()
+        return out
+    description, tensors = checkpoint.read(folder)
+    if base is None:
+        base = load_base(description["base"], folder, kwargs)
+    if check_base:
+        checkpoint.check_fingerprint(description["base"], base, folder)
+    out = around(base)
+    out.train_whole(description["modules_to_save"])
+    for row in description["recipes"]:
+        options = {key: value for key, value in row.items() if key not in ("router", "layers")}
+        out.add_recipe(make_recipe(row["router"], **options), row["layers"])
+    checkpoint.fill(out.adapter_state_dict(), tensors, folder)
+    out.eval()
+    return out
+
+
+def _foreign_base(found: foreign.Foreign, kwargs: Mapping[str, Any]) -> nn.Module:
+    """Return the base model that a folder names.
+
+    Args:
+        found: the folder.
+        kwargs: for the base's `from_pretrained`.
+
+    Raises:
+        CheckpointError: it names none, or a task whose model class is not known.
+    """
+    task = found.config.get("task_type")
+    if task not in TASKS:
+        raise CheckpointError(
+            f"{found.path} has task_type {task!r}: the class of its base is known for {', '.join(TASKS)} alone. "
+            "Pass load(path, base=model)."
+        )
+    row = {"class": TASKS[task], "name_or_path": found.config.get("base_model_name_or_path"), "config": None}
+    return load_base(row, found.path, kwargs)

@@ -1,0 +1,295 @@
+"""`MoAModel`: a frozen base with mixtures inside, which trains, saves and generates as a transformers model does."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import ConfigError, ContextError
+from ..formats import checkpoint
+from ..mixture import Mixture
+from ..objective.objective import Objective
+from ..objective.trace import Trace
+from ..recipes import Recipe
+from ..types import Context
+from .inputs import describe_batch, input_names, prompt_attention
+from .learned import Learned
+from .load import load_host
+from .outputs import loss_of, with_loss
+from .recompute import Recomputed
+from .signature import joint_signature
+from .stepping import watch
+
+
+class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, override]
+    """A base model with mixtures of adapters inside; everything else of the base is frozen.
+
+    Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
+    `config` is the base's own object.
+
+    Args:
+        base: the model that holds the mixtures, changed in place.
+
+    Attributes:
+        base: the wrapped model.
+        context: what the mixtures share, see `moa.types.Context`.
+        recipes: (recipe, names of its layers), in the order in which they were built.
+        last_losses: name -> scalar of the last training forward, detached: "task", "policy", each auxiliary loss.
+        observers: called after each training forward with the list of its traces.
+    """
+
+    base_model_prefix = "base"
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, base: nn.Module) -> None:
+        config = getattr(base, "config", None)
+        super().__init__(config if isinstance(config, PreTrainedConfig) else PreTrainedConfig())
+        self.base = base
+        self.context = Context()
+        self.encoder_context = Context()
+        self.recipes: list[tuple[Recipe, list[str]]] = []
+        self.modules_to_save: list[str] = []
+        self.streams = None
+        self.objective = Objective()
+        self.last_losses: dict[str, Tensor] = {}
+        self._in_closure = False
+        self._input_names = input_names(base)
+        self.observers: list[Callable[[list[Trace]], None]] = []
+        self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
+        self._no_split_modules = getattr(base, "_no_split_modules", None)
+        self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
+        base.requires_grad_(False)
+        watch(self)
+
+    def forward(
+        self,
+        *args: Any,
+        task_ids: Tensor | None = None,
+        routing_mask: Tensor | None = None,
+        labels: Any = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the base's outputs; in training their loss holds the routers' own losses too.
+
+        With a sampling recipe (ReMix) and labels, training runs M selections; outputs other than the loss are those
+        of the first.
+
+        Args:
+            args: the base's positional inputs.
+            task_ids: (B,) int64 task of each example, for routers and heads that need it.
+            routing_mask: (B, S) bool, what sequence-level routers may look at. Default: the prompt, i.e. the
+                positions before the first label, or the attention mask where labels are not per token.
+            labels: passed to the base when given.
+            num_items_in_batch: labelled items of the whole accumulated batch over all devices, as Trainer passes it:
+                every loss is then weighted by this batch's share of them.
+            kwargs: the base's inputs.
+
+        Raises:
+            ContextError: task ids out of range; in training, a sampling recipe without labels (use `routed_loss`), or
+                labels that leave no token.
+            NumericsError: a router produced NaN or infinity (its layer is named).
+        """
+        inputs = {**dict(zip(self._input_names, args, strict=False)), **kwargs}  # whichever way they were passed
+        if labels is None:
+            labels = inputs.get("labels")
+        elif "labels" not in inputs:
+            kwargs["labels"] = labels
+        describe_batch(
+            self.context,
+            self.encoder_context,
+            inputs,
+            kind=self._kind(),
+            task_ids=task_ids,
+            routing_mask=routing_mask,
+            labels=labels,
+        )
+        if task_ids is not None and "task_ids" in self._input_names:
+            kwargs["task_ids"] = task_ids
+
+        preview = self.preview
+        if preview is not None:
+            preview.run(args, kwargs)
+
+        def run() -> tuple[Any, Tensor | None]:
+            outputs = self.base(*args, **kwargs)
+            # a dict names its loss, also where it comes from start_positions and the like
+            return outputs, loss_of(outputs) if labels is not None or isinstance(outputs, dict) else None
+
+        if self.training and torch.is_grad_enabled() and not self._in_closure:
+            outputs, loss = self._train_forward(run, labels)
+        else:
+            outputs, loss = run()
+        share = self.objective.share(labels, num_items_in_batch, self._shifts())
+        return outputs if loss is None else with_loss(outputs, loss if share is None else loss * share)
+
+    # ---------------------------------------------------------------- what transformers asks of a model
+
+    def generate(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """Return the base's `generate` (B, S) under the mixtures; sequence routings are kept from the prompt on.
+
+        Args:
+            args: as the base's, input ids (B, S) first.
+            task_ids: (B,) int64, for routers that need them.
+            kwargs: as the base's.
+
+        Raises:
+            ContextError: a router is not causal, so that cached decoding would differ from the full forward.
+        """
+        wrong = sorted({name for name, branch in self.branches() if not branch.router.causal})
+        if wrong:
+            raise ContextError(f"cannot generate: the routing of {wrong[0]} (and {len(wrong) - 1} more) is not causal.")
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        mask = kwargs.get("attention_mask")
+        if mask is None and isinstance(inputs, Tensor):
+            mask = prompt_attention(inputs, self.generation_config)
+        decoder = kwargs.get("decoder_input_ids")
+        if decoder is None and mask is not None:
+            decoder = mask[:, :1]
+        prompt = {"attention_mask": mask, "decoder_input_ids": decoder}
+        describe_batch(self.context, self.encoder_context, prompt, kind=self._kind(), task_ids=task_ids)
+        self.context.frozen_routings = {}
+        self.encoder_context.frozen_routings = {}
+        preview = self.preview
+        try:
+            with preview.before_each_forward() if preview is not None else contextlib.nullcontext():
+                return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            self.context.frozen_routings = self.encoder_context.frozen_routings = None
+
+    def can_generate(self) -> bool:  # type: ignore[override]
+        """Tell whether the base generates."""
+        base = self._modules.get("base") if "_modules" in self.__dict__ else None
+        return isinstance(base, PreTrainedModel) and bool(base.can_generate())
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's generation config."""
+        return getattr(self.base, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.base.generation_config = value
+
+    def get_input_embeddings(self) -> Any:
+        """Return the base's input embeddings, (V, d)."""
+        return self.base.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> Any:
+        """Return the base's output embeddings, (V, d), or None."""
+        return self.base.get_output_embeddings()  # type: ignore[operator]
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the base's weights."""
+        if isinstance(self.base, PreTrainedModel):
+            self.base.tie_weights(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self._modules["base"], name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self.base),), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch(self)
+
+    # ---------------------------------------------------------------- saving
+
+    @property
+    def _keys_to_ignore_on_save(self) -> set[str]:
+        """Names of the frozen base's tensors: they are not in a checkpoint, and Trainer's resume expects that."""
+        return set(self.state_dict()) - set(self.adapter_state_dict())
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, value: Any) -> None:
+        """transformers sets this in `post_init`; here it is derived."""
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config.json and model.safetensors: recipes, routers and experts, not the base.
+
+        The write is atomic: a kill at any moment leaves the old or the new checkpoint.
+
+        Args:
+            save_directory: made if it does not exist.
+            is_main_process: False writes nothing.
+            kwargs: `state_dict` may replace this model's (sharded training gathers it first); `push_to_hub=True`
+                uploads afterwards; others that transformers passes change nothing here.
+        """
+        if not is_main_process:
+            return
+        state = kwargs.get("state_dict")
+        tensors = self.adapter_state_dict()
+        if state is not None:
+            tensors = {name: state[name] for name in tensors}
+        checkpoint.write(Path(save_directory), self.describe(), tensors)
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name))
+
+    @classmethod
+    def around(cls, base: nn.Module) -> MoAModel:
+        """Return a model around a base, (B, S) -> the base's outputs, with no mixtures yet.
+
+        Raises:
+            ConfigError: the base carries mixtures already.
+        """
+        if any(isinstance(m, Mixture) for m in base.modules()):
+            raise ConfigError(
+                "this model already carries experts: build on the MoAModel that holds it, or reload the base."
+            )
+        return model_class(type(base))(base)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any
+    ) -> MoAModel:
+        """Return the model saved under a path or hub id.
+
+        Folders of MixLoRA (TUDB-Labs' package, MoE-PEFT) and of peft's X-LoRA are read, too, into the recipes
+        `mixlora` and `xlora`; saved again, they are checkpoints of moa.
+
+        Args:
+            path: folder with model.safetensors, or with adapter_config.json; or a hub id.
+            base: the model to put the mixtures into; None loads the one that the checkpoint names.
+            check_base: refuse a base whose weights are not those the mixture was trained on.
+            kwargs: for the base's `from_pretrained` (dtype, device_map, …).
+
+        Raises:
+            CheckpointError: not such a folder, truncated, another base, or tensors that are missing, unexpected or of
+                another shape, grouped by kind; an option of another library that has no counterpart, named.
+        """
+        return load_host(cls.around, path, base, check_base=check_base, **kwargs)
+
+
+@functools.cache
+def model_class(base_class: type[nn.Module]) -> type[MoAModel]:
+    """Return the `MoAModel` class whose forward names the inputs of a base's forward, (B, …), and task_ids.
+
+    Trainer drops the columns that the signature does not name, and looks for labels in it.
+    """
+
+    def forward(self: MoAModel, *args: Any, **kwargs: Any) -> Any:
+        return MoAModel.forward(self, *args, **kwargs)
+
+    forward.__doc__ = MoAModel.forward.__doc__
+    forward.__signature__ = joint_signature(base_class.forward, MoAModel.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "__doc__": MoAModel.__doc__, "__module__": MoAModel.__module__}
+    return type(f"MoA{base_class.__name__}", (MoAModel,), members)
+
+
+def _empty(base_class: type[nn.Module]) -> MoAModel:
+    """Return a model without state, which `pickle` and `copy` fill: classes made at run time have no name to import."""
+    cls = model_class(base_class)  # type: ignore[arg-type]
+    return cls.__new__(cls)

@@ -1,0 +1,64 @@
+"""Gradient checkpointing of a base with mixtures inside: its blocks run a second time in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import ConfigError
+from .host import Host
+
+
+class Recomputed(Host):
+    """What a `MoAModel` adds to its base's own gradient checkpointing: the default mode, and one refusal."""
+
+    @property
+    def supports_gradient_checkpointing(self) -> bool:
+        """Whether the base can checkpoint its blocks."""
+        return bool(getattr(self._modules.get("base"), "supports_gradient_checkpointing", False))
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Checkpoint the base's blocks, as transformers does; non-reentrant unless asked otherwise.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, e.g. {"use_reentrant": False}.
+            kwargs: passed on to the base (every_n_layers, offload, where transformers has them).
+
+        Raises:
+            ConfigError: reentrant mode with a router that learns from a loss of its own (it would get no gradient).
+        """
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            needy = [n for n, b in self.branches() if b.router.stochastic or b.router.loss_weights]
+            if needy:
+                raise ConfigError(
+                    f"reentrant gradient checkpointing cuts the gradient of the routers' own losses ({needy[0]}, …): "
+                    "use gradient_checkpointing_kwargs={'use_reentrant': False}, or a recipe without such losses."
+                )
+            self.base.enable_input_require_grads()  # type: ignore[operator]
+        self._newer_name("gradient_checkpointing_enable")(options, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Stop checkpointing the base's blocks."""
+        self._newer_name("gradient_checkpointing_disable")()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do what `gradient_checkpointing_enable` does; transformers 5.2x calls it by this name."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Do what `gradient_checkpointing_disable` does."""
+        self.gradient_checkpointing_disable()
+
+    def _newer_name(self, method: str) -> Callable[..., None]:
+        """Return the base's method under the name it has in newer transformers, which warn about the old one."""
+        newer = method.replace("gradient", "activation")
+        return getattr(self.base, newer if hasattr(self.base, newer) else method)  # type: ignore[no-any-return]
+
+    def enable_input_require_grads(self) -> None:
+        """Make the output of the input embeddings, (B, S, d), require a gradient, as reentrant checkpointing needs."""
+        self.base.enable_input_require_grads()  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Routing as a person sees it: loads, run logs, figures, reports."""

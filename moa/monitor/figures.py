@@ -1,0 +1,153 @@
+"""Figures of routing: the layer × expert heat map that TensorBoard, the report and the demo share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+Loads = Mapping[str, Tensor] | Tensor
+
+COLORMAP = "viridis"  # sequential, even in lightness, readable to colour-blind eyes
+MAX_LABELS = 64
+PANELS_PER_ROW = 8
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return layer names without the dotted beginning that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [".".join(p[shared:]) for p in parts] if len(parts) > 1 else list(names)
+
+
+class RoutingHeatmap:
+    """A heat map with one panel per task that can be redrawn cheaply: only the coloured cells change.
+
+    Args:
+        names: layers, top to bottom.
+        n_experts: E, columns; layers with fewer experts leave cells grey.
+        panels: titles, left to right.
+        title: above all panels.
+        dpi: pixels per inch of `image`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], n_experts: int, panels: Sequence[str] = ("",), title: str = "", dpi: int = 80
+    ) -> None:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        self.names, self.n_experts, self.panels = list(names), n_experts, list(panels)
+        columns = min(len(self.panels), PANELS_PER_ROW)
+        rows = math.ceil(len(self.panels) / columns)
+        labels = short_names(self.names)
+        every = math.ceil(len(labels) / MAX_LABELS)
+        # margins in inches, set by hand: matplotlib's own layout takes seconds with many panels
+        left, right, bottom = 0.2 + 0.072 * max(len(label) for label in labels), 1.1, 0.5
+        top = 0.15 + 0.25 * bool(title) + 0.2 * any(self.panels)
+        panel_width = min(max(1.4, 0.18 * n_experts), 5.0)
+        panel_height = max(0.15 * min(len(labels), MAX_LABELS), 1.5)
+        width = left + columns * panel_width * 1.08 + right
+        height = top + rows * (panel_height + 0.3) + bottom
+        self.figure: Figure = Figure(figsize=(width, height), dpi=dpi)
+        FigureCanvasAgg(self.figure)
+        box = {"left": left / width, "right": 1 - right / width, "top": 1 - top / height, "bottom": bottom / height}
+        space = {"wspace": 0.08, "hspace": 0.3 / panel_height}
+        grid = self.figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=box | space)
+        cmap = colormaps[COLORMAP].with_extremes(bad="0.85")
+        most = min(4, max(2, n_experts))
+        self._images: list[Any] = []
+        for place, axes in enumerate(grid.flat):
+            if place >= len(self.panels):
+                axes.set_visible(False)
+                continue
+            blank = torch.full((len(self.names), n_experts), math.nan).numpy()
+            image = axes.imshow(blank, aspect="auto", cmap=cmap, vmin=0, vmax=most, interpolation="nearest")
+            self._images.append(image)
+            axes.set_title(self.panels[place], fontsize=8)
+            axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7)
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+            axes.tick_params(axis="x", labelsize=7)
+            axes.tick_params(length=2)
+        self.figure.supxlabel("expert", fontsize=8, x=(box["left"] + box["right"]) / 2, y=0.12 / height)
+        place_of_bar = self.figure.add_axes((1 - 0.95 / width, box["bottom"], 0.14 / width, box["top"] - box["bottom"]))
+        bar = self.figure.colorbar(self._images[0], cax=place_of_bar, extend="max", extendfrac=0.03)
+        bar.set_label("load relative to the even share 1/E", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+        bar.set_ticks(range(most + 1), labels=["0", "1 (even)", *(str(t) for t in range(2, most + 1))])
+        bar.ax.axhline(1, color="white", linewidth=1.5)
+        if title:
+            self.figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")
+        self._background: Any = None
+
+    def show(self, panels: Sequence[Mapping[str, Tensor]]) -> None:
+        """Colour the cells.
+
+        Args:
+            panels: for each panel, layer -> (E,) load; a layer that is absent is grey.
+        """
+        for image, loads in zip(self._images, panels, strict=True):
+            cells = torch.full((len(self.names), self.n_experts), math.nan)
+            for row, name in enumerate(self.names):
+                if name in loads:
+                    load = loads[name]
+                    cells[row, : load.shape[-1]] = load.float() * load.shape[-1]
+            image.set_data(cells.numpy())
+
+    def image(self, panels: Sequence[Mapping[str, Tensor]]) -> np.ndarray[Any, Any]:
+        """Return the figure as pixels (height, width, 3) uint8; labels are drawn the first time only."""
+        import numpy as np
+
+        canvas: Any = self.figure.canvas
+        if self._background is None:
+            for image in self._images:
+                image.set_animated(True)
+            canvas.draw()
+            self._background = canvas.copy_from_bbox(self.figure.bbox)
+        self.show(panels)
+        canvas.restore_region(self._background)
+        for image in self._images:
+            image.axes.draw_artist(image)
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def routing_figure(load: Loads, *, per_task: Mapping[str, Loads] | None = None, title: str = "") -> Figure:
+    """Return a heat map layer × expert of the load relative to the even share, with one panel per task.
+
+    Args:
+        load: layer -> (E,) load, or one tensor (L, E).
+        per_task: task -> its loads, as `load`.
+        title: above the panels.
+
+    Raises:
+        ShapeError: a tensor is not (L, E), or there is no layer.
+    """
+    panels = {"all": _by_name(load), **{task: _by_name(value) for task, value in (per_task or {}).items()}}
+    names = list(panels["all"])
+    if not names:
+        raise ShapeError("a routing figure needs at least one layer, and load has none.")
+    n_experts = max(value.shape[-1] for value in panels["all"].values())
+    heatmap = RoutingHeatmap(names, n_experts, list(panels) if per_task else [""], title, dpi=100)
+    heatmap.show(list(panels.values()))
+    return heatmap.figure
+
+
+def _by_name(load: Loads) -> Mapping[str, Tensor]:
+    if not isinstance(load, Tensor):
+        return load
+    if load.ndim != 2:
+        raise ShapeError(f"load must be (L, E) or a mapping layer -> (E,), got shape {tuple(load.shape)}.")
+    return {f"layer {row}": values for row, values in enumerate(load)}

@@ -1,0 +1,6 @@
+"""What a training step adds: traces, losses, and how they become one."""
+
+from .objective import Objective
+from .trace import Record, Trace
+
+__all__ = ["Objective", "Record", "Trace"]

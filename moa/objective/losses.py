@@ -1,0 +1,180 @@
+"""Losses on routings, as pure functions: balance, z, importance and load, entropy, and the policy term of RLOO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ContextError, ShapeError
+from ..types import Routing
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of values (*rows, E) over the rows that count, (E,).
+
+    Args:
+        values: (*rows, E), or (*rows,) for a scalar mean.
+        mask: (*rows,) bool, True on rows that count; None counts all. A routing of fewer rows than the mask
+            (sequence or task rows) counts every one of its rows.
+    """
+    if mask is None or values.ndim < mask.ndim or values.shape[: mask.ndim] != mask.shape:
+        rows = values if values.ndim > 0 else values.unsqueeze(0)
+        return rows.flatten(0, -2).mean(0) if rows.ndim > 1 else rows
+    weight = mask.to(values.dtype)
+    spread = weight.reshape(*mask.shape, *([1] * (values.ndim - mask.ndim)))
+    return (values * spread).sum(tuple(range(mask.ndim))) / weight.sum().clamp(min=1)
+
+
+def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return how uneven the load is: E/k · Σ_e f_e P_e, 1 when uniform, scalar.
+
+    f_e is the fraction of counted rows that chose expert e, k = Σ_e f_e the mean number of experts per row, P_e the
+    mean score normalised per row.
+
+    Raises:
+        ContextError: the routing carries no scores.
+    Source: Fedus et al. 2021 (Switch), arXiv 2101.03961, eq. 4-6.
+    Differs: divided by k, so that the minimum is 1 for every k; transformers' Mixtral loss is k times this one.
+    """
+    if routing.scores is None:
+        raise ContextError("balance loss needs the router's scores, and this routing has none: set balance=0.")
+    scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    fraction = masked_mean(routing.selected().to(scores.dtype), mask)
+    per_row = fraction.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return routing.n_experts * (fraction * masked_mean(scores, mask)).sum() / per_row
+
+
+def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return the mean over counted rows of (log Σ_e exp logit_e)², scalar: keeps logits small.
+
+    Raises:
+        ContextError: the routing carries no logits.
+    Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
+    """
+    if routing.logits is None:
+        raise ContextError("z-loss needs the router's logits, and this routing has none: set z_loss=0.")
+    return masked_mean(routing.logits.logsumexp(-1, keepdim=True).square(), mask).squeeze(-1)
+
+
+def _cv_squared(total: Tensor) -> Tensor:
+    """Return var/mean² of totals (E,), 0 for one expert."""
+    if total.numel() == 1:
+        return total.new_zeros(())
+    return total.var() / (total.mean().square() + 1e-10)
+
+
+def importance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation over experts of the summed weights, scalar, minimum 0.
+
+    Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 6-7.
+    """
+    return _cv_squared(masked_mean(routing.dense(), mask))
+
+
+def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation of the smooth load (probability of being chosen), scalar.
+
+    Raises:
+        ContextError: the routing carries no usage (only a noisy router in training has it).
+    Source: Shazeer et al. 2017, arXiv 1701.06538, appendix A, eq. 8-11.
+    """
+    if routing.usage is None:
+        raise ContextError("load loss needs a noisy router in training (routing.usage is None).")
+    return _cv_squared(masked_mean(routing.usage, mask))
+
+
+def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return the squared coefficient of variation of the usage over all (example, expert) pairs, scalar, minimum 0.
+
+    Args:
+        routing: with usage (B, S, E), averaged over each example's counted rows, or (B, E).
+        mask: (B, S) bool, True on rows that count.
+
+    Raises:
+        ContextError: the routing carries no usage.
+    Source: Dou et al. 2023 (LoRAMoE), arXiv 2312.09979, eq. 7.
+    Differs: var/mean² as in the released code, the paper has var/mean; means over an example's rows, where both have
+        sums, so that a long example does not count as an uneven one.
+    """
+    if routing.usage is None:
+        raise ContextError("localized balance needs a router that reports usage in training (routing.usage is None).")
+    usage = routing.usage
+    if usage.ndim > 2:
+        inner = tuple(range(1, usage.ndim - 1))
+        weight = torch.ones_like(usage[..., :1])
+        if mask is not None and mask.shape == usage.shape[:-1]:
+            weight = mask.to(usage.dtype).unsqueeze(-1)
+        usage = (usage * weight).sum(inner) / weight.sum(inner).clamp(min=1)
+    return _cv_squared(usage.flatten())
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Return the entropy in nats of scores (*rows, E) normalised per row, (*rows,)."""
+    p = scores / scores.sum(-1, keepdim=True)
+    return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
+
+
+LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
+    "balance": balance_loss,
+    "z": z_loss,
+    "importance": importance_loss,
+    "load": load_loss,
+    "localized": localized_loss,
+}
+
+
+def rloo(losses: Tensor, log_probs: Tensor) -> Tensor:
+    """Return the policy term: its gradient is the leave-one-out estimate of ∇ E[loss] through the choices, scalar.
+
+    Σ_b Σ_m stopgrad((L_{m,b} − mean_m L_{m,b}) / (M − 1)) · log Q_{m,b}
+
+    The value has no meaning; only its gradient has. Each column b is its own estimator, so losses must be the
+    example's own share of the total loss.
+
+    Args:
+        losses: (M, B) loss of each example under each of M selections (or (M, 1) batch losses).
+        log_probs: (M, B) log-probability of that example's choices over all layers.
+
+    Raises:
+        ConfigError: M < 2, where no baseline exists.
+        ShapeError: the two shapes differ.
+        ContextError: log_probs carries no gradient, so the routers would silently not learn.
+    Source: ReMix, arXiv 2603.10160, §4.2; Kool et al. 2019 (RLOO).
+    """
+    if losses.shape[0] < 2:
+        raise ConfigError(f"RLOO needs at least 2 samples (M), got {losses.shape[0]}: set samples=2 or more.")
+    if losses.shape != log_probs.shape:
+        raise ShapeError(f"losses {tuple(losses.shape)} and log_probs {tuple(log_probs.shape)} must be equal (M, B).")
+    if not log_probs.requires_grad:
+        raise ContextError(
+            "the log-probability of the routing carries no gradient, so the routers would not learn. Reentrant "
+            "gradient checkpointing does this: pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    losses = losses.detach().to(log_probs.dtype)
+    advantage = (losses - losses.mean(0)) / (losses.shape[0] - 1)
+    return (advantage * log_probs).sum()
+
+
+def example_losses(logits: Tensor, labels: Tensor, shift: bool) -> Tensor | None:
+    """Return each example's share of the mean cross-entropy, (B,), or None when labels are not class ids.
+
+    Their sum is the mean over all labelled tokens (or examples), which is what transformers' losses report.
+
+    Args:
+        logits: (B, C) with labels (B,), or (B, S, C) with labels (B, S); -100 marks unlabelled positions.
+        labels: int64 class ids.
+        shift: True where position t predicts label t + 1 (causal decoders).
+    """
+    if labels.is_floating_point() or labels.shape != logits.shape[:-1] or labels.ndim not in (1, 2):
+        return None
+    if shift:
+        if labels.ndim != 2:
+            return None
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wide = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    flat = F.cross_entropy(wide, labels.flatten(), ignore_index=-100, reduction="none")
+    count = (labels != -100).sum()
+    return flat.view(labels.shape[0], -1).sum(1) / count

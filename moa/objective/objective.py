@@ -1,0 +1,198 @@
+"""What a training forward returns as its loss: the task's, the routers' own, the policy term of sampling routers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ContextError, NumericsError
+from ..types import Routing
+from .losses import LOSSES, example_losses, rloo
+from .trace import Record, Trace
+
+
+class Objective:
+    """Adds up the losses of one training step.
+
+    L = mean_m L_m + mean over layers of Σ coefficient · auxiliary loss + policy term
+
+    Auxiliary losses are means over layers, so that a coefficient means the same in deep and shallow models. Under
+    gradient accumulation and data parallelism the whole sum is weighted by the batch's share of the labelled items:
+    nothing in it is multiplied by the number of processes or of micro-batches.
+
+    Attributes:
+        per_example_rule: how per-example losses are found: "shifted", "aligned", "none" (batch losses), or None
+            before the first step. The rule is the one that reproduces the model's own loss.
+    """
+
+    def __init__(self) -> None:
+        self.per_example_rule: str | None = None
+
+    def total(
+        self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the training loss () and its parts, detached.
+
+        Args:
+            losses: M task losses ().
+            examples: (M, B) each example's share of them, detached; None uses the batch losses in the policy term.
+            traces: M traces.
+
+        Raises:
+            ContextError: a routing carries no gradient to a router that should learn from it.
+        """
+        task = torch.stack(losses).mean()
+        parts = {"task": task, **auxiliary_losses(traces)}
+        if any(r.routing.log_prob is not None for r in traces[0]):
+            credit = torch.stack([loss.detach().reshape(1) for loss in losses]) if examples is None else examples
+            log_probs = torch.stack([log_prob_per_example(t, credit.shape[1]) for t in traces])
+            parts["policy"] = rloo(credit, log_probs)
+        total = sum((value.to(task.dtype) for name, value in parts.items() if name != "task"), task)
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def per_example(self, losses: list[Tensor], logits: list[Tensor | None], labels: Any) -> Tensor | None:
+        """Return each example's share of the task loss under each selection (M, B), or None where it cannot be told.
+
+        Args:
+            losses: M task losses () that the model reports.
+            logits: M outputs, (B, C) or (B, S, C), or None.
+            labels: (B,) or (B, S) class ids.
+        """
+        known = [item for item in logits if isinstance(item, Tensor)]
+        if len(known) < len(losses) or not isinstance(labels, Tensor):
+            return None
+        if self.per_example_rule is None:
+            self.per_example_rule = _matching_rule(losses[0], known[0], labels)
+        if self.per_example_rule == "none":
+            return None
+        with torch.no_grad():
+            rows = [example_losses(item, labels, self.per_example_rule == "shifted") for item in known]
+        return None if any(row is None for row in rows) else torch.stack([row for row in rows if row is not None])
+
+    @staticmethod
+    def share(labels: Any, num_items: Tensor | int | None, shifts: bool) -> Tensor | None:
+        """Return this batch's share of the labelled items of the accumulated batch, (), or None without a count.
+
+        Args:
+            labels: (B,) or (B, S), -100 where unlabelled.
+            num_items: labelled items over all micro-batches and devices.
+            shifts: True where the first position of a row is never predicted.
+        """
+        if num_items is None or not isinstance(labels, Tensor):
+            return None
+        counted = labels[..., 1:] if shifts and labels.ndim > 1 else labels
+        return (counted != -100).sum() / num_items
+
+    @staticmethod
+    def diagnose(total: Tensor, traces: list[Trace], labels: Any, shifts: bool) -> None:
+        """Say why a training loss () is not finite, where the routers or the labels are to blame.
+
+        Raises:
+            ContextError: no label is left.
+            NumericsError: a router's logits are not finite; its layer is named.
+        """
+        if torch.compiler.is_compiling() or bool(torch.isfinite(total)):
+            return
+        for trace in traces:
+            for record in trace:
+                logits = record.routing.logits
+                if logits is not None and not bool(torch.isfinite(logits).all()):
+                    kind = "NaN" if bool(torch.isnan(logits).any()) else "infinite"
+                    raise NumericsError(
+                        f"the router of {record.name} gives {kind} logits: its input or its weights are not finite. "
+                        "Lower the learning rate, or look for NaN in the data."
+                    )
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            counted = labels[..., 1:] if shifts and labels.ndim > 1 else labels
+            if not bool((counted != -100).any()):
+                raise ContextError(
+                    f"no label is left in this batch: all of {tuple(labels.shape)} are -100 (or are in the first "
+                    "position, which is never predicted). Check truncation and the prompt length."
+                )
+
+
+def auxiliary_losses(traces: list[Trace]) -> dict[str, Tensor]:
+    """Return name -> mean over selections and layers of coefficient · loss, each ().
+
+    Raises:
+        ContextError: a routing carries no gradient to a router that should learn from it.
+    """
+    terms: dict[str, list[Tensor]] = {}
+    for alike in _alike([record for trace in traces for record in trace]):
+        weights: dict[str, float] = getattr(alike[0].router, "loss_weights", {})
+        for name, coefficient in weights.items():
+            values = _of_layers(LOSSES[name], alike)
+            if not values.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
+                raise ContextError(
+                    f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
+                    "it. Reentrant gradient checkpointing does this: use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            terms.setdefault(name, []).append(coefficient * values)
+    return {name: torch.cat(values).mean() for name, values in terms.items()}
+
+
+def _alike(records: list[Record]) -> list[list[Record]]:
+    """Return the records in groups whose losses are one function of tensors of the same shapes, mask included."""
+    groups: dict[Any, list[Record]] = {}
+    for record in records:
+        shapes = [(name, value.shape, value.dtype) for name, value in _tensors(record.routing).items()]
+        weights = getattr(record.router, "loss_weights", {})
+        groups.setdefault((*weights.items(), record.routing.n_experts, id(record.mask), *shapes), []).append(record)
+    return list(groups.values())
+
+
+def _of_layers(loss: Callable[[Routing, Tensor | None], Tensor], records: list[Record]) -> Tensor:
+    """Return one loss of L records that are alike, (L,): formed at once, as L small losses cost 5 % of a step."""
+    first = records[0]
+    if len(records) == 1:
+        return loss(first.routing, first.mask).unsqueeze(0)
+    fields = {name: torch.stack([getattr(r.routing, name) for r in records]) for name in _tensors(first.routing)}
+
+    def of_one(values: dict[str, Any]) -> Tensor:
+        return loss(dataclasses.replace(first.routing, **values), first.mask)
+
+    values: Tensor = torch.vmap(of_one)(fields)
+    return values
+
+
+def _tensors(routing: Routing) -> dict[str, Tensor]:
+    """Return what the routing holds, by its field: weights (*rows, K), logits (*rows, E), …"""
+    values = {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
+    """Return log Q of each example's choices, summed over layers and counted rows, (B,).
+
+    Args:
+        trace: of one selection of the whole network.
+        n_examples: B; 1 sums the whole batch.
+    """
+    total: Tensor | None = None
+    for record in trace:
+        log_prob = record.routing.log_prob
+        if log_prob is None:
+            continue
+        if record.mask is not None and record.mask.shape == log_prob.shape:
+            log_prob = torch.where(record.mask, log_prob, 0)
+        rows = log_prob.reshape(n_examples, -1).sum(1)
+        total = rows if total is None else total + rows
+    assert total is not None
+    return total
+
+
+def _matching_rule(loss: Tensor, logits: Tensor, labels: Tensor) -> str:
+    """Return the rule whose sum over examples is the model's own loss, or "none"."""
+    if labels.is_floating_point() or bool((labels >= logits.shape[-1]).any()):  # not class ids, e.g. counts to regress
+        return "none"
+    with torch.no_grad():
+        for rule in ("aligned", "shifted"):
+            rows = example_losses(logits, labels, rule == "shifted")
+            if rows is not None and torch.isclose(rows.sum().float(), loss.float(), rtol=1e-3, atol=1e-5):
+                return rule
+    return "none"

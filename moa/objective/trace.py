@@ -1,0 +1,40 @@
+"""The routings of one forward, in the order in which the mixtures ran."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..types import Routing
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of one mixture: its name, its routing, the rows that count (*rows,) or None for all, its router."""
+
+    name: str
+    routing: Routing
+    mask: Tensor | None
+    router: nn.Module
+
+
+@dataclass
+class Trace:
+    """An ordered list of `Record`s; give it to `Context.trace` and run a forward.
+
+    A module that runs several times in one forward (shared layers) is recorded each time.
+    """
+
+    records: list[Record] = field(default_factory=list)
+
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
+        """Append one record; `mask` (*rows,) is True on rows that count."""
+        self.records.append(Record(name, routing, mask, router))
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)

@@ -1,0 +1,128 @@
+"""Routing decided before the layers run, from a first pass of the frozen base. Buehler and Buehler 2024 (X-LoRA)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ContextError
+from ..types import Context, Routing
+from . import select
+from .router import Router, exact_linear, pool
+
+
+class PreviewRouter(Router):
+    """Scores experts from the last hidden state h of the frozen base on the same tokens; the layer's own x is not read.
+
+    logits = classifier(h);  w = softmax(logits / T) over all experts, or its k largest entries as they are
+
+    | parameter | shape | start |
+    |---|---|---|
+    | layers.0.weight … | (E, d), or a stack of widths d, width, …, E with ReLU between | as nn.Linear |
+
+    Several routers may `follow` one, whose classifier they then use: one set of weights for the whole model.
+
+    Args:
+        d_in: i, unused.
+        n_experts: E.
+        k: K; with K = E all experts are used.
+        d_hidden: d.
+        depth: linear layers of the classifier.
+        width: of its inner layers.
+        dropout: between them, in training.
+        temperature: T.
+        score: "softmax", or "raw" for the logits themselves.
+        renormalize: with k < E, make the kept weights sum to one.
+
+    Raises:
+        ConfigError: a depth, temperature or score that cannot be.
+    Source: arXiv 2402.07148, §2; peft's X-LoRA.
+    """
+
+    needs_preview = True
+
+    def __init__(
+        self,
+        d_in: int,
+        n_experts: int,
+        k: int,
+        *,
+        d_hidden: int,
+        depth: int = 1,
+        width: int = 2048,
+        dropout: float = 0.2,
+        temperature: float = 1.0,
+        score: Literal["softmax", "raw"] = "softmax",
+        renormalize: bool = False,
+    ) -> None:
+        super().__init__(d_in, n_experts, k)
+        if depth < 1 or temperature <= 0 or score not in ("softmax", "raw"):
+            raise ConfigError(
+                f"depth must be at least 1, temperature positive and score 'softmax' or 'raw', got {depth}, "
+                f"{temperature} and {score!r}."
+            )
+        self.temperature, self.score, self.renormalize, self.dropout = temperature, score, renormalize, dropout
+        sizes = [d_hidden, *[width] * (depth - 1), n_experts]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self._leader: tuple[PreviewRouter, ...] = ()
+
+    def reset_parameters(self) -> None:
+        """Draw every layer's weight, (E, d) for one layer, and bias anew."""
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()
+
+    def follow(self, leader: PreviewRouter) -> None:
+        """Use another router's classifier, (E, d), from now on and hold none."""
+        del self.layers
+        self._leader = (leader,)  # in a tuple: not a submodule, the leader alone holds and saves the weights
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing for the rows of x (*rows, i).
+
+        Raises:
+            ContextError: there was no first pass, or it saw other rows.
+        """
+        if context.preview is None:
+            raise ContextError(
+                "this router looks at a first pass of the frozen base, and there was none: call the MoAModel, or its "
+                "base inside it, not a layer alone."
+            )
+        hidden = self._rows(context.preview, x, context)
+        logits = (self._leader[0] if self._leader else self).classify(hidden) / self.temperature
+        scores = logits.softmax(-1)
+        values = scores if self.score == "softmax" else logits
+        if self.k == self.n_experts:
+            return Routing(values, None, self.n_experts, logits, scores)
+        kept, indices = values.topk(self.k, -1)
+        if self.renormalize:
+            kept, indices = select.softmax_top_k(values, self.k)
+        return Routing(kept, indices, self.n_experts, logits, scores)
+
+    @staticmethod
+    def _rows(hidden: Tensor, x: Tensor, context: Context) -> Tensor:
+        """Return hidden (B, S, d) for the rows of x (*rows, i): as it is, flattened, or pooled to one per example."""
+        rows = x.shape[:-1]
+        if hidden.shape[:-1] == rows:
+            return hidden
+        if hidden.shape[:-1].numel() == rows.numel():
+            return hidden.reshape(*rows, hidden.shape[-1])
+        if rows == hidden.shape[:1]:
+            return pool(hidden, context.routing_masks).squeeze(1)
+        raise ContextError(
+            f"the first pass saw rows {tuple(hidden.shape[:-1])}, this layer has {tuple(rows)}: choose targets that "
+            "see one row per token."
+        )
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Return logits (*rows, E), fp32, of hidden (*rows, d)."""
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
+            if number:
+                hidden = F.dropout(hidden.relu(), self.dropout, self.training)
+            hidden = exact_linear(hidden, layer.weight)
+            hidden = hidden + layer.bias.to(hidden.dtype)
+        return hidden

@@ -1,0 +1,181 @@
+"""The router contract, and what several routers share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ContextError, ShapeError
+from ..types import Context, Routing, repeat_to
+
+
+class Router(nn.Module):
+    """Decides which experts act on each row: `(x (*rows, i), context) -> Routing`.
+
+    Args:
+        d_in: i, features of a row.
+        n_experts: E.
+        k: K, experts per row.
+
+    Attributes:
+        causal: the routing of a row never depends on later rows of its sequence, nor on other examples.
+        needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
+        stochastic: samples in training; the recipe then trains it with several samples per step.
+        samples: M, selections of the whole network per training step (1 unless stochastic).
+        loss_weights: name in `moa.objective.losses.LOSSES` -> coefficient, added to the training loss.
+        known_tasks: the task ids it can route; None where it does not look at them or takes any.
+        learning_rate: its parameters' own, for `MoAModel.optimizer_groups`; None is everyone's.
+
+    Raises:
+        ConfigError: k < 1 or k > n_experts.
+    """
+
+    causal: bool = True
+    stochastic: bool = False
+    needs_preview: bool = False
+
+    def __init__(self, d_in: int, n_experts: int, k: int) -> None:
+        super().__init__()
+        check_experts(n_experts, k)
+        self.d_in, self.n_experts, self.k = d_in, n_experts, k
+        self.samples = 1
+        self.known_tasks: range | None = None
+        self.learning_rate: float | None = None
+        self.loss_weights: dict[str, float] = {}
+
+    def forward(self, x: Tensor, context: Context) -> Routing:
+        """Return the routing of x (*rows, i); its rows broadcast against (*rows,)."""
+        raise NotImplementedError
+
+    def gate(self) -> Tensor | None:
+        """Return the rows (E, i) of W where the routing is now a softmax over the k largest of x W^T, else None.
+
+        Such a routing can be formed together with its mixture.
+        """
+        return None
+
+    def observe(self, routing: Routing, mask: Tensor | None) -> None:
+        """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""
+
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () that every input gets, or None when it depends on the input.
+
+        Args:
+            task: the inputs are all of this task; None for any.
+        """
+        return None
+
+    def experts_changed(self, down: Tensor, up: Tensor) -> None:
+        """Take note of low-rank experts read in or trained, down (E, r, i), up (E, r, o), for routing by them."""
+
+    def step(self) -> None:
+        """Update what is not learned by gradient; called once after each optimizer step."""
+
+    def extra_repr(self) -> str:
+        """Return the sizes that `repr` shows."""
+        return f"d_in={self.d_in}, n_experts={self.n_experts}, k={self.k}"
+
+
+def check_experts(n_experts: int, k: int) -> None:
+    """Check 1 ≤ k ≤ n_experts.
+
+    Raises:
+        ConfigError: it does not hold.
+    """
+    if n_experts < 1:
+        raise ConfigError(f"n_experts must be at least 1, got {n_experts}.")
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}.")
+    if k > n_experts:
+        raise ConfigError(f"k must be at most n_experts, got k={k} with n_experts={n_experts}.")
+
+
+class _ExactLinear(torch.autograd.Function):
+    """x W^T in fp32 whatever x's dtype or autocast, keeping x itself for backward and no fp32 copy of it.
+
+    With a frozen weight not even x is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else x.new_empty(0), weight)
+        ctx.x_dtype = x.dtype
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), weight.to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        dx = dw = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype)
+            if ctx.needs_input_grad[1]:
+                rows = grad.flatten(0, -2) if grad.ndim > 1 else grad[None]
+                dw = (rows.T @ x.reshape(rows.shape[0], -1).to(grad.dtype)).to(weight.dtype)
+        return dx, dw
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T (*rows, E) in fp32 (fp64 for fp64 x): near-ties must not flip with the activation dtype.
+
+    Args:
+        x: (*rows, i), any float dtype.
+        weight: (E, i).
+    """
+    if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+        if not torch.is_autocast_enabled(x.device.type):  # no cast, so no copy to avoid
+            return F.linear(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight)
+    out: Tensor = _ExactLinear.apply(x, weight)
+    return out
+
+
+def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Return the mean of x (B, S, i) over the positions that a mask allows, (B, 1, i).
+
+    Args:
+        x: (B, S, i).
+        masks: (B, S) bool candidates; the first of x's length is used, and none at all means every position.
+
+    Raises:
+        ShapeError: x has no sequence axis, or no mask is of its length (as in chunked prefill).
+    """
+    if x.ndim != 3:
+        raise ShapeError(
+            f"sequence routing needs x of shape (B, S, i), got {tuple(x.shape)}: use granularity='token' here."
+        )
+    if not masks:
+        return x.mean(1, keepdim=True)
+    fitting = [mask for mask in masks if mask.shape[1] == x.shape[1]]
+    if not fitting:
+        raise ShapeError(
+            f"no routing mask fits x {tuple(x.shape)}, they are {[tuple(m.shape) for m in masks]}: sequence routing "
+            "must see the whole prompt at once (no chunked prefill), with an attention mask of the same length."
+        )
+    weight = repeat_to(fitting[0], x.shape[0], "routing_mask").to(x.dtype).unsqueeze(-1)
+    return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def frozen_while_decoding(router: Router, context: Context, n_rows: int) -> Routing | None:
+    """Return the routing this pooled router kept at prefill, or None when it has to decide now.
+
+    Raises:
+        ContextError: the number of rows changed between prefill and decoding.
+    """
+    if context.frozen_routings is None:
+        return None
+    kept = context.frozen_routings.get(id(router))
+    if kept is not None and kept.weights.shape[0] != n_rows:
+        raise ContextError(
+            f"the routing kept at prefill has {kept.weights.shape[0]} rows, this step has {n_rows}: this decoding "
+            "strategy changes the batch; use granularity='token'."
+        )
+    return kept

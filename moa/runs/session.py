@@ -1,0 +1,330 @@
+"""A run's training and scoring, by the stock Trainer, of the mixture and of what it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import baselines
+from .baselines import Scores
+from ..model.build import build
+from .config import TrainConfig
+from ..errors import ConfigError, unknown_name
+from ..model.heads import MultiTaskForSequenceClassification
+from .metrics import best_ids, exact_match
+from ..model.moa_model import MoAModel
+from ..monitor.statistics import RoutingStatistics
+from .tasks import Collator, EncodedTask
+from ..objective.trace import Record
+from ..types import Routing
+
+
+def training_arguments(config: TrainConfig) -> TrainingArguments:
+    """Return the configuration's TrainingArguments; TensorBoard events are on unless report_to says otherwise.
+
+    Raises:
+        ConfigError: a name that TrainingArguments does not have, or a value that it refuses.
+    """
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    for name in config.training:
+        if name not in known:
+            raise ConfigError(unknown_name("training argument", name, known, "training"))
+    defaults = {"report_to": "tensorboard", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
+    options = {**defaults, **config.training}
+    try:
+        return TrainingArguments(config.output, seed=config.seed, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def load_tokenizer(base: str) -> Any:
+    """Return the tokenizer of a base.
+
+    Raises:
+        ConfigError: there is none there.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base: no tokenizer can be loaded from {base!r}: {error}") from error
+
+
+def with_heads_of(config: TrainConfig, model: MoAModel, folder: Path) -> TrainConfig:
+    """Return a configuration whose tasks have the labels of a trained model's heads, (C, d) each, in their order.
+
+    Args:
+        config: with the same tasks, in the same order.
+        model: of a checkpoint; one without a head per task needs nothing.
+        folder: of the checkpoint, named in the error.
+
+    Raises:
+        ConfigError: other tasks than the model has heads for.
+    """
+    labels = getattr(model.config, "labels", None)
+    if labels is None:
+        return config
+    if list(config.tasks) != list(labels):
+        raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(config.tasks)}.")
+    tasks = {name: dataclasses.replace(task, labels=labels[name]) for name, task in config.tasks.items()}
+    return dataclasses.replace(config, tasks=tasks)
+
+
+def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any) -> MoAModel:
+    """Return the base with the configuration's mixture in it, and a head per task where tasks classify.
+
+    Args:
+        config: base, dtype, pooling and recipe are read.
+        tasks: encoded.
+        recipe: used in place of the configuration's recipe.
+
+    Raises:
+        ConfigError: the base cannot be loaded, or the recipe does not fit it.
+    """
+    options = {} if config.dtype is None else {"dtype": config.dtype}
+    base: Any
+    try:
+        if tasks[0].kind == "classification":
+            labels = {task.name: task.labels for task in tasks}
+            base = MultiTaskForSequenceClassification.from_encoder(config.base, labels, config.pooling, **options)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(config.base, **options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"base: {config.base!r} cannot be loaded: {error}") from error
+    return build(base, **(recipe or {"router": "topk", **config.recipe}))
+
+
+class Run:
+    """Trains and evaluates models on the tasks of one configuration.
+
+    Args:
+        config: of the run.
+        tasks: encoded.
+        tokenizer: of the base.
+    """
+
+    def __init__(self, config: TrainConfig, tasks: Sequence[EncodedTask], tokenizer: Any) -> None:
+        self.config, self.tasks = config, tasks
+        self.collator = Collator(tokenizer)
+
+    def trainer(
+        self, model: nn.Module, arguments: TrainingArguments, rows: Any = None, title: str = "training"
+    ) -> Trainer:
+        """Return a stock Trainer with a quiet progress bar."""
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=self.collator,
+            train_dataset=rows,
+            compute_metrics=exact_match,
+            preprocess_logits_for_metrics=best_ids,
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        if not arguments.disable_tqdm:
+            trainer.add_callback(ProgressBar(title))
+        return trainer
+
+    def fit(
+        self,
+        model: MoAModel,
+        arguments: TrainingArguments,
+        rows: Sequence[Any] | None = None,
+        title: str = "training",
+        monitored: bool = False,
+        resume: bool = False,
+    ) -> float:
+        """Train on all tasks together and return the seconds it took.
+
+        Args:
+            model: trained in place.
+            arguments: for Trainer.
+            rows: a data set per task; None takes the tasks' training rows.
+            title: of the progress bar.
+            monitored: watch the routing, and leave Trainer's state behind.
+            resume: from the newest checkpoint.
+
+        Raises:
+            ConfigError: nothing to resume from.
+        """
+        from datasets import concatenate_datasets
+
+        trainer = self.trainer(
+            model, arguments, concatenate_datasets(list(rows or [task.train for task in self.tasks])), title
+        )
+        if monitored:
+            from ..monitor.callback import RoutingMonitor
+
+            trainer.add_callback(RoutingMonitor(tasks=[task.name for task in self.tasks]))
+        checkpoint = get_last_checkpoint(self.config.output) if resume else None
+        if resume and checkpoint is None:
+            raise ConfigError(f"nothing to resume: {self.config.output} holds no checkpoint-N folder of Trainer.")
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if monitored:
+            trainer.save_state()
+        return time.monotonic() - started
+
+    def evaluate(
+        self, model: MoAModel, statistics: RoutingStatistics | None = None, rows: Sequence[Any] | None = None
+    ) -> Scores:
+        """Return loss and accuracy of each task.
+
+        Args:
+            model: in evaluation mode throughout.
+            statistics: counts the routings, where given.
+            rows: a data set per task; None takes the tasks' evaluation rows.
+        """
+        arguments = self._quiet({})
+        trainer = self.trainer(model, arguments)
+        if statistics is not None:
+            model.context.trace = model.encoder_context.trace = _EvaluationTrace(model, statistics)
+        try:
+            scores = {}
+            for task, own in zip(self.tasks, rows or [task.eval for task in self.tasks], strict=True):
+                got = trainer.evaluate(own)
+                scores[task.name] = {"loss": got["eval_loss"], "accuracy": got["eval_accuracy"]}
+            return scores
+        finally:
+            model.context.trace = model.encoder_context.trace = None
+
+    def _quiet(self, changes: Mapping[str, Any]) -> TrainingArguments:
+        """Return the run's arguments with changes, writing nothing."""
+        quiet = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+        training = {**self.config.training, **quiet, **changes}
+        return training_arguments(dataclasses.replace(self.config, training=training))
+
+    def fit_lora(
+        self,
+        learning_rate: float,
+        recipe: Mapping[str, Any],
+        rows: Sequence[Any] | None = None,
+        epochs: float | None = None,
+    ) -> MoAModel:
+        """Return the base with another recipe than the run's in it, trained without leaving anything behind.
+
+        Args:
+            learning_rate: of its training; all else is as in the run.
+            recipe: router and keywords.
+            rows: a data set per task; None takes the tasks' training rows.
+            epochs: None takes the run's.
+        """
+        set_seed(self.config.seed)
+        model = build_model(self.config, self.tasks, **recipe)
+        changes: dict[str, Any] = {"learning_rate": learning_rate}
+        if epochs is not None:
+            changes |= {"num_train_epochs": epochs, "max_steps": -1}
+        title = f"LoRA, learning rate {learning_rate:g}" + ("" if rows is None else ", picking")
+        self.fit(model, self._quiet(changes), rows, title)
+        return model
+
+    def lora(self, mixture: MoAModel) -> tuple[Scores, dict[str, Any]]:
+        """Return the scores of one LoRA of the mixture's active parameters, and how its learning rate was picked."""
+        compare = self.config.compare
+        assert compare is not None
+        layers, rank = tuple(mixture.mixtures()), baselines.matching_rank(mixture)
+        recipe = {"router": "fixed", "n_experts": 1, "rank": rank, "targets": layers}
+        own = training_arguments(self.config).learning_rate
+        rates = compare.learning_rates or (own / 3, own, own * 3)
+        splits = [
+            (task.train, *baselines.held_out(len(task.train), compare.validation_fraction, self.config.seed))
+            for task in self.tasks
+        ]
+        inner = [rows.select(kept) for rows, kept, _ in splits]
+        outer = [rows.select(left) for rows, _, left in splits]
+
+        def score(rate: float) -> Scores:
+            return self.evaluate(self.fit_lora(rate, recipe, inner, compare.search_epochs), rows=outer)
+
+        best, tried = baselines.pick(rates, score) if len(rates) > 1 else (rates[0], [])
+        started = time.monotonic()
+        model = self.fit_lora(best, recipe)
+        seconds = time.monotonic() - started
+        about = {
+            "what": f"one LoRA of rank {rank} on the same {len(layers)} layers, same rows, epochs and batches",
+            "parameters": sum(p.numel() for n, p in model.named_parameters() if ".bank." in n),
+            "learning_rate": best,
+            "tried": tried,
+            "search_epochs": compare.search_epochs,
+            "seconds": seconds,
+        }
+        return self.evaluate(model), about
+
+    @torch.no_grad()
+    def features(self, model: MoAModel, rows: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the frozen base's pooled features (n, d) of a data set per task, their task ids and labels (n,)."""
+        model.eval()
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        size = training_arguments(self.config).per_device_eval_batch_size
+        with model.disable_adapter():
+            for dataset in rows:
+                lengths = [len(ids) for ids in dataset["input_ids"][:]]
+                order = sorted(range(len(lengths)), key=lengths.__getitem__)  # so that little is padding
+                for start in range(0, len(order), size):
+                    batch = self.collator(dataset.select(order[start : start + size]))
+                    batch = {name: value.to(model.device) for name, value in batch.items()}
+                    labels, ids = batch.pop("labels"), batch.pop("task_ids")
+                    parts.append((model.base.features(**batch).float().cpu(), ids.cpu(), labels.cpu()))  # type: ignore[operator]
+        first, second, third = zip(*parts, strict=True)
+        return torch.cat(first), torch.cat(second), torch.cat(third)
+
+
+class _EvaluationTrace:
+    """Counts routings as they are made, and keeps none of them."""
+
+    def __init__(self, model: MoAModel, statistics: RoutingStatistics) -> None:
+        self.model, self.statistics = model, statistics
+
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
+        """Count one routing of weights (*rows, K)."""
+        self.statistics.add([Record(name, routing, mask, router)], self.model.context.task_ids)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for training with the last loss beside it; nothing else is printed."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        if self.bar is not None and logs is not None and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close it."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

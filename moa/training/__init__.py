@@ -1,0 +1,1 @@
+"""What trains from a mixture, and how a mixture is trained."""

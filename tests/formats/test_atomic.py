@@ -1,0 +1,173 @@
+"""Folders appear whole or not at all; files are what safetensors reads.  pytest tests/formats/test_atomic.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moa.errors import CheckpointError, ConfigError
+from moa.formats.atomic import file_order, plan_shards, staged, write_safetensors
+from moa.merge import Checkpoint
+from tests.merge.tools import snapshot
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_block_that_ends_makes_the_folder(tmp_path: Path) -> None:
+    with staged(tmp_path / "deep" / "out") as partial:
+        (partial / "file").write_text("x")
+        assert not (tmp_path / "deep" / "out").exists()
+        assert partial.parent == tmp_path / "deep", "on the same file system"
+    assert snapshot(tmp_path / "deep" / "out") == {"file": b"x"}
+    assert left(tmp_path / "deep") == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("boom")])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_block_that_raises_leaves_no_trace(tmp_path: Path, error: BaseException, old: bool) -> None:
+    out = tmp_path / "out"
+    if old:
+        out.mkdir()
+        (out / "config.json").write_text("old")
+    with pytest.raises(type(error)), staged(out, overwrite=old) as partial:
+        (partial / "half").write_text("x")
+        raise error
+    assert left(tmp_path) == (["out"] if old else [])
+    assert not old or snapshot(out) == {"config.json": b"old"}
+
+
+def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    (out / "stale.safetensors").write_text("old")
+    with staged(out, overwrite=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert snapshot(out) == {"config.json": b"new"}
+    assert left(tmp_path) == ["out"]
+
+
+def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if str(source).endswith(".partial"):
+            raise OSError("denied")
+        real(source, target)
+
+    monkeypatch.setattr("moa.formats.atomic.os.rename", rename)
+    with pytest.raises(OSError, match="denied"), staged(out, overwrite=True) as partial:
+        (partial / "config.json").write_text("new")
+    assert snapshot(out) == {"config.json": b"old"}
+    assert left(tmp_path) == ["out"]
+
+
+def test_what_exists_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(CheckpointError, match="exists already"), staged(out):
+        pass
+    (out / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="no folder with a checkpoint"), staged(out, overwrite=True):
+        pass
+    with pytest.raises(CheckpointError, match="no folder with"), staged(out / "thesis.txt", overwrite=True):
+        pass
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(CheckpointError, match="no folder with"), staged(tmp_path / "link", overwrite=True):
+        pass
+    assert snapshot(out) == {"thesis.txt": b"years of work"}
+
+
+def test_inputs_are_never_replaced(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    for out in (base, base / "inside", tmp_path):
+        with pytest.raises(ConfigError, match="holds the other"), staged(out, overwrite=True, inputs=[base]):
+            pass
+    assert left(base) == ["config.json"]
+
+
+TENSORS = {
+    "wide": torch.randn(3, 4, dtype=torch.float64),
+    "half": torch.randn(5).bfloat16(),
+    "bytes": torch.arange(3, dtype=torch.uint8),
+    "flags": torch.tensor([True, False]),
+    "single": torch.tensor(2.5),
+    "none": torch.zeros(0, 7),
+    "turned": torch.randn(4, 6).T,
+    "é/ü": torch.ones(1, dtype=torch.int64),
+}
+
+
+def test_written_files_are_what_safetensors_reads(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    order = file_order(TENSORS, {n: t.dtype for n, t in TENSORS.items()})
+    specs = {n: (TENSORS[n].dtype, tuple(TENSORS[n].shape)) for n in order}
+    nbytes = write_safetensors(file, specs, ((n, TENSORS[n]) for n in order), {"who": "test"})
+    assert nbytes == file.stat().st_size
+    read = load_file(file)
+    assert set(read) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+    with safe_open(file, "pt") as handle:
+        assert handle.metadata() == {"format": "pt", "who": "test"}
+
+
+def test_what_was_not_announced_is_refused(tmp_path: Path) -> None:
+    specs = {"a": (torch.float32, (2,)), "b": (torch.float32, (1,))}
+
+    def write(*tensors: tuple[str, Tensor]) -> None:
+        write_safetensors(tmp_path / "x.safetensors", specs, iter(tensors))
+
+    for tensors in (
+        [("b", torch.ones(1))],
+        [("a", torch.ones(3))],
+        [("a", torch.ones(2).double())],
+        [("a", torch.ones(2)), ("b", torch.ones(1)), ("c", torch.ones(1))],
+    ):
+        with pytest.raises(CheckpointError, match="expected"):
+            write(*tensors)
+    with pytest.raises(CheckpointError, match="ended before 'b'"):
+        write(("a", torch.ones(2)))
+
+
+def test_shards_are_filled_in_order(tmp_path: Path) -> None:
+    sizes = {"a": 10, "b": 10, "c": 50, "d": 5}
+    save_file({n: torch.zeros(s) for n, s in sizes.items()}, tmp_path / "x.safetensors")
+    checkpoint = Checkpoint(tmp_path / "x.safetensors")
+    assert plan_shards(checkpoint, checkpoint.dtypes, 100) == [["a", "b"], ["c"], ["d"]]
+    assert plan_shards(checkpoint, checkpoint.dtypes, 1) == [["a"], ["b"], ["c"], ["d"]]
+    assert len(plan_shards(checkpoint, checkpoint.dtypes, 10**6)) == 1
+
+
+def test_iterators_are_consumed_one_at_a_time(tmp_path: Path) -> None:
+    alive: list[int] = []
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        import weakref
+
+        last: weakref.ref[Tensor] | None = None
+        for n in "abc":
+            alive.append(0 if last is None or last() is None else 1)
+            tensor = torch.ones(2)
+            last = weakref.ref(tensor)
+            yield n, tensor
+            del tensor
+
+    write_safetensors(tmp_path / "x.safetensors", {n: (torch.float32, (2,)) for n in "abc"}, stream())
+    assert sum(alive) <= 2, "at most the tensor being written is still alive"

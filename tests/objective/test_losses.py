@@ -1,0 +1,176 @@
+"""Losses on routings against transformers, loops and enumeration. Run: pytest tests/objective/test_losses.py"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from moa.errors import ConfigError, ContextError, ShapeError
+from moa.objective.losses import (
+    LOSSES,
+    balance_loss,
+    entropy,
+    example_losses,
+    importance_loss,
+    load_loss,
+    masked_mean,
+    rloo,
+    z_loss,
+)
+from moa.routers import LinearRouter
+from moa.types import Context, Routing
+from tests.laws import assert_close
+
+
+def routing_of(logits: torch.Tensor, k: int) -> Routing:
+    """Return the routing of a softmax top-k gate with given logits."""
+    scores = logits.softmax(-1)
+    weights, indices = scores.topk(k, -1)
+    return Routing(weights, indices, logits.shape[-1], logits, scores)
+
+
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_balance_loss_times_k_is_that_of_transformers(n_experts, k, padded):
+    logits = torch.randn(3, 7, n_experts, dtype=torch.float64)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    if padded:
+        mask[0, 4:] = 0
+        mask[2, 1:] = 0
+    theirs = load_balancing_loss_func((logits.reshape(21, -1),), n_experts, k, mask if padded else None)
+    ours = balance_loss(routing_of(logits, k), mask.bool() if padded else None)
+    assert_close(ours * k, theirs, 3e-7)  # theirs counts in fp32
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_loss_is_one_when_uniform_and_grows_with_collapse(k):
+    n_experts = 4
+    uniform = torch.full((8, n_experts), 1 / n_experts, dtype=torch.float64)
+    turning = (torch.arange(8)[:, None] + torch.arange(k)) % n_experts
+    routing = Routing(torch.ones(8, k), turning, n_experts, scores=uniform)
+    assert_close(balance_loss(routing), torch.tensor(1.0, dtype=torch.float64))
+    collapsed = routing_of(torch.tensor([9.0, 6, 3, 0]).double().repeat(8, 1), k)
+    assert balance_loss(collapsed) > (1.0 if k < n_experts else 1 - 1e-9)
+
+
+def test_balance_loss_of_unnormalised_scores_is_per_row():
+    """Sigmoid scores: a row of large scores must not outweigh the others."""
+    scores = torch.tensor([[0.9, 0.9], [0.1, 0.01]], dtype=torch.float64)
+    routing = Routing(scores[:, :1], torch.tensor([[0], [1]]), 2, scores=scores)
+    p = scores / scores.sum(1, keepdim=True)
+    assert_close(balance_loss(routing), 2 * (torch.tensor([0.5, 0.5]) * p.mean(0)).sum())
+
+
+def test_z_loss():
+    logits = torch.randn(2, 3, 4, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    rows = [math.log(sum(math.exp(v) for v in row)) ** 2 for row in logits[mask].tolist()]
+    assert_close(z_loss(routing_of(logits, 2), mask), torch.tensor(sum(rows) / 3, dtype=torch.float64))
+    assert_close(z_loss(routing_of(logits, 2)), logits.logsumexp(-1).square().mean())
+
+
+def test_importance_and_load_losses():
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
+    routing = Routing(weights, None, 2, usage=weights.flip(-1))
+    total = torch.tensor([2.5, 0.5], dtype=torch.float64)
+    expected = total.var() / total.mean() ** 2
+    assert_close(importance_loss(routing), expected, 1e-8)  # 1e-10 is added to the mean's square
+    assert_close(load_loss(routing), expected, 1e-8)
+    even = Routing(torch.full((4, 2), 0.5), None, 2)
+    assert importance_loss(even) == 0
+    assert importance_loss(Routing(torch.ones(4, 1), None, 1)) == 0
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_padding_changes_no_loss(name):
+    router = LinearRouter(5, 4, 2, noisy=True).double().train()
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+    torch.manual_seed(7)
+    r = router(x, Context())
+
+    def padded(value: torch.Tensor | None) -> torch.Tensor | None:
+        if value is None:
+            return None
+        junk = torch.zeros_like(value) if value.dtype == torch.int64 else torch.rand_like(value) * 9
+        return torch.cat([value, junk[:, :2]], 1)
+
+    wide = Routing(*(padded(v) for v in (r.weights, r.indices)), 4, *(padded(v) for v in (r.logits, r.scores)),
+                   usage=padded(r.usage))  # fmt: skip
+    mask = torch.tensor([[True] * 3 + [False] * 2] * 2)
+    assert_close(LOSSES[name](wide, mask), LOSSES[name](r, None))
+    with pytest.raises(AssertionError):  # and without the mask it does
+        assert_close(LOSSES[name](wide, None), LOSSES[name](r, None))
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("rows", [(), (3, 1)])
+def test_losses_of_constant_and_sequence_rows_are_scalars(name, rows):
+    """Routings of fewer rows than the mask count every row."""
+    logits = torch.randn(*rows, 4, requires_grad=True)
+    routing = Routing(logits.softmax(-1), None, 4, logits, logits.softmax(-1), usage=logits.softmax(-1))
+    value = LOSSES[name](routing, torch.ones(3, 7, dtype=torch.bool))
+    assert value.shape == ()
+    value.backward()
+    assert bool(logits.grad.isfinite().all())
+
+
+def test_all_rows_padded_is_zero_not_nan():
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    assert bool(masked_mean(torch.randn(2, 3, 4), mask).isfinite().all())
+    routing = routing_of(torch.randn(2, 3, 4), 2)
+    assert balance_loss(routing, mask) == 0 and z_loss(routing, mask) == 0
+
+
+def test_entropy():
+    assert_close(entropy(torch.ones(2, 8, dtype=torch.float64)), torch.full((2,), math.log(8), dtype=torch.float64))
+    assert_close(entropy(torch.tensor([[1.0, 0, 0]])), torch.zeros(1))
+
+
+@pytest.mark.parametrize(("loss", "words"), [(balance_loss, "scores"), (z_loss, "logits"), (load_loss, "noisy")])
+def test_a_loss_without_what_it_needs(loss, words):
+    with pytest.raises(ContextError, match=words):
+        loss(Routing(torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int64), 3))
+
+
+def test_rloo_is_the_leave_one_out_form():
+    losses = torch.randn(5, 3, dtype=torch.float64)
+    log_probs = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rloo(losses, log_probs).backward()
+    for m in range(5):
+        for b in range(3):
+            others = [losses[j, b] for j in range(5) if j != m]
+            assert_close(log_probs.grad[m, b], (losses[m, b] - sum(others) / 4) / 5)
+
+
+def test_rloo_bad_input():
+    ones = torch.ones(2, 3, requires_grad=True)
+    with pytest.raises(ConfigError, match="at least 2"):
+        rloo(torch.ones(1, 3), torch.ones(1, 3, requires_grad=True))
+    with pytest.raises(ShapeError, match=r"\(2, 2\)"):
+        rloo(torch.ones(2, 2), ones)
+    with pytest.raises(ContextError, match="use_reentrant"):
+        rloo(torch.ones(2, 3), ones.detach())
+
+
+def test_example_losses_sum_to_the_mean_over_labelled_tokens():
+    logits, labels = torch.randn(3, 6, 9), torch.randint(9, (3, 6))
+    labels[0, :4] = -100
+    labels[2] = -100
+    shifted = example_losses(logits, labels, shift=True)
+    assert_close(shifted.sum(), F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), 1e-6)
+    assert shifted[2] == 0
+    aligned = example_losses(logits, labels, shift=False)
+    assert_close(aligned.sum(), F.cross_entropy(logits.flatten(0, 1), labels.flatten()), 1e-6)
+    single = example_losses(logits[:, 0], labels[:, 5], shift=False)
+    assert_close(single.sum(), F.cross_entropy(logits[:, 0], labels[:, 5]), 1e-6)
+
+
+def test_example_losses_of_what_are_no_class_ids():
+    assert example_losses(torch.randn(3, 2), torch.randn(3), shift=False) is None
+    assert example_losses(torch.randn(3, 1), torch.randint(5, (3, 2)), shift=False) is None
+    assert example_losses(torch.randn(3, 4), torch.randint(4, (3,)), shift=True) is None
