@@ -26,7 +26,7 @@ from ..errors import BackendError, ConfigError, unknown_name
 if TYPE_CHECKING:
     from .train import RunResult
 
-CONFIGS = "configs"
+CONFIGS = "runs/configs"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

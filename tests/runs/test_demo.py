@@ -150,7 +150,7 @@ def test_unknown_demo() -> None:
 @pytest.mark.parametrize("name", demo.config_names())
 def test_packaged_configurations_are_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOA_CACHE", str(tmp_path))
-    config = read_config(str(files("moa") / "configs" / f"{name}.yaml"), ["training.use_cpu=true"])
+    config = read_config(str(files("moa") / "runs" / "configs" / f"{name}.yaml"), ["training.use_cpu=true"])
     training_arguments(config)
     assert set(demo.NEEDS) == set(demo.config_names())
     assert {"router": "remix", "n_experts": 8, "k": 2}.items() <= dict(config.recipe).items()
@@ -171,7 +171,7 @@ def test_packaged_configurations_are_valid(name: str, tmp_path: Path, monkeypatc
 def test_minilm_beats_the_majority_on_tweets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real weights, real tweets: two epochs on 400 rows lift accuracy clearly above the commonest label's."""
     monkeypatch.setenv("MOA_CACHE", str(CACHE))
-    config = read_config(str(files("moa") / "configs" / "minilm.yaml"))
+    config = read_config(str(files("moa") / "runs" / "configs" / "minilm.yaml"))
     task: Task = dataclasses.replace(config.tasks["tweets"], max_train_rows=400, max_eval_rows=300)
     config = dataclasses.replace(
         config,

@@ -139,11 +139,11 @@ def test_bad_inputs() -> None:
     ):
         with pytest.raises(ConfigError, match=text):
             moa.build(models.llama(), "hydra", **options)
-    branch = Branch(FixedRouter(4, 1), moa.recipes.base.BANKS["lora"](4, 4, 1), "output")
+    branch = Branch(FixedRouter(4, 1), moa.experts.LoRABank(4, 4, 1), "output")
     with pytest.raises(ShapeError, match="a Pair returns a tuple"):
         Mixture(Pair(), [branch], moa.Context(), "layer")(torch.randn(2, 4))
     with pytest.raises(ConfigError, match="tap must be 'input' or 'output'"):
-        Branch(FixedRouter(4, 1), moa.recipes.base.BANKS["lora"](4, 4, 1), "middle")
+        Branch(FixedRouter(4, 1), moa.experts.LoRABank(4, 4, 1), "middle")
     model = moa.build(models.bert(), "hydra", biases=True)
     with pytest.raises(ConfigError, match="only plain LoRA experts export"):
         moa.export_expert(model, 0, "nowhere")
