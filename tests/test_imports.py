@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # the framework is known where models meet it, and in the applications
 ONLY_IN = {
-    "triton": {"kernels/triton_*.py", "kernels/triton/*.py"},
+    "triton": {"kernels/triton/*.py"},
     "megablocks": {"kernels/megablocks.py"},
     "transformers": {"model/moa_model.py", "model/heads.py", "monitor/callback.py", "runs/*.py", "cli/main.py"},
     "peft": {"nowhere"},

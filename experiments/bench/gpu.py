@@ -157,7 +157,7 @@ def peft_lora(weight: Tensor, rank: int) -> nn.Module | None:
 
 def bandwidth() -> dict[str, Any]:
     """Return bytes of x over the forward's shrink time, and what a copy of x reaches, in GB/s."""
-    from moa.kernels import triton_low_rank
+    from moa.kernels.triton import launches
 
     inputs = make_inputs(ROWS, D, dtype=torch.bfloat16, device="cuda")
     x, a = inputs.x.detach(), inputs.a.detach()
@@ -167,7 +167,7 @@ def bandwidth() -> dict[str, Any]:
     found = table(
         {
             "copy": lambda: other.copy_(x),
-            "shrink": lambda: triton_low_rank._shrink(x, a, weights, inputs.indices, hidden, mixed),
+            "shrink": lambda: launches.shrink(x, a, weights, inputs.indices, hidden, mixed),
         }
     )
     speed = {

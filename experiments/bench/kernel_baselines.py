@@ -1,7 +1,7 @@
 """Plain versions of how others mix low-rank experts, written from their behaviour, not from their code.
 
 Each takes x (T, i), a (E, r, i), b (E, r, o), weights (T, K), indices (T, K) and returns y (T, o). All agree with
-`moa.kernels.low_rank_mixture`; `tests/kernels/test_speed.py` checks it.
+`moa.kernels.low_rank_mixture`; `tests/kernels/test_peers.py` checks it.
 """
 
 from __future__ import annotations

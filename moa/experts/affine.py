@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import has_slots
 from ..types import Routing
 from .lora import LoRABank
 
@@ -79,11 +80,11 @@ class AffineLoRABank(LoRABank):
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o)."""
         y = super().open_slots(x, indices, onto, hidden)
-        return y + self.shifts().to(y.dtype)[indices] if self._is_grouped() else y  # else through forward
+        return y + self.shifts().to(y.dtype)[indices] if has_slots(self.engine) else y  # else through forward
 
     def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i)."""
         y = super().close_slots(x, weights, indices)
-        if not self._is_grouped():  # the base class went through forward
+        if not has_slots(self.engine):  # the base class went through forward
             return y
         return y + (self.shifts()[indices] * weights.unsqueeze(-1)).sum(-2).to(y.dtype)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..kernels import headed_linear
 from ..types import Routing
 from .bank import ExpertBank
-from .headed_linear import headed_linear
 
 
 class HeadedLoRABank(ExpertBank):

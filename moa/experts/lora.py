@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels import GROUPED_ENGINES, gated_linear, grouped_linear, grouped_sum, low_rank_mixture, mixture_linear
+from ..kernels import gated_linear, grouped_linear, grouped_sum, has_slots, low_rank_mixture, mixture_linear
 from ..kernels.low_rank import is_plain
 from ..types import Routing
 from .bank import ExpertBank
@@ -81,7 +81,7 @@ class LoRABank(ExpertBank):
     def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""
         alike = [bank for bank in banks if isinstance(bank, LoRABank) and bank.engine == self.engine]
-        if len(alike) < len(banks) or not self._is_grouped():
+        if len(alike) < len(banks) or not has_slots(self.engine):
             return []
         down = torch.cat([bank.down for bank in alike], 1)
         hidden = grouped_linear(F.dropout(x, self.dropout, self.training), down, indices, engine=self.engine)
@@ -89,7 +89,7 @@ class LoRABank(ExpertBank):
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o), by the grouped kernels."""
-        if not self._is_grouped():
+        if not has_slots(self.engine):
             return super().open_slots(x, indices, onto)
         if hidden is None:
             hidden = grouped_linear(F.dropout(x, self.dropout, self.training), self.down, indices, engine=self.engine)
@@ -99,16 +99,12 @@ class LoRABank(ExpertBank):
 
     def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i): the slots are summed at rank size."""
-        if not self._is_grouped():
+        if not has_slots(self.engine):
             return super().close_slots(x, weights, indices)
         x = F.dropout(x, self.dropout, self.training)
         hidden = grouped_linear(x, self.down, indices.unsqueeze(-1), engine=self.engine).squeeze(-2)
         weighted = hidden * (weights * self.scaling).to(hidden.dtype).unsqueeze(-1)
         return grouped_sum(weighted, self.up, indices, engine=self.engine)
-
-    def _is_grouped(self) -> bool:
-        """Whether the engine has grouped linears; one that has not runs each slot as a mixture of one expert."""
-        return self.engine is None or self.engine in GROUPED_ENGINES
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""

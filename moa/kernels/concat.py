@@ -2,13 +2,13 @@
 
 Experts of rank r are so thin that running all E of them costs less than sorting rows by expert until E·r is
 about 50·k (fp32) to 110·k (bf16) on a CPU. Both factors are stored (E, r, d), so concatenations are views.
-Contract of an engine: `forward` returns y and the hidden values of the chosen slots; `backward` returns the
-gradients that are asked for. Rows are flat here; weights and indices have one row per row of x.
+Contract: `engine.py`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,113 +16,105 @@ from torch import Tensor
 
 from . import bag
 from .dtypes import cast, wide
+from .engine import Gradients, Operands
 
+PLAIN = True
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
 FEW_ROWS = 64
 
 
-def forward(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def why_not() -> str | None:
+    """Return None: it runs wherever PyTorch does."""
+    return None
+
+
+def forward(operands: Operands) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r): y = Σ_j w_j h_j b[e_j] (+ x baseᵀ + bias), h_j = x a[e_j]ᵀ."""
+    x, a, weights, base, bias = operands.x, operands.a, operands.weights, operands.base, operands.bias
     full = x @ a.flatten(0, 1).T  # (T, E·r)
-    columns = None if indices is None else slot_columns(indices, a)
-    hidden = (full if columns is None else full.gather(1, columns)).view(*weights.shape, a.shape[1])
-    mixed, up = scale(hidden, weights).flatten(1), b.flatten(0, 1)
+    columns = None if operands.indices is None else slot_columns(operands.indices, a)  # (T, K·r)
+    hidden = (full if columns is None else full.gather(1, columns)).view(*weights.shape, a.shape[1])  # (T, K, r)
+    mixed, up = scale(hidden, weights).flatten(1), operands.b.flatten(0, 1)  # (T, K·r), (E·r, o)
     if columns is not None and bag.pays(mixed, full.shape[1]):
-        y = bag.expand(mixed, columns, up)
+        y = bag.expand(mixed, columns, up)  # (T, o)
         if bias is not None:
             y += bias
     else:
-        mixed = mixed if columns is None else spread(mixed, columns, full.shape[1])
+        mixed = mixed if columns is None else spread(mixed, columns, full.shape[1])  # (T, E·r)
         y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
     return (y if base is None else add_base(y, x, base)), hidden
 
 
-def infer(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return Σ_j w_j h_j b[e_j] (T, o) alone, formed in a dtype, by few calls. One row reads no experts but its own.
+def few_rows(operands: Operands, dtype: torch.dtype) -> Tensor | None:
+    """Return Σ_j w_j h_j b[e_j] (T, o), formed in a dtype, by few calls; None where rows are not few, or not on a CPU.
+
+    One row reads no experts but its own.
 
     Raises:
         IndexError, RuntimeError: an index names no expert.
     """
+    x, a, b, weights, indices = operands.x, operands.a, operands.b, operands.weights, operands.indices
+    n_rows = len(x)
+    if n_rows > FEW_ROWS or x.device.type != "cpu":
+        return None
     if indices is not None:
-        if len(x) == 1:
+        if n_rows == 1:
             chosen = indices.view(-1)
-            a, b = a.index_select(0, chosen), b.index_select(0, chosen)
+            a, b = a.index_select(0, chosen), b.index_select(0, chosen)  # (K, r, i), (K, r, o)
         else:
-            weights = weights.new_zeros(len(x), a.shape[0]).scatter_add_(1, indices, weights)
-    hidden = F.linear(cast(x, dtype), cast(a, dtype).flatten(0, 1))
-    scale(hidden.view(len(x), *a.shape[:2]), weights, onto_itself=True)
+            weights = weights.new_zeros(n_rows, a.shape[0]).scatter_add_(1, indices, weights)  # (T, E)
+    hidden = F.linear(cast(x, dtype), cast(a, dtype).flatten(0, 1))  # (T, E·r)
+    scale(hidden.view(n_rows, *a.shape[:2]), weights, onto_itself=True)
     return hidden @ cast(b, dtype).flatten(0, 1)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    hidden: Tensor | None,
-    base: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Return the gradients of x, a, b, weights that `needs` names, in this order."""
+def backward(grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool]) -> Gradients:
+    """Return the gradients of x, a, b, weights, None where `needs` does not ask for one."""
+    a, b, weights = operands.a, operands.b, operands.weights
     need_x, need_a, need_b, need_weights = needs
-    columns = None if indices is None else slot_columns(indices, a)
-    found: list[Tensor] = []
-    grad_weights = None
+    columns = None if operands.indices is None else slot_columns(operands.indices, a)  # (T, K·r)
+    grad_x = grad_a = grad_b = grad_weights = None
     if need_x or need_a or need_weights:
         full = grad @ b.flatten(0, 1).T  # (T, E·r)
         grad_slots = (full if columns is None else full.gather(1, columns)).view(*weights.shape, a.shape[1])
         if need_weights:
-            assert hidden is not None
-            grad_weights = slot_dot(grad_slots, hidden, weights)
-    if need_x or need_a:
-        grads = _gradients(scale(grad_slots, weights), x, a, columns, [need_x, need_a])
-        if need_x and base is not None:
-            grads[0].addmm_(grad, base)
-        found.extend(grads)
+            grad_weights = slot_dot(grad_slots, hidden, weights)  # (T, K)
+        if need_x or need_a:
+            grad_x, grad_a = _gradients(scale(grad_slots, weights), operands.x, a, columns, need_x, need_a)
+            if grad_x is not None and operands.base is not None:
+                grad_x.addmm_(grad, operands.base)
     if need_b:
-        assert hidden is not None
-        found.extend(_gradients(scale(hidden, weights), grad, b, columns, [False, True]))
-    if grad_weights is not None:
-        found.append(grad_weights)
-    return found
+        _, grad_b = _gradients(scale(hidden, weights), grad, b, columns, False, True)
+    return grad_x, grad_a, grad_b, grad_weights
 
 
 def slot_products(x: Tensor, factors: Tensor, indices: Tensor) -> Tensor:
-    """Return x[t] factors[e]ᵀ of each slot, (T, K, p), as `sorted_rows.slot_products`."""
+    """Return x[t] factors[e]ᵀ of each slot, (T, K, p), see `SlotEngine`."""
     full = x @ factors.flatten(0, 1).T
     return full.gather(1, slot_columns(indices, factors)).view(*indices.shape, factors.shape[1])
 
 
-def slot_gradients(grad: Tensor, x: Tensor | None, factors: Tensor, indices: Tensor, needs: list[bool]) -> list[Tensor]:
-    """Return the gradients of x and factors that `needs` names, as `sorted_rows.slot_gradients`."""
-    return _gradients(grad, x, factors, slot_columns(indices, factors), needs)
+def slot_gradients(
+    grad: Tensor, x: Tensor | None, factors: Tensor, indices: Tensor, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Return the gradients of x and factors that `needs` asks for, see `SlotEngine`."""
+    found = _gradients(grad, x, factors, slot_columns(indices, factors), *needs)
+    return [value for value in found if value is not None]
 
 
 def _gradients(
-    grad: Tensor, x: Tensor | None, factors: Tensor, columns: Tensor | None, needs: list[bool]
-) -> list[Tensor]:
-    """Return the gradients of x (T, d) and factors (E, r, d) that `needs` names, from grad (T, K, r) at the columns."""
-    rows, values = factors.flatten(0, 1), grad.flatten(1)
-    if columns is not None and not needs[1] and bag.pays(values, len(rows)):
-        return [bag.expand(values, columns, rows)]
-    full = values if columns is None else spread(values, columns, len(rows))
-    found: list[Tensor] = []
-    if needs[0]:
-        found.append(full @ rows)
-    if needs[1]:
+    grad: Tensor, x: Tensor | None, factors: Tensor, columns: Tensor | None, need_x: bool, need_factors: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x (T, d) and factors (E, r, d), from grad (T, K, r) at the columns (T, K·r)."""
+    rows, values = factors.flatten(0, 1), grad.flatten(1)  # (E·r, d), (T, K·r)
+    if columns is not None and not need_factors and bag.pays(values, len(rows)):
+        return bag.expand(values, columns, rows), None
+    full = values if columns is None else spread(values, columns, len(rows))  # (T, E·r)
+    to_factors = None
+    if need_factors:
         assert x is not None
-        found.append((full.T @ x).view_as(factors))
-    return found
+        to_factors = (full.T @ x).view_as(factors)
+    return (full @ rows if need_x else None), to_factors
 
 
 def add_base(y: Tensor, x: Tensor, base: Tensor) -> Tensor:

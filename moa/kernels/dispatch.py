@@ -1,28 +1,23 @@
-"""Which engine runs a low-rank mixture: static, from shapes and device alone, and always reportable."""
+"""Which engine runs a mixture: chosen here and nowhere else, from static values, so that it can be reported."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-from types import ModuleType
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, unknown_name
+from ..compat import has_native_matmul
+from .engine import Ability, abilities, get_engine, register_engine, why_not
 
-# Engine → module; a module is imported when its engine is first used or asked about.
-_MODULES = {
-    "concat": "concat",
-    "sorted": "sorted_rows",
-    "triton_concat": "triton_low_rank",
-    "triton_grouped": "triton_grouped",
-    "grouped_mm": "grouped_mm",
-    "megablocks": "megablocks",
-}
-# Engines whose products are torch's own on a CPU.
-PLAIN = ("concat", "sorted")
+_TRITON = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+register_engine("concat", f"{__package__}.concat")
+register_engine("sorted", f"{__package__}.sorted_rows")
+register_engine("triton_concat", f"{__package__}.triton.triton_concat", devices=_TRITON, package="triton")
+register_engine("triton_grouped", f"{__package__}.triton.triton_grouped", devices=_TRITON, package="triton")
+register_engine("grouped_mm", f"{__package__}.grouped_mm")
+register_engine("megablocks", f"{__package__}.megablocks", devices=("cuda",), package="megablocks")
 
 # Up to this many columns E·r per active expert, running every expert beats sorting rows: measured on one CPU core,
 # modelled (not measured) for GPUs from the ratio of their arithmetic to their bandwidth.
@@ -31,31 +26,6 @@ _CPU_COLUMNS_WIDE = 50
 _GPU_COLUMNS = {8: 180}
 _GPU_COLUMNS_LATEST = 300
 _GPU_COLUMNS_ALWAYS = 256
-
-
-def engines() -> dict[str, str | None]:
-    """Return every engine's name with None if it can run here, else the reason why not and what to install.
-
-    Returns:
-        One entry for each engine; a reason is one sentence.
-    """
-    return {name: why_not(name) for name in _MODULES}
-
-
-@functools.cache
-def why_not(name: str) -> str | None:
-    """Return why an engine cannot run here, or None if it can."""
-    if name in PLAIN:
-        return None
-    package = "triton" if name.startswith("triton") else name
-    if package in ("triton", "megablocks") and importlib.util.find_spec(package) is None:
-        return f"it needs the package {package}, which is not installed: pip install {package}."
-    return _module(name).why_not()
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
 def choose_engine(
@@ -107,30 +77,50 @@ def _choose_cuda(n_rows: int, n_experts: int, rank: int, k: int, dtype: torch.dt
     return "triton_concat" if dense else "triton_grouped"
 
 
-def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Return whether this CPU multiplies matrices of a 16-bit dtype in hardware; others emulate, slowly."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+class Chosen(NamedTuple):
+    """An engine, what it can do beside whole mixtures, and the dtype in which it is given its operands."""
+
+    name: str
+    engine: Any
+    abilities: frozenset[Ability]
+    dtype: torch.dtype
+
+
+def choose(name: str, x: Tensor, a: Tensor, d_out: int, k: int, ability: Ability | None = None) -> Chosen:
+    """Return the engine that is named, or the one that the sizes choose.
+
+    A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there plain engines run in fp32,
+    wider and hence at least as accurate, at the price of transient fp32 copies.
+
+    Args:
+        name: of `engines()`; "" lets the sizes choose.
+        x: (T, …) rows, for their number, dtype and device.
+        a: (E, r, i) factors, for their sizes.
+        d_out: o.
+        k: active experts per row.
+        ability: what the call wants beside a whole mixture. "few_rows" and "routed" are faster ways to one, which the
+            caller can do without; an engine without "slots" is not chosen where they are wanted.
+
+    Raises:
+        BackendError: the name is not known, or that engine cannot run here, on this device, or has no slots.
+    """
+    n_rows, dtype, device = x.shape[0], x.dtype, x.device
+    needed = ability if ability == "slots" else None
+    if name:
+        engine = get_engine(name, device.type, needed)
+    else:
+        n_experts, rank, d_in = a.shape
+        if ability == "few_rows" and n_rows == 1 and device.type == "cpu":
+            name = "concat"  # it reads the experts of a single row alone
+        else:
+            name = choose_engine(n_rows, d_in, d_out, n_experts, rank, k, dtype, device)
+        if needed and needed not in abilities(name):
+            name = "concat"
+        engine = get_engine(name)
+    emulated = is_emulated(x) and getattr(engine, "PLAIN", False)
+    return Chosen(name, engine, abilities(name), torch.float32 if emulated else dtype)
 
 
 def is_emulated(x: Tensor) -> bool:
     """Return whether products in the dtype of x (T, i) are formed in software here: such run in fp32 instead."""
     return x.device.type == "cpu" and x.dtype in _CPU_COLUMNS and not has_native_matmul(x.dtype)
-
-
-@functools.cache
-def get_engine(name: str) -> ModuleType:
-    """Return the module that implements an engine.
-
-    Raises:
-        BackendError: the name is not known, or the engine cannot run here (the reason is in the text).
-    """
-    if name not in _MODULES:
-        raise BackendError(unknown_name("engine", name, _MODULES, "moa.kernels"))
-    reason = why_not(name)
-    if reason is not None:
-        raise BackendError(f"engine {name!r} cannot run here: {reason}")
-    return _module(name)

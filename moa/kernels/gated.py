@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import softmax_backward
 from . import ops
-from .dispatch import choose_engine
-from .dtypes import cast, exact_dtypes, wide
+from .dispatch import choose
+from .dtypes import cast, cast_all, exact_dtypes, wide
+from .engine import Operands
 
 _FEW_ROWS = 8
 
@@ -62,7 +64,7 @@ def gated_linear(
         # No node is needed, and in decoding its bookkeeping is what costs.
         rows = _flat(x)
         logits, weights, indices = _choose(rows, gate, k)
-        y = ops.infer(rows, a, b, weights, indices, weight, bias, engine or "", scaling)
+        y = ops.infer(Operands(rows, a, b, weights, indices, weight, bias), engine or "", scaling)
         return _unflatten(x, y, logits, weights, indices)
 
 
@@ -108,20 +110,23 @@ class _GatedLinear(torch.autograd.Function):
         engine: str | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = _flat(x)
-        (n_rows, d_in), (n_experts, rank, d_out) = rows.shape, b.shape
-        name = engine or choose_engine(n_rows, d_in, d_out, n_experts, rank, k, rows.dtype, rows.device)
-        used, emulated = ops.pick(name, rows, a, b, k)
-        if name == "triton_concat" and n_rows > used.decode.MAX_ROWS:  # few rows have launches of their own
-            y, logits, weights, indices, hidden = _together(rows, gate, a, b, k, scaling, base, bias)
-        else:
+        chosen = choose(engine or "", rows, a, b.shape[-1], k, "routed")
+        found = None
+        if "routed" in chosen.abilities:
+            down, up, weight, shift = cast_all(rows.dtype, a, b, base, bias)
+            found = chosen.engine.routed(rows, gate, down, up, k, scaling, weight, shift)
+        if found is None:
             logits, weights, indices = _choose(rows, gate, k)
-            y, hidden = ops.run_forward(rows, a, b, _scaled(weights, scaling), indices, base, bias, used, emulated)
+            operands = Operands(rows, a, b, _scaled(weights, scaling), indices, base, bias)
+            y, hidden = ops.run_forward(operands, chosen)
+        else:
+            y, logits, weights, indices, hidden = found
         needs = ctx.needs_input_grad[:4]
         # As in the op: x is for the gradients of a and the gate, the base for that of x.
         ctx.save_for_backward(
             rows if needs[1] or needs[2] else None, gate, a, b, weights, indices, hidden, base if needs[0] else None
         )
-        ctx.shape, ctx.scaling, ctx.engine = x.shape, scaling, (used, emulated)
+        ctx.shape, ctx.scaling, ctx.chosen = x.shape, scaling, chosen
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return _unflatten(x, y, logits, weights, indices)
@@ -133,15 +138,14 @@ class _GatedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         rows, gate, a, b, weights, indices, hidden, base = ctx.saved_tensors
         need_x, need_gate, need_a, need_b = ctx.needs_input_grad[:4]
-        found: dict[str, Tensor] = {}
+        grad_x = grad_a = grad_b = None
         if grad is not None:
-            needs = [need_x, need_a, need_b, True]
-            scaled = _scaled(weights, ctx.scaling)
-            values = ops.run_backward(_flat(grad), rows, a, b, scaled, indices, hidden, base, needs, *ctx.engine)
-            found = dict(zip([n for n, need in zip("xabw", needs, strict=True) if need], values, strict=True))
-            own = _scaled(found["w"], ctx.scaling)
+            operands = Operands(rows, a, b, _scaled(weights, ctx.scaling), indices, base)
+            needs = need_x, need_a, need_b, True
+            grad_x, grad_a, grad_b, own = ops.run_backward(_flat(grad), operands, hidden, needs, ctx.chosen)
+            assert own is not None
+            own = _scaled(own, ctx.scaling)
             grad_weights = own if grad_weights is None else own + _flat(grad_weights)
-        grad_x = found.get("x")
         grad_gate = None
         if grad_weights is not None or grad_logits is not None:
             to_logits = _to_logits(grad_logits, grad_weights, weights, indices, len(gate))
@@ -151,7 +155,7 @@ class _GatedLinear(torch.autograd.Function):
                 grad_x = _plus_product(grad_x, to_logits, gate)
         if grad_x is not None:
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_gate, found.get("a"), found.get("b"), None, None, None, None, None
+        return grad_x, grad_gate, grad_a, grad_b, None, None, None, None, None
 
 
 def _to_logits(
@@ -161,25 +165,8 @@ def _to_logits(
     own = weights.new_zeros(len(weights), n_experts) if grad_logits is None else _flat(grad_logits)
     if grad_weights is None:
         return own
-    through = torch._softmax_backward_data(_flat(grad_weights), weights, -1, weights.dtype)
+    through = softmax_backward(_flat(grad_weights), weights)
     return own.scatter_add(1, indices, through)
-
-
-def _together(
-    rows: Tensor,
-    gate: Tensor,
-    a: Tensor,
-    b: Tensor,
-    k: int,
-    scaling: float,
-    base: Tensor,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return y, logits, weights, indices, hidden (T, …) with the router's logits in the experts' pass over x (T, i)."""
-    from . import triton_routed  # triton is optional
-
-    down, up, weight, shift = (value if value is None else value.to(rows.dtype) for value in (a, b, base, bias))
-    return triton_routed.forward(rows, gate, down, up, k, scaling, weight, shift)  # type: ignore[arg-type]
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

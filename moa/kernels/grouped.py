@@ -7,13 +7,15 @@ installations that have a tuned grouped product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .concat import scale, slot_dot
-from .plan import Plan, sort_slots
+from .engine import Gradients, Operands
+from .plan import Plan, sort_slots, sort_values, unsort_values
 
 
 class GroupedProduct(Protocol):
@@ -26,68 +28,46 @@ class GroupedProduct(Protocol):
         """Return left[g]ᵀ right[g] (E, p, q) of grouped left (N, p) and right (N, q)."""
 
 
-def grouped_forward(
-    product: GroupedProduct,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def grouped_forward(product: GroupedProduct, operands: Operands) -> tuple[Tensor, Tensor]:
     """Return y (T, o) and hidden (T, K, r), as `concat.forward`."""
-    indices = _all_experts(indices, weights)
+    x, a, b, weights = operands.x, operands.a, operands.b, operands.weights
+    indices = _all_experts(operands.indices, weights)
     plan = sort_slots(indices, a.shape[0])
-    rank = a.shape[1]
-    hidden_sorted = product.rows(x.index_select(0, plan.rows), a.transpose(1, 2), plan.offsets)
-    hidden = hidden_sorted.index_select(0, plan.place).view(*indices.shape, rank)
-    y = _add_slots(product.rows(_sorted(scale(hidden, weights), plan), b, plan.offsets), plan, indices)
-    if bias is not None:
-        y = y + bias
-    if base is not None:
-        y.addmm_(x, base.T)
+    hidden_sorted = product.rows(x.index_select(0, plan.rows), a.transpose(1, 2), plan.offsets)  # (T·K, r)
+    hidden = unsort_values(hidden_sorted, plan, indices)  # (T, K, r)
+    y = _add_slots(product.rows(sort_values(scale(hidden, weights), plan), b, plan.offsets), plan, indices)
+    if operands.bias is not None:
+        y = y + operands.bias
+    if operands.base is not None:
+        y.addmm_(x, operands.base.T)
     return y, hidden
 
 
 def grouped_backward(
-    product: GroupedProduct,
-    grad: Tensor,
-    x: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    hidden: Tensor | None,
-    base: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Return the gradients of x, a, b, weights that `needs` names, in this order."""
-    indices = _all_experts(indices, weights)
+    product: GroupedProduct, grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool]
+) -> Gradients:
+    """Return the gradients of x, a, b, weights, None where `needs` does not ask for one."""
+    a, b, weights = operands.a, operands.b, operands.weights
+    indices = _all_experts(operands.indices, weights)
     plan = sort_slots(indices, a.shape[0])
     need_x, need_a, need_b, need_weights = needs
-    rows = grad.index_select(0, plan.rows)
-    found: list[Tensor] = []
-    grad_weights = None
+    rows = grad.index_select(0, plan.rows)  # (T·K, o)
+    grad_x = grad_a = grad_b = grad_weights = None
     if need_x or need_a or need_weights:
         sorted_slots = product.rows(rows, b.transpose(1, 2), plan.offsets)
-        grad_slots = sorted_slots.index_select(0, plan.place).view(*indices.shape, a.shape[1])
+        grad_slots = unsort_values(sorted_slots, plan, indices)  # (T, K, r)
         if need_weights:
-            assert hidden is not None
             grad_weights = slot_dot(grad_slots, hidden, weights)
-        grad_hidden = _sorted(scale(grad_slots, weights), plan)
+        grad_hidden = sort_values(scale(grad_slots, weights), plan)  # (T·K, r)
         if need_x:
             grad_x = _add_slots(product.rows(grad_hidden, a, plan.offsets), plan, indices)
-            found.append(grad_x if base is None else grad_x.addmm_(grad, base))
+            if operands.base is not None:
+                grad_x.addmm_(grad, operands.base)
         if need_a:
-            assert x is not None
-            found.append(product.gram(grad_hidden, x.index_select(0, plan.rows), plan.offsets))
+            grad_a = product.gram(grad_hidden, operands.x.index_select(0, plan.rows), plan.offsets)
     if need_b:
-        assert hidden is not None
-        found.append(product.gram(_sorted(scale(hidden, weights), plan), rows, plan.offsets))
-    if grad_weights is not None:
-        found.append(grad_weights)
-    return found
+        grad_b = product.gram(sort_values(scale(hidden, weights), plan), rows, plan.offsets)
+    return grad_x, grad_a, grad_b, grad_weights
 
 
 def _all_experts(indices: Tensor | None, weights: Tensor) -> Tensor:
@@ -96,11 +76,6 @@ def _all_experts(indices: Tensor | None, weights: Tensor) -> Tensor:
     return torch.arange(weights.shape[1], device=weights.device).expand(weights.shape)
 
 
-def _sorted(values: Tensor, plan: Plan) -> Tensor:
-    """Return slot values (T, K, r) in the order of their experts (T·K, r)."""
-    return values.reshape(-1, values.shape[-1]).index_select(0, plan.order)
-
-
 def _add_slots(parts: Tensor, plan: Plan, indices: Tensor) -> Tensor:
     """Return the sum over each row's slots (T, d) of sorted parts (T·K, d)."""
-    return parts.index_select(0, plan.place).view(*indices.shape, parts.shape[-1]).sum(1)
+    return unsort_values(parts, plan, indices).sum(1)

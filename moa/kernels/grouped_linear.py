@@ -12,14 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendError, ShapeError, unknown_name
-from . import concat, sorted_rows
-from .dispatch import choose_engine, is_emulated, why_not
+from ..errors import ShapeError
+from .dispatch import Chosen, choose
 from .dtypes import cast, cast_all, exact_dtypes
 from .ops import check_indices
-
-# Engines that have these two; the others are made for whole mixtures.
-GROUPED_ENGINES = ("concat", "sorted", "triton_grouped")
 
 
 def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | None = None) -> Tensor:
@@ -29,9 +25,9 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
         x: (*rows, i) inputs, any strides; (0, i) is allowed.
         weight: (E, p, i); may be an fp32 master of a lower-precision x.
         indices: (*rows, K) int64 expert of each slot, in any order and number.
-        engine: "concat" (one product over all experts, best when E·p is small), "sorted" (plain products over rows
-            sorted by expert; reads its group sizes on the host), or "triton_grouped" (no host sync; p of any size,
-            best when thin); None lets the sizes choose, see `choose_engine`.
+        engine: one with the ability "slots": "concat" (one product over all experts, best when E·p is small), "sorted"
+            (plain products over rows sorted by expert; reads its group sizes on the host), "triton_grouped" (no host
+            sync; p of any size, best when thin); None lets the sizes choose, see `choose_engine`.
 
     Returns:
         (*rows, K, p), new, in x's dtype, or in the autocast dtype where autocast is on. Gradients of x and weight come
@@ -40,13 +36,13 @@ def grouped_linear(x: Tensor, weight: Tensor, indices: Tensor, *, engine: str | 
     Raises:
         ShapeError: shapes, dtypes or devices that do not belong together; an index that names no expert (on a CPU
             always, on a GPU with MOA_DEBUG=1).
-        BackendError: the engine is not known or cannot run here.
+        BackendError: the engine is not known, cannot run here or has no slots.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, §2 (the experts of a row, without their sum).
     """
     _check("grouped_linear", x, weight, indices, weight.shape[-1:])
     flat = _rows(x, x.shape[-1:])
-    y = grouped_linear_op(flat, weight, indices.reshape(-1, indices.shape[-1]), _named(engine))
+    y = grouped_linear_op(flat, weight, indices.reshape(-1, indices.shape[-1]), engine or "")
     return y.view(*indices.shape, weight.shape[1])
 
 
@@ -70,7 +66,7 @@ def grouped_sum(values: Tensor, weight: Tensor, indices: Tensor, *, engine: str 
     """
     _check("grouped_sum", values, weight, indices, (indices.shape[-1], weight.shape[-2]))
     flat = _rows(values, values.shape[-2:])
-    y = grouped_sum_op(flat, weight, indices.reshape(-1, indices.shape[-1]), _named(engine))
+    y = grouped_sum_op(flat, weight, indices.reshape(-1, indices.shape[-1]), engine or "")
     return y.view(*indices.shape[:-1], weight.shape[-1])
 
 
@@ -79,8 +75,8 @@ def grouped_linear_op(x: Tensor, weight: Tensor, indices: Tensor, engine: str) -
     """Return each slot's product (T, K, p) of x (T, i): see `grouped_linear`."""
     check_indices(x, weight, indices)
     with exact_dtypes(x):
-        used, dtype = _pick(engine, x, weight, indices)
-        return cast(used.slot_products(*cast_all(dtype, x, weight), indices), x.dtype)
+        chosen = _choose(engine, x, weight, indices)
+        return cast(chosen.engine.slot_products(*cast_all(chosen.dtype, x, weight), indices), x.dtype)
 
 
 @grouped_linear_op.register_fake
@@ -94,8 +90,9 @@ def grouped_linear_backward_op(
 ) -> list[Tensor]:
     """Return the gradients of x (T, i) and weight (E, p, i) that `needs` names, from grad (T, K, p)."""
     with exact_dtypes(grad):
-        used, dtype = _pick(engine, grad, weight, indices)
-        found = used.slot_gradients(*cast_all(dtype, grad.contiguous(), x, weight), indices, needs)
+        chosen = _choose(engine, grad, weight, indices)
+        operands = cast_all(chosen.dtype, grad.contiguous(), x, weight)
+        found = chosen.engine.slot_gradients(*operands, indices, needs)
     kept = [dtype for dtype, need in zip((grad.dtype, weight.dtype), needs, strict=True) if need]
     return [cast(value, dtype) for value, dtype in zip(found, kept, strict=True)]
 
@@ -154,22 +151,6 @@ def _backward_sum(ctx, grad):
 grouped_sum_op.register_autograd(_backward_sum, setup_context=_save_sum)
 
 
-def _named(engine: str | None) -> str:
-    """Return the engine's name, "" for None.
-
-    Raises:
-        BackendError: it is not known or cannot run here.
-    """
-    if engine is None:
-        return ""
-    if engine not in GROUPED_ENGINES:
-        raise BackendError(unknown_name("engine", engine, GROUPED_ENGINES, "moa.kernels.grouped_linear"))
-    reason = why_not(engine)
-    if reason is not None:
-        raise BackendError(f"engine {engine!r} cannot run here: {reason}")
-    return engine
-
-
 def _rows(values: Tensor, features: torch.Size) -> Tensor:
     """Return values (*rows, *features) as (T, *features) in the compute dtype."""
     dtype = values.dtype
@@ -178,16 +159,9 @@ def _rows(values: Tensor, features: torch.Size) -> Tensor:
     return values.reshape(-1, *features).to(dtype)
 
 
-def _pick(name: str, like: Tensor, weight: Tensor, indices: Tensor) -> tuple[Any, torch.dtype]:
-    """Return the module of the engine that was named, or of the one that the sizes choose, and the dtype it runs in."""
-    n_experts, width, d = weight.shape
-    if not name:
-        name = choose_engine(like.shape[0], d, d, n_experts, width, indices.shape[-1], like.dtype, like.device)
-    if name == "triton_grouped" and like.shape[0]:
-        from . import triton_slots
-
-        return triton_slots, like.dtype
-    return sorted_rows if name == "sorted" else concat, torch.float32 if is_emulated(like) else like.dtype
+def _choose(name: str, like: Tensor, weight: Tensor, indices: Tensor) -> Chosen:
+    """Return the engine with slots that is named, or that the sizes choose, for rows like `like` (T, …)."""
+    return choose(name, like, weight, weight.shape[-1], indices.shape[-1], "slots")
 
 
 def _check(op: str, values: Tensor, weight: Tensor, indices: Tensor, features: Sequence[int]) -> None:

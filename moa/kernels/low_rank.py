@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..compat import is_transformed
 from ..errors import ShapeError
 from . import ops
 from .dtypes import cast
+from .engine import Operands
 
 
 def low_rank_mixture(
@@ -138,7 +140,7 @@ def _apply(
     elif _needs_node(x, a, b, weights):
         y = ops.forward_op(flat, a, b, weights, indices, base, bias, engine or "")[0]
     else:
-        y = ops.infer(flat, a, b, weights, indices, base, bias, engine or "")
+        y = ops.infer(Operands(flat, a, b, weights, indices, base, bias), engine or "")
     return y if len(rows) == 1 else y.view(*rows, y.shape[-1])
 
 
@@ -151,7 +153,7 @@ def _needs_node(*operands: Tensor) -> bool:
 
 def is_plain(*operands: Tensor) -> bool:
     """Return whether nothing traces or transforms these tensors, so that an op's bookkeeping may be left out."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or is_transformed():
         return False
     # Loops instead of generators: this is on the way of every decoded token.
     for value in operands:  # noqa: SIM110

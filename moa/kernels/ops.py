@@ -7,7 +7,8 @@ The pair is opaque to `torch.compile`: a graph holds one node forward and one ba
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ShapeError
-from . import concat
-from .dispatch import PLAIN, choose_engine, get_engine, is_emulated
+from .dispatch import Chosen, choose
 from .dtypes import cast, cast_all, exact_dtypes
+from .engine import Gradients, Operands
 
 # From this many rows on, casting whole weights to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
@@ -41,66 +42,47 @@ def forward_op(
     """Return y (T, o) and the chosen slots' hidden values (T, K, r): see `low_rank_mixture`, `mixture_linear`."""
     check_indices(x, a, indices)
     with exact_dtypes(x):
-        return run_forward(x, a, b, weights, indices, base, bias, *pick(engine, x, a, b, weights.shape[-1]))
+        operands = Operands(x, a, b, weights, indices, base, bias)
+        return run_forward(operands, choose(engine, x, a, b.shape[-1], weights.shape[-1]))
 
 
-def infer(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    engine: str,
-    scaling: float = 1.0,
-) -> Tensor:
-    """Return y of `forward_op` without its bookkeeping: for plain tensors, no gradients and no autocast.
+def run_forward(operands: Operands, chosen: Chosen) -> tuple[Tensor, Tensor]:
+    """Return y (T, o) and hidden (T, K, r), in the dtype of x, by the engine that was chosen."""
+    dtype, engine = operands.x.dtype, chosen.engine
+    if chosen.dtype == dtype:
+        y, hidden = engine.forward(operands.cast(dtype))
+        return y, hidden
+    late = operands.base if operands.x.shape[0] < _CAST_PAYS else None
+    early = operands if late is None else replace(operands, base=None)
+    y, hidden = cast_all(dtype, *engine.forward(early.cast(chosen.dtype)))
+    return (y if late is None else y.add_(F.linear(operands.x, cast(late, dtype)))), hidden
 
-    `scaling` multiplies the mixture. Where rows are few, what costs is the number of calls.
+
+def infer(operands: Operands, engine: str, scaling: float = 1.0) -> Tensor:
+    """Return y (T, o) without the bookkeeping of the op: for plain tensors, no gradients and no autocast.
+
+    `scaling` multiplies the mixture. With few rows, call overhead dominates.
     """
-    n_rows, on_cpu = x.shape[0], x.device.type == "cpu"
-    if n_rows == 1 and on_cpu and not engine:
-        few, emulated = True, is_emulated(x)
-    else:
-        used, emulated = pick(engine, x, a, b, weights.shape[-1])
-        few = on_cpu and used is concat and n_rows <= concat.FEW_ROWS
-    if not few:
+    x, a, indices = operands.x, operands.a, operands.indices
+    chosen = choose(engine, x, a, operands.b.shape[-1], operands.weights.shape[-1], "few_rows")
+    y: Tensor | None = None
+    if "few_rows" in chosen.abilities:
+        try:
+            y = chosen.engine.few_rows(operands, chosen.dtype)
+        except (IndexError, RuntimeError):  # PyTorch bounds-checks the index; checked again only to name it
+            check_indices(x, a, indices)
+            raise
+    if y is None:
         check_indices(x, a, indices)
-        scaled = weights if scaling == 1 else weights * scaling
-        return run_forward(x, a, b, scaled, indices, base, bias, used, emulated)[0]
-    try:
-        y = concat.infer(x, a, b, weights, indices, torch.float32 if emulated else x.dtype)
-    except (IndexError, RuntimeError):  # the ops look at every index anyway: it is named only where one is wrong
-        check_indices(x, a, indices)
-        raise
+        scaled = operands if scaling == 1 else replace(operands, weights=operands.weights * scaling)
+        return run_forward(scaled, chosen)[0]
+    base, bias = operands.base, operands.bias
     if base is None:
         y = cast(y if scaling == 1 else y * scaling, x.dtype)
         return y if bias is None else y.add_(bias)
-    dtype = torch.float32 if emulated and n_rows >= _CAST_PAYS else x.dtype
+    dtype = chosen.dtype if x.shape[0] >= _CAST_PAYS else x.dtype
     base, bias = cast_all(dtype, base, bias)
     return cast(F.linear(cast(x, dtype), base, bias).add_(y, alpha=scaling), x.dtype)
-
-
-def run_forward(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-    used: ModuleType,
-    emulated: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return y (T, o) and hidden (T, K, r) of `forward_op` by the engine that `pick` returned."""
-    if not emulated:
-        return used.forward(x, *cast_all(x.dtype, a, b), weights, indices, *cast_all(x.dtype, base, bias))
-    late = base if x.shape[0] < _CAST_PAYS else None
-    wide = cast_all(torch.float32, x, a, b)
-    early = cast_all(torch.float32, None if late is not None else base, bias)
-    y, hidden = cast_all(x.dtype, *used.forward(*wide, weights, indices, *early))
-    return (y if late is None else y.add_(F.linear(x, cast(late, x.dtype)))), hidden
 
 
 @forward_op.register_fake
@@ -124,34 +106,21 @@ def backward_op(
 ) -> list[Tensor]:
     """Return the gradients of x, a, b, weights that `needs` names, from grad (T, o) and what forward kept."""
     with exact_dtypes(grad):
-        used = pick(engine, grad, a, b, weights.shape[-1])
-        return run_backward(grad, x, a, b, weights, indices, hidden, base, needs, *used)
+        operands = Operands(x, a, b, weights, indices, base)  # type: ignore[arg-type]
+        chosen = choose(engine, grad, a, b.shape[-1], weights.shape[-1])
+        found = run_backward(grad, operands, hidden, needs, chosen)
+    return [value for value in found if value is not None]
 
 
 def run_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    hidden: Tensor | None,
-    base: Tensor | None,
-    needs: list[bool],
-    used: ModuleType,
-    emulated: bool,
-) -> list[Tensor]:
-    """Return the gradients of x, a, b, weights that `needs` names by the engine that `pick` returned."""
-    grad = grad.contiguous()
-    if emulated:
-        wide = cast_all(torch.float32, grad, x, a, b)
-        found = used.backward(*wide, weights, indices, *cast_all(torch.float32, hidden, base), needs)
-    else:
-        factors = cast_all(grad.dtype, a, b)
-        found = used.backward(grad, x, *factors, weights, indices, hidden, *cast_all(grad.dtype, base), needs)
-    dtypes = (grad.dtype, a.dtype, b.dtype, weights.dtype)
-    kept = [dtype for dtype, need in zip(dtypes, needs, strict=True) if need]
-    return [cast(value, dtype) for value, dtype in zip(found, kept, strict=True)]
+    grad: Tensor, operands: Operands, hidden: Tensor | None, needs: Sequence[bool], chosen: Chosen
+) -> Gradients:
+    """Return the gradients of x, a, b, weights, each in its own dtype, None where `needs` does not ask for it."""
+    own = (grad.dtype, operands.a.dtype, operands.b.dtype, operands.weights.dtype)
+    grad, hidden = cast_all(chosen.dtype, grad.contiguous(), hidden)
+    found = chosen.engine.backward(grad, operands.cast(chosen.dtype), hidden, needs)
+    x, a, b, weights = (cast(v, d) if n else None for v, d, n in zip(found, own, needs, strict=True))
+    return x, a, b, weights
 
 
 @backward_op.register_fake
@@ -163,18 +132,6 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
         weights.new_empty(weights.shape),
     )
     return [shape for shape, need in zip(shapes, needs, strict=True) if need]
-
-
-def pick(name: str, x: Tensor, a: Tensor, b: Tensor, k: int) -> tuple[ModuleType, bool]:
-    """Return the engine that was named, or the one that the sizes choose, and whether it runs in fp32 instead.
-
-    A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there such products run in fp32,
-    wider and hence at least as accurate, at the price of transient fp32 copies.
-    """
-    n_experts, rank, d_in = a.shape
-    if not name:
-        name = choose_engine(x.shape[0], d_in, b.shape[-1], n_experts, rank, k, x.dtype, x.device)
-    return get_engine(name), name in PLAIN and is_emulated(x)
 
 
 def check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:

@@ -44,3 +44,13 @@ def sort_slots(indices: Tensor, n_experts: int) -> Plan:
     offsets = torch.searchsorted(sorted_experts, edges)
     rows = torch.div(order, indices.shape[-1], rounding_mode="floor")
     return Plan(order, rows, place, offsets)
+
+
+def sort_values(values: Tensor, plan: Plan) -> Tensor:
+    """Return slot values (T, K, r) in the order of their experts, (T·K, r)."""
+    return values.reshape(-1, values.shape[-1]).index_select(0, plan.order)
+
+
+def unsort_values(values: Tensor, plan: Plan, indices: Tensor) -> Tensor:
+    """Return sorted values (T·K, r) in the order of the slots, (T, K, r), for indices (T, K)."""
+    return values.index_select(0, plan.place).view(*indices.shape, values.shape[-1])

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ShapeError
+from ..kernels import exact_linear
 from ..types import Context, Routing
-from .router import Router, exact_linear
+from .router import Router
 
 
 class ExpertChoiceRouter(Router):

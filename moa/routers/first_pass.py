@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError, ContextError
+from ..kernels import exact_linear
 from ..types import Context, Routing
 from . import select
-from .router import Router, exact_linear, pool
+from .router import Router, pool
 
 
 class PreviewRouter(Router):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..kernels import exact_linear
 from ..types import Context, Routing
 from . import select
 from .balanced import BalancedRouter
-from .router import exact_linear
 
 
 class LinearRouter(BalancedRouter):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels import exact_linear
 from ..types import Context, Routing
 from .balanced import BalancedRouter
-from .router import exact_linear
 
 
 class ProjectionRouter(BalancedRouter):

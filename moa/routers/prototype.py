@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels import exact_linear
 from ..types import Context, Routing
 from . import select
-from .router import Router, exact_linear
+from .router import Router
 
 
 class PrototypeRouter(Router):

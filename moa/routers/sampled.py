@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels import exact_linear
 from ..types import Context, Routing
-from .router import Router, exact_linear, frozen_while_decoding, pool
+from .router import Router, frozen_while_decoding, pool
 
 
 class SampledRouter(Router):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..kernels import exact_linear
 from ..types import Context, Routing
-from .router import Router, exact_linear
+from .router import Router
 
 
 class ThresholdRouter(Router):

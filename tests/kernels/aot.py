@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moa.kernels import triton_grouped, triton_low_rank, triton_routed
+from moa.kernels import Operands
+from moa.kernels.triton import routed, triton_concat, triton_grouped
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100, 120)
@@ -68,7 +69,7 @@ def compile_only(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list]:
     with monkeypatch.context() as patch:
         patch.setattr(triton.runtime.driver, "_active", _Driver(arch))
         patch.setattr(JITFunction, "run", compile_instead)
-        for module in (triton_low_rank, triton_grouped, triton_routed):
+        for module in (triton_concat, triton_grouped, routed):
             patch.setattr(module, "rows_of", lambda values: values)
         yield launched
 
@@ -94,9 +95,10 @@ def reports(
     indices = None if k is None else torch.zeros(n_rows, k, dtype=torch.int64)
     bias = torch.empty(d_out, dtype=dtype) if with_bias else None
     with compile_only(arch, monkeypatch) as launched:
-        y, hidden = engine.forward(x, a, b, weights, indices, None, bias)
+        operands = Operands(x, a, b, weights, indices, None, bias)
+        y, hidden = engine.forward(operands)
         if with_backward:
-            engine.backward(y, x, a, b, weights, indices, hidden, None, [True] * 4)
+            engine.backward(y, operands, hidden, [True] * 4)
     distinct = {kernel.hash: (name, kernel) for name, kernel in launched}
     return [_report(name, kernel) for name, kernel in distinct.values()]
 
@@ -112,7 +114,7 @@ def routed_reports(
     """Return one report for each distinct kernel of a forward whose router rides in the shrink, k = 2."""
     x, a, b = (torch.empty(s, dtype=dtype) for s in ((8192, 1024), (n_experts, rank, 1024), (n_experts, rank, 512)))
     with compile_only(arch, monkeypatch) as launched:
-        triton_routed.forward(x, torch.empty(n_experts, 1024), a, b, 2, 1.0, None, None)
+        routed.routed(x, torch.empty(n_experts, 1024), a, b, 2, 1.0, None, None)
     distinct = {kernel.hash: (name, kernel) for name, kernel in launched}
     return [_report(name, kernel) for name, kernel in distinct.values()]
 

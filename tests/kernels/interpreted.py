@@ -22,8 +22,8 @@ from moa.kernels import (
     low_rank_mixture,
     mixture_linear,
 )
-from moa.kernels import triton_decode as decode
 from moa.kernels.reference import low_rank_mixture_reference
+from moa.kernels.triton import decode
 
 from .compare import EPS, Case, assert_three_way, make_case, results, truth
 
@@ -95,7 +95,7 @@ def test_experts_without_rows_get_zero_gradients(engine, poisoned):
 
 @each_engine
 def test_every_row_to_one_expert(engine, poisoned, monkeypatch):
-    monkeypatch.setattr("moa.kernels.triton_grouped._CHUNK", 64)  # fewer than the rows
+    monkeypatch.setattr("moa.kernels.triton.triton_grouped._CHUNK", 64)  # fewer than the rows
     case = make_case((150,), d_in=8, d_out=8, k=1, n_experts=3)
     check(engine, replace(case, indices=torch.full((150, 1), 2)))
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moa.errors import BackendError
-from moa.kernels import choose_engine, dispatch, engines, low_rank_mixture
-
-from .compare import make_case
+from moa.kernels import choose_engine, dispatch, engines
 
 
 def choose(n_experts: int, rank: int, k: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
@@ -42,16 +39,3 @@ def test_every_reason_says_something():
     assert {"concat", "sorted"} <= {name for name, reason in engines().items() if reason is None}
     for name, reason in engines().items():
         assert reason is None or len(reason) > 20, name
-
-
-def test_an_unknown_engine_lists_the_known_ones():
-    case = make_case()
-    with pytest.raises(BackendError, match=r"unknown engine 'consat'.*Did you mean 'concat'"):
-        low_rank_mixture(case.x, case.a, case.b, case.weights, case.indices, engine="consat")
-
-
-def test_an_unavailable_engine_is_refused_with_its_reason(monkeypatch):
-    monkeypatch.setattr(dispatch, "why_not", lambda name: "it needs a flux capacitor; install one.")
-    case = make_case()
-    with pytest.raises(BackendError, match="'sorted' cannot run here: it needs a flux capacitor"):
-        low_rank_mixture(case.x, case.a, case.b, case.weights, case.indices, engine="sorted")

@@ -19,7 +19,6 @@ from moa.kernels import (
     grouped_sum,
     low_rank_mixture,
     mixture_linear,
-    triton_tiles,
 )
 from moa.kernels.reference import low_rank_mixture_reference
 
@@ -166,7 +165,7 @@ def test_measured_tiles_give_the_same_values(tmp_path, monkeypatch):
     case = on_gpu(make_case(**SHAPES["tokens"])).to(torch.bfloat16, torch.float32)
     run = partial(low_rank_mixture, engine="triton_concat")
     fixed = results(run, case)
-    monkeypatch.setattr(triton_tiles, "TUNE", True)
+    monkeypatch.setattr("moa.kernels.triton.tiles.TUNE", True)
     assert_three_way(results(run, case), fixed, truth(case), eps=EPS[torch.bfloat16])
     assert list(tmp_path.glob("tiles-*.json"))
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moa.kernels import triton_grouped as grouped
-from moa.kernels import triton_kernels as kernels
-from moa.kernels import triton_low_rank as concat
+from moa.kernels.triton import launches, thin
+from moa.kernels.triton import triton_concat as concat
+from moa.kernels.triton import triton_grouped as grouped
 
 from .aot import ARCHITECTURES, SHARED_LIMIT, Report, reports, routed_reports
 
@@ -116,7 +116,7 @@ def test_another_number_of_rows_compiles_nothing(monkeypatch):
 
 def test_the_report_sees_spills(monkeypatch):
     """Twice the columns in one tile is what the launchers avoid: it must not pass."""
-    monkeypatch.setattr(concat, "shrink_sizes", lambda *_: kernels.Sizes(64, 128, 64, 4, 3))
+    monkeypatch.setattr(launches, "shrink_sizes", lambda *_: thin.Sizes(64, 128, 64, 4, 3))
     found = reports(concat, 80, monkeypatch, n_experts=16, rank=16, with_backward=False)
     with pytest.raises(AssertionError, match="shrink_kernel"):
         check(found, 80, FORWARD)

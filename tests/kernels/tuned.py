@@ -10,8 +10,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from moa.kernels import low_rank_mixture
-from moa.kernels import triton_tiles as tiles
-from moa.kernels.triton_kernels import Sizes
+from moa.kernels.triton import tiles
+from moa.kernels.triton.thin import Sizes
 
 from .compare import make_case, results
 

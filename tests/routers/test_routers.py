@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moa.errors import ConfigError, ContextError, ShapeError
+from moa.kernels import exact_linear
 from moa.routers import FixedRouter, LinearRouter, SampledRouter
-from moa.routers.router import exact_linear, frozen_while_decoding, pool
+from moa.routers.router import frozen_while_decoding, pool
 from moa.types import Context, Routing, repeat_to
 from tests.laws import assert_close
 

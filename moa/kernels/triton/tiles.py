@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from .triton_kernels import Sizes
+from .thin import Sizes
 
 TUNE = os.environ.get("MOA_AUTOTUNE") == "1"
 _ROUNDS = 7

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import triton_low_rank as concat_engine
-from .triton_kernels import Sizes
-from .triton_low_rank import on_device, precision, rows_of
+from . import decode
+from .launches import expand, on_device, precision, rows_of, shrink_sizes
+from .thin import Sizes, tile_of
 
 
 @triton.jit
@@ -56,14 +56,9 @@ def routed_shrink_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """logits = x gateᵀ (T, E); the k largest and their softmax (T, K); hidden (T, K, r) and mixed (T, E·r) of those."""
-    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
-    block = tl.program_id(0) % blocks
-    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    block, rows, columns, row_ok, column_ok = tile_of(n_rows, COLUMNS, BLOCK_T, BLOCK_C)
     experts = tl.arange(0, BLOCK_E)
     inner = tl.arange(0, BLOCK_D)
-    row_ok = rows < n_rows
-    column_ok = columns < COLUMNS
     expert_ok = experts < N_EXPERTS
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     # Every block of columns forms all logits: they are few, and no block then waits for another.
@@ -118,10 +113,10 @@ def routed_shrink_kernel(
 
 def routed_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles: the shrink's with fewer warps and stages, which leave registers for the second sum."""
-    return replace(concat_engine.shrink_sizes(n_rows, columns, itemsize), warps=4, stages=2)
+    return replace(shrink_sizes(n_rows, columns, itemsize), warps=4, stages=2)
 
 
-def forward(
+def routed(
     x: Tensor,
     gate: Tensor,
     a: Tensor,
@@ -130,8 +125,10 @@ def forward(
     scaling: float,
     base: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """Return y (T, o), logits (T, E), weights (T, K), indices (T, K) and hidden (T, K, r) of a gate and its mixture.
+
+    None for few rows, which have launches of their own.
 
     Args:
         x: (T, i).
@@ -143,6 +140,8 @@ def forward(
         base: (o, i) in x's dtype, or None.
         bias: (o,) or None.
     """
+    if x.shape[0] <= decode.MAX_ROWS:
+        return None
     x = rows_of(x)
     (n_rows, d), (n_experts, rank, _) = x.shape, a.shape
     columns = n_experts * rank
@@ -159,7 +158,7 @@ def forward(
             BLOCK_E=max(16, triton.next_power_of_2(n_experts)), BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
-        y = concat_engine.expand(mixed, b, bias)
+        y = expand(mixed, b, bias)
     if base is not None:
         y.addmm_(x, base.T)
     return y, logits, weights, indices, hidden

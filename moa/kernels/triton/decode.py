@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_kernels import Sizes, _gate, _project, _store_hidden
+from .thin import Sizes, column_gate, project, store_hidden
 
 # Up to this many rows one row block is enough, and splitting features is what fills the device.
 MAX_ROWS = 64
@@ -41,7 +41,7 @@ def partial_shrink_kernel(
     column_ok = columns < COLUMNS
     start = tl.program_id(1) * d_per_split
     stop = tl.minimum(start + d_per_split, d)
-    total = _project(
+    total = project(
         x_ptr, a_ptr, rows, row_ok, columns, column_ok, start, stop, d, stride_x, EVEN, PRECISION,
         BLOCK_T, BLOCK_C, BLOCK_D,
     )  # fmt: skip
@@ -91,11 +91,11 @@ def gated_expand_kernel(
             hidden += tl.load(part_ptrs, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
             part_ptrs += n_rows * COLUMNS
         if tl.program_id(0) == 0:
-            _store_hidden(
+            store_hidden(
                 hidden_ptr, indices_ptr, hidden, rows, row_ok, columns, column_ok, stride_it, stride_ik,
                 RANK, K, DENSE,
             )  # fmt: skip
-        gate = _gate(
+        gate = column_gate(
             weights_ptr, indices_ptr, rows, row_ok, columns // RANK, column_ok, stride_wt, stride_wk, stride_it,
             stride_ik, K, DENSE, BLOCK_T, BLOCK_C,
         )  # fmt: skip

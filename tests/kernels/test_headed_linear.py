@@ -1,4 +1,4 @@
-"""The fused step against the chain of products it stands for. Run: pytest tests/experts/test_headed_linear.py"""
+"""The fused step against the chain of products it stands for. Run: pytest tests/kernels/test_headed_linear.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moa.experts import HeadedLoRABank
-from moa.experts.headed_linear import headed_linear
+from moa.kernels import headed_linear
 from moa.types import Routing
 from tests.laws import assert_close
 

@@ -3,7 +3,7 @@
 Columns are the E·r concatenated ranks: column c belongs to expert c // r. A gate is the sum of a row's weights for
 the expert of a column; 0 means not chosen, and `where` instead of a product keeps 0 · inf out of the results.
 Row counts are not specialised: a batch of another length compiles nothing, and a single row is no special case.
-Launchers and sizes: `triton_low_rank.py`.
+Launches and sizes: `launches.py`.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -37,7 +37,20 @@ class Sizes:
 
 
 @triton.jit
-def _project(
+def tile_of(n_rows, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return this program's block of columns, its rows and columns, and which of them there are.
+
+    Column blocks of one row block are neighbours, so that all but one of them find its rows in cache.
+    """
+    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
+    block = tl.program_id(0) % blocks
+    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return block, rows, columns, rows < n_rows, columns < COLUMNS
+
+
+@triton.jit
+def project(
     values_ptr,
     factor_ptr,
     rows,
@@ -72,7 +85,7 @@ def _project(
 
 
 @triton.jit
-def _gate(
+def column_gate(
     weights_ptr,
     indices_ptr,
     rows,
@@ -103,7 +116,7 @@ def _gate(
 
 
 @triton.jit
-def _store_hidden(
+def store_hidden(
     hidden_ptr,
     indices_ptr,
     total,
@@ -158,21 +171,13 @@ def shrink_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """hidden = (x aᵀ) of the chosen experts (T, K, r); mixed = hidden · gate over all columns (T, E·r)."""
-    # Column blocks of one row block are neighbours, so that all but one of them find its rows in cache.
-    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
-    block = tl.program_id(0) % blocks
-    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_ok = rows < n_rows
-    column_ok = columns < COLUMNS
-    total = _project(
+    _, rows, columns, row_ok, column_ok = tile_of(n_rows, COLUMNS, BLOCK_T, BLOCK_C)
+    total = project(
         x_ptr, a_ptr, rows, row_ok, columns, column_ok, 0, d, d, stride_x, EVEN, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D
     )
-    _store_hidden(
-        hidden_ptr, indices_ptr, total, rows, row_ok, columns, column_ok, stride_it, stride_ik, RANK, K, DENSE
-    )
+    store_hidden(hidden_ptr, indices_ptr, total, rows, row_ok, columns, column_ok, stride_it, stride_ik, RANK, K, DENSE)
     experts = columns // RANK
-    gate = _gate(
+    gate = column_gate(
         weights_ptr, indices_ptr, rows, row_ok, experts, column_ok, stride_wt, stride_wk, stride_it, stride_ik,
         K, DENSE, BLOCK_T, BLOCK_C,
     )  # fmt: skip
@@ -251,16 +256,11 @@ def unmix_kernel(
     grad_hidden = (dy bᵀ) · gate (T, E·r), mixed = hidden · gate (T, E·r), and the partial sums of each column block
     of grad_weights = Σ_r (dy bᵀ) · hidden (blocks, T, K).
     """
-    blocks: tl.constexpr = (COLUMNS + BLOCK_C - 1) // BLOCK_C
-    block = tl.program_id(0) % blocks
-    rows = (tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    columns = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    row_ok = rows < n_rows
-    column_ok = columns < COLUMNS
+    block, rows, columns, row_ok, column_ok = tile_of(n_rows, COLUMNS, BLOCK_T, BLOCK_C)
     both_ok = row_ok[:, None] & column_ok[None, :]
     experts = columns // RANK
     within = columns % RANK
-    gate = _gate(
+    gate = column_gate(
         weights_ptr, indices_ptr, rows, row_ok, experts, column_ok, stride_wt, stride_wk, stride_it, stride_ik,
         K, DENSE, BLOCK_T, BLOCK_C,
     )  # fmt: skip
@@ -280,7 +280,7 @@ def unmix_kernel(
         mixed = tl.where(gate != 0.0, hidden * gate, 0.0).to(mixed_ptr.dtype.element_ty)
         tl.store((mixed_ptr + rows * COLUMNS)[:, None] + columns[None, :], mixed, mask=both_ok)
     if NEED_HIDDEN or NEED_WEIGHTS:
-        total = _project(
+        total = project(
             grad_ptr, b_ptr, rows, row_ok, columns, column_ok, 0, d, d, stride_grad, EVEN, PRECISION,
             BLOCK_T, BLOCK_C, BLOCK_D,
         )  # fmt: skip

@@ -1,23 +1,16 @@
-"""The `triton_concat` engine: launches of the thin products with fixed sizes. Contract: see `concat.py`.
-
-Forward: shrink (one pass over x, the gate in its epilogue), expand. Backward: unmix (one pass over dy), expand for dx,
-and one split product each for da and db with a second reduction. Nothing is tuned at run time, unless asked for.
-"""
+"""Launches of the thin products, with fixed tile sizes. Nothing is tuned at run time, unless asked for."""
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
 from torch import Tensor
 
-from ..errors import BackendError
-from . import triton_decode as decode
-from . import triton_kernels as kernels
-from . import triton_tiles as tiles
-from .triton_kernels import Sizes
+from ...errors import BackendError
+from . import thin, tiles
+from .thin import Sizes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs that a split product aims at: two waves on the largest GPUs known; the same everywhere, so that sums
@@ -46,85 +39,14 @@ def gram_sizes(columns: int, itemsize: int) -> Sizes:
     return Sizes(128 // itemsize, block_c, 128, 4, 3)
 
 
-def why_not() -> str | None:
-    """Return why Triton kernels cannot run here, or None if they can."""
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-        return None
-    return "it needs a CUDA device, and torch sees none; set TRITON_INTERPRET=1 before import to interpret it."
-
-
-def forward(
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    base: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return y (T, o) and hidden (T, K, r), as `concat.forward`."""
-    x = rows_of(x)
-    n_experts, rank, _ = a.shape
-    n_rows, k = weights.shape
-    with on_device(x):
-        if 0 < n_rows <= decode.MAX_ROWS:
-            strides = routing_strides(weights, indices)
-            factors = a.contiguous(), b.contiguous()
-            y, hidden = decode.mix_few_rows(x, *factors, weights, indices, bias, strides, precision())
-        else:
-            hidden = x.new_empty(n_rows, k, rank)
-            mixed = x.new_empty(n_rows, n_experts * rank)
-            _shrink(x, a.contiguous(), weights, indices, hidden, mixed)
-            y = expand(mixed, b, bias)
-    if base is not None:
-        y.addmm_(x, base.T)
-    return y, hidden
-
-
-def backward(
-    grad: Tensor,
-    x: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    weights: Tensor,
-    indices: Tensor | None,
-    hidden: Tensor | None,
-    base: Tensor | None,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Return the gradients of x, a, b, weights that `needs` names, in this order."""
-    grad = rows_of(grad)
-    need_x, need_a, need_b, need_weights = needs
-    found: list[Tensor] = []
-    with on_device(grad):
-        grad_hidden, mixed, grad_weights = _unmix(
-            grad, b.contiguous(), weights, indices, hidden, need_x or need_a, need_b, need_weights
-        )
-        if need_x:
-            assert grad_hidden is not None
-            grad_x = expand(grad_hidden, a, None)
-            found.append(grad_x if base is None else grad_x.addmm_(grad, base))
-        if need_a:
-            assert grad_hidden is not None and x is not None
-            found.append(_gram(grad_hidden, rows_of(x), a))
-        if need_b:
-            assert mixed is not None
-            found.append(_gram(mixed, grad, b))
-    if grad_weights is not None:
-        found.append(grad_weights)
-    return found
-
-
 def rows_of(values: Tensor) -> Tensor:
     """Return rows (T, d) with adjacent features, as they are where they are so already.
 
     Raises:
-        BackendError: the dtype or device is not one that Triton kernels run on.
+        BackendError: the dtype is not one that Triton kernels run in.
     """
     if values.dtype not in DTYPES:
         raise BackendError(f"Triton kernels run in {', '.join(map(str, DTYPES))}, not {values.dtype}: use 'concat'.")
-    if not values.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise BackendError(f"Triton kernels need a CUDA tensor, got one on {values.device}: use 'concat'.")
     return values if values.stride(1) == 1 else values.contiguous()
 
 
@@ -144,7 +66,8 @@ def routing_strides(weights: Tensor, indices: Tensor | None) -> tuple[int, ...]:
     return (*weights.stride(), *places)
 
 
-def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidden: Tensor, mixed: Tensor) -> None:
+def shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidden: Tensor, mixed: Tensor) -> None:
+    """Write hidden (T, K, r) and mixed (T, E·r), hidden times its weight, of x (T, i) and a (E, r, i)."""
     n_rows, d = x.shape
     columns = mixed.shape[1]
     size = shrink_sizes(n_rows, columns, x.itemsize)
@@ -153,7 +76,7 @@ def _shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidde
     rank, k, dense = a.shape[1], weights.shape[1], indices is None
 
     def run(size: Sizes) -> None:
-        kernels.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
+        thin.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
             x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
             COLUMNS=columns, RANK=rank, K=k, DENSE=dense, EVEN=d % size.block_d == 0,
             PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
@@ -174,7 +97,7 @@ def expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     factor = factor.contiguous()
 
     def run(size: Sizes) -> None:
-        kernels.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
+        thin.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
             mixed, factor, bias, out, n_rows, d,
             COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
             BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
@@ -185,7 +108,7 @@ def expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _unmix(
+def unmix(
     grad: Tensor,
     b: Tensor,
     weights: Tensor,
@@ -207,7 +130,7 @@ def _unmix(
     dense, needs = indices is None, (need_hidden, need_mixed, need_weights)
 
     def run(size: Sizes) -> None:
-        kernels.unmix_kernel[(triton.cdiv(n_rows, size.block_t) * blocks,)](
+        thin.unmix_kernel[(triton.cdiv(n_rows, size.block_t) * blocks,)](
             grad, b, weights, indices, hidden, grad_hidden, mixed, parts, n_rows, d, grad.stride(0),
             *routing_strides(weights, indices),
             COLUMNS=columns, RANK=rank, K=k, DENSE=dense,
@@ -225,17 +148,17 @@ def _unmix(
     return grad_hidden, mixed, grad_weights
 
 
-def _gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+def gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """Return leftᵀ right (E, r, d) from left (T, E·r) and right (T, d), split over rows and added in order."""
     n_rows, columns = left.shape
     d = right.shape[1]
     size = gram_sizes(columns, left.itemsize)
-    tiles = triton.cdiv(d, size.block_d) * triton.cdiv(columns, size.block_c)
-    splits = max(1, min(_PROGRAMS // tiles, triton.cdiv(n_rows, 4 * size.block_t)))
+    programs = triton.cdiv(d, size.block_d) * triton.cdiv(columns, size.block_c)
+    splits = max(1, min(_PROGRAMS // programs, triton.cdiv(n_rows, 4 * size.block_t)))
     rows_per_split = triton.cdiv(triton.cdiv(n_rows, splits), size.block_t) * size.block_t
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     parts = out if splits == 1 else left.new_empty(splits, columns, d, dtype=torch.float32)
-    kernels.gram_kernel[(triton.cdiv(d, size.block_d), triton.cdiv(columns, size.block_c), splits)](
+    thin.gram_kernel[(triton.cdiv(d, size.block_d), triton.cdiv(columns, size.block_c), splits)](
         left, right, parts, n_rows, d, right.stride(0), rows_per_split,
         COLUMNS=columns, PRECISION=precision(),
         BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
@@ -243,5 +166,5 @@ def _gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     )  # fmt: skip
     if splits > 1:
         total, block = out.numel(), 1024
-        kernels.add_splits_kernel[(triton.cdiv(total, block),)](parts, out, total, splits, BLOCK=block, **kernels.FUSED)
+        thin.add_splits_kernel[(triton.cdiv(total, block),)](parts, out, total, splits, BLOCK=block, **thin.FUSED)
     return out

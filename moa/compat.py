@@ -1,0 +1,25 @@
+"""The names of PyTorch that are not public: each in one function, so that a release that moves one is mended here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` (vmap, grad, …) is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
+    """Return the gradient of the logits (*rows, E), from that of their softmax over the last axis, and the softmax."""
+    return torch._softmax_backward_data(grad, output, -1, output.dtype)
+
+
+def has_native_matmul(dtype: torch.dtype) -> bool:
+    """Return whether this CPU multiplies matrices of a 16-bit dtype in hardware; others emulate, slowly."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
