@@ -19,10 +19,14 @@ _HOMES = {
     "Trace": "objective",
     "Router": "routers",
     "ExpertBank": "experts",
+    "Family": "experts",
+    "FAMILIES": "experts",
+    "register_expert": "experts",
+    "Delta": "delta",
     "Branch": "mixture",
     "Mixture": "mixture",
     "Recipe": "recipes",
-    "Site": "mixture",
+    "Site": "layers",
     "RECIPES": "recipes",
     "make_recipe": "recipes",
     "register_recipe": "recipes",
@@ -35,11 +39,13 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
+    from .delta import Delta
     from .errors import MoaError
-    from .experts import ExpertBank
+    from .experts import FAMILIES, ExpertBank, Family, register_expert
     from .folding.weights import fold
     from .formats.peft_export import export_expert
-    from .mixture import Branch, Mixture, Site
+    from .layers import Site
+    from .mixture import Branch, Mixture
     from .model.build import build, load
     from .model.moa_model import MoAModel
     from .monitor.callback import RoutingMonitor

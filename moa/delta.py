@@ -1,20 +1,20 @@
-"""A weight change, dense or in low-rank factors, and a named set of them.
+"""A weight change as it is: low-rank factors, a few entries, or one dense tensor.
 
-Low-rank form: LoRA (Hu et al. 2021, arXiv 2106.09685).
+Folding, exporting, merging and switching work on these alone. Low-rank form: LoRA (Hu et al. 2021, arXiv 2106.09685);
+sparse form: SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, NumericsError, ShapeError
+from .errors import ConfigError, ShapeError
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,13 +52,18 @@ class Delta(ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Type it is computed in."""
+    def stored(self) -> Tensor:
+        """A tensor that is kept, of any shape: it says type and device."""
 
     @property
-    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type it is computed in."""
+        return self.stored.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
+        return self.stored.device
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -68,9 +73,45 @@ class Delta(ABC):
     def scaled(self, factor: float) -> Delta:
         """Return factor · ΔW (o, i) as a new delta of the same form; factor is a plain number."""
 
-    @abstractmethod
     def finite(self) -> bool:
         """Return whether every stored number is finite."""
+        return all_finite(self.stored)
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Delta:
+        """Return the same change of the same form in another type."""
+
+    @abstractmethod
+    def before(self, matrix: Tensor) -> Delta:
+        """Return ΔW · M (o, j) of M (i, j): the change, seen from what M reads."""
+
+    def __add__(self, other: Delta) -> Delta:
+        """Return the sum (o, i): of one form where both have it, else dense.
+
+        Raises:
+            ShapeError: the shapes differ.
+        """
+        if self.shape != other.shape:
+            raise ShapeError(f"changes of shapes {tuple(self.shape)} and {tuple(other.shape)} have no sum.")
+        return Dense(self.dense() + other.dense())
+
+    @torch.no_grad()
+    def write_into(self, weight: Tensor) -> Undo:
+        """Add the change to a weight in place, and return what puts the old values back, bit for bit.
+
+        The sum is formed in the wider of the two types and rounded once to the weight's.
+
+        Args:
+            weight: (o, i), or any shape of as many values, as a convolution stores it; changed in place.
+
+        Raises:
+            ShapeError: another number of values.
+        """
+        _check_size(self.shape, weight)
+        undo = Undo(weight, None, weight.detach().clone())
+        change = self.dense().to(weight.device).view(weight.shape)
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, change.dtype)) + change)
+        return undo
 
     def zeros(self) -> LowRank | Dense:
         """Return the zero change of this shape: rank 0 (o, 0)·(0, i) for a matrix, else dense."""
@@ -97,14 +138,9 @@ class Dense(Delta):
         return self.weight.shape
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of `weight`."""
-        return self.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where `weight` lies."""
-        return self.weight.device
+    def stored(self) -> Tensor:
+        """`weight`."""
+        return self.weight
 
     def dense(self) -> Tensor:
         """Return the stored ΔW (o, i), not a copy."""
@@ -114,9 +150,13 @@ class Dense(Delta):
         """Return factor · ΔW (o, i), a new tensor."""
         return Dense(self.weight * factor)
 
-    def finite(self) -> bool:
-        """Return whether every entry of ΔW (o, i) is finite."""
-        return all_finite(self.weight)
+    def to(self, dtype: torch.dtype) -> Dense:
+        """Return ΔW (o, i) in another type."""
+        return Dense(self.weight.to(dtype))
+
+    def before(self, matrix: Tensor) -> Dense:
+        """Return ΔW · M, (o, j) of M (i, j)."""
+        return Dense(self.weight @ matrix.to(self.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,14 +177,9 @@ class LowRank(Delta):
         return torch.Size((self.up.shape[0], self.down.shape[1]))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the factors."""
-        return self.up.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the factors lie."""
-        return self.up.device
+    def stored(self) -> Tensor:
+        """`up`."""
+        return self.up
 
     @property
     def rank(self) -> int:
@@ -162,6 +197,117 @@ class LowRank(Delta):
     def finite(self) -> bool:
         """Return whether every entry of `down` (r, i) and `up` (o, r) is finite."""
         return all_finite(self.down) and all_finite(self.up)
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        """Return down (r, i) and up (o, r) in another type."""
+        return LowRank(self.down.to(dtype), self.up.to(dtype))
+
+    def before(self, matrix: Tensor) -> LowRank:
+        """Return ΔW · M as factors: down · M (r, j) of M (i, j), and up (o, r)."""
+        return LowRank(self.down @ matrix.to(self.dtype), self.up)
+
+    def __add__(self, other: Delta) -> Delta:
+        """Return the sum (o, i), of two low-rank changes as factors whose ranks add up."""
+        if not isinstance(other, LowRank) or self.shape != other.shape:
+            return super().__add__(other)
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        downs, ups = [self.down.to(dtype), other.down.to(dtype)], [self.up.to(dtype), other.up.to(dtype)]
+        return LowRank(torch.cat(downs), torch.cat(ups, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse(Delta):
+    """A change of a few entries.
+
+    Args:
+        places: (n,) int64, distinct places in the flattened weight.
+        values: (n,) what is added there.
+        size: (o, i) of the weight.
+    """
+
+    places: Tensor
+    values: Tensor
+    size: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:
+        """(o, i)."""
+        return self.size
+
+    @property
+    def stored(self) -> Tensor:
+        """`values`."""
+        return self.values
+
+    def dense(self) -> Tensor:
+        """Return ΔW (o, i), a new tensor."""
+        flat = self.values.new_zeros(self.size.numel())
+        return flat.scatter(0, self.places, self.values).view(self.size)
+
+    def scaled(self, factor: float) -> Sparse:
+        """Return factor · ΔW (o, i) at the same places."""
+        return Sparse(self.places, self.values * factor, self.size)
+
+    def to(self, dtype: torch.dtype) -> Sparse:
+        """Return the values (n,) in another type."""
+        return Sparse(self.places, self.values.to(dtype), self.size)
+
+    def before(self, matrix: Tensor) -> Dense:
+        """Return ΔW · M, (o, j) of M (i, j), which is not sparse."""
+        return Dense(self.dense() @ matrix.to(self.dtype))
+
+    def __add__(self, other: Delta) -> Delta:
+        """Return the sum (o, i), of two sparse changes at the places of both."""
+        if not isinstance(other, Sparse) or self.shape != other.shape:
+            return super().__add__(other)
+        places, where = torch.cat([self.places, other.places]).unique(return_inverse=True)
+        values = torch.cat([self.values, other.values])
+        return Sparse(places, values.new_zeros(places.numel()).index_add(0, where, values), self.size)
+
+    @torch.no_grad()
+    def write_into(self, weight: Tensor) -> Undo:
+        """Add the values to a weight (o, i) in place; only the n old values under them are kept for the way back."""
+        _check_size(self.size, weight)
+        flat, places = weight.view(-1), self.places.to(weight.device)
+        old = flat[places]
+        flat[places] = (old.to(torch.promote_types(old.dtype, self.dtype)) + self.values.to(old.device)).to(old.dtype)
+        return Undo(weight, places, old)
+
+
+@dataclass(frozen=True, eq=False)
+class Undo:
+    """Puts back what `Delta.write_into` overwrote: stored values, so bit for bit.
+
+    Args:
+        weight: the tensor that was changed, (o, i).
+        places: (n,) places in the flattened weight; None is all of them.
+        values: (n,), or of the weight's shape, what was there.
+    """
+
+    weight: Tensor
+    places: Tensor | None
+    values: Tensor
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the old values back."""
+        if self.places is None:
+            self.weight.copy_(self.values)
+        else:
+            self.weight.view(-1)[self.places] = self.values
+
+
+def _check_size(size: torch.Size, weight: Tensor) -> None:
+    if size.numel() != weight.numel():
+        raise ShapeError(f"a change of shape {tuple(size)} does not fit a weight of shape {tuple(weight.shape)}.")
+
+
+def total(parts: Sequence[Delta]) -> Delta:
+    """Return the sum of one or more changes (o, i), in one form where all have it."""
+    out = parts[0]
+    for part in parts[1:]:
+        out = out + part
+    return out
 
 
 def low_rank(down: Tensor, up: Tensor, scale: float = 1.0, where: str = "") -> LowRank:
@@ -198,146 +344,3 @@ def low_rank(down: Tensor, up: Tensor, scale: float = 1.0, where: str = "") -> L
     dtype = work_dtype(torch.promote_types(down.dtype, up.dtype))
     scaled = up.to(dtype) * scale if scale != 1 else up.to(dtype)
     return LowRank(down.to(dtype), scaled)
-
-
-DeltaLike: TypeAlias = Delta | Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]
-
-
-def as_delta(value: object, name: str) -> Delta:
-    """Return `value` as a delta.
-
-    Args:
-        value: a `Delta`; a tensor ΔW (o, i) of any shape; or factors (down (r, i), up (o, r)) with an optional scale.
-        name: the parameter's name, for errors.
-
-    Returns:
-        The delta itself, or a new one in the work type.
-
-    Raises:
-        ShapeError: factors or types that do not belong together.
-        ConfigError: something else came.
-    """
-    if isinstance(value, Delta):
-        return value
-    if isinstance(value, Tensor):
-        return Dense(value.to(work_dtype(value.dtype)))
-    if isinstance(value, tuple) and len(value) in (2, 3) and all(isinstance(v, Tensor) for v in value[:2]):
-        return low_rank(value[0], value[1], float(value[2]) if len(value) == 3 else 1.0, where=name)
-    raise ConfigError(
-        f"the delta of {name!r} is a {type(value).__name__}: expected a Delta, a tensor, or a tuple "
-        "(down, up) or (down, up, scale)."
-    )
-
-
-class Deltas(Mapping[str, Delta]):
-    """A named set of weight changes, each made when it is asked for and not kept.
-
-    Args:
-        names: parameter names as the base model spells them, e.g. "model.layers.0.mlp.up_proj.weight".
-        load: name -> its delta (o, i); called at every access, so memory holds one tensor at a time.
-        source: where they come from, used in errors.
-        base: id or folder of the base model they change; None when unknown.
-        transposed: the base's layers store weights (i, o), as transformers' Conv1D does, so these changes are (i, o),
-            too; None when unknown. Only a LoRA folder has to know: `write_peft`.
-    """
-
-    def __init__(
-        self,
-        names: Iterable[str],
-        load: Callable[[str], Delta],
-        source: str,
-        base: str | None = None,
-        transposed: bool | None = None,
-    ) -> None:
-        self._names = dict.fromkeys(names)
-        self._load = load
-        self.source = source
-        self.base = base
-        self.transposed = transposed
-
-    def __getitem__(self, name: str) -> Delta:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._load(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __repr__(self) -> str:
-        return f"Deltas({len(self)} tensors, source={self.source!r}, base={self.base!r})"
-
-
-def deltas(values: Mapping[str, DeltaLike], source: str = "mapping", base: str | None = None) -> Deltas:
-    """Return a plain mapping as `Deltas`: this is how a mixture's experts, or any state dict, come in.
-
-    Args:
-        values: name -> tensor ΔW (o, i), factors (down (r, i), up (o, r)[, scale]), or a `Delta`.
-        source: where they come from, used in errors.
-        base: id or folder of the base model; None when unknown.
-
-    Returns:
-        Lazy deltas over the same tensors; the mapping is not copied and never written to.
-
-    Raises:
-        ConfigError: `values` is not a mapping. (Each tensor is checked when it is read.)
-    """
-    if isinstance(values, Deltas):
-        return values
-    if not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{source}: expected a mapping name -> delta, got {type(values).__name__}. "
-            "Read a folder with moa.merge.read_peft or moa.merge.read_difference."
-        )
-    return Deltas(values, lambda name: as_delta(values[name], name), source, base)
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """Return a short list of names for a message: the first few and how many more."""
-    all_names = list(names)
-    shown = ", ".join(repr(n) for n in all_names[:most]) or "none"
-    return shown + (f" and {len(all_names) - most} more" if len(all_names) > most else "")
-
-
-def inner(a: Delta, b: Delta) -> float:
-    """Return the inner product of two changes, Σ ΔW_a ⊙ ΔW_b, without making low-rank ones dense.
-
-    Σ (up_a down_a) ⊙ (up_b down_b) = Σ (up_aᵀ up_b) ⊙ (down_a down_bᵀ).
-
-    Args:
-        a: (o, i).
-        b: the same shape.
-
-    Returns:
-        A Python float, summed in float64.
-    """
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        left = a.up.double().T @ b.up.double()
-        right = a.down.double() @ b.down.double().T
-        return float((left * right).sum())
-    return float(torch.dot(a.dense().reshape(-1).double(), b.dense().reshape(-1).double()))
-
-
-def check_finite(delta: Delta, name: str, source: str) -> Delta:
-    """Return `delta` (o, i) unchanged if all its numbers are finite.
-
-    Raises:
-        NumericsError: NaN or infinity, with the tensor's name, its source and how many there are.
-    """
-    if delta.finite():
-        return delta
-    parts = {"down": delta.down, "up": delta.up} if isinstance(delta, LowRank) else {"weight": delta.dense()}
-    bad = ", ".join(
-        f"{int((~torch.isfinite(t)).sum())} of {t.numel()} in {part}"
-        for part, t in parts.items()
-        if not torch.isfinite(t).all()
-    )
-    raise NumericsError(
-        f"the delta of {name!r} from {source} holds NaN or infinity ({bad}): that adapter's training diverged or "
-        "its file is damaged; leave it out or take an earlier checkpoint."
-    )

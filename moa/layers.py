@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import ShapeError
+from .errors import ConfigError, ShapeError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -97,3 +98,61 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
     places = x.shape[2 : 2 + n_axes].numel()  # x is (B, C, *places, *kernel), still a view
     order = (0, *range(2, 2 + n_axes), 1, *range(2 + n_axes, 2 + 2 * n_axes))
     return x.permute(order).reshape(x.shape[0], places, -1)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that gets experts.
+
+    Args:
+        name: dotted name of the module.
+        module: a layer (*rows, i) -> (*rows, o), or a block whose output is, or begins with, (B, S, d).
+        d_in: i; d for a block.
+        d_out: o; d for a block.
+        shared: what the layers of one recipe share, where the family has that.
+    """
+
+    name: str
+    module: nn.Module
+    d_in: int
+    d_out: int
+    shared: nn.Module | None = None
+
+    def weight(self) -> Tensor:
+        """Return the layer's weight W0 (o, i), dequantised where the base is quantised.
+
+        Raises:
+            ConfigError: the module has no weight that can be read as one matrix.
+        """
+        found = dequantised(self.module)
+        if found is None:
+            raise ConfigError(
+                f"{self.name} is a {type(self.module).__name__}, whose weight cannot be read as one matrix "
+                f"({self.d_out}, {self.d_in}): choose a family that does not start from the base's weight."
+            )
+        return found
+
+
+def dequantised(base: nn.Module) -> Tensor | None:
+    """Return the weight of a layer as floats (o, i), through the quantising library's own way, or None.
+
+    A dense weight comes as a view. Known ways: `weight.dequantize()` (torch, torchao, quanto), bitsandbytes'
+    `dequantize_4bit` and its int8 statistics, and a module's own `dequantize()` or `get_weight()`.
+    """
+    dense = matrix(base)
+    if dense is not None:
+        return dense
+    weight: Any = getattr(base, "weight", None)
+    if callable(weight) and not isinstance(weight, Tensor):  # PyTorch's quantised layers unpack it
+        weight = weight()
+    if isinstance(weight, Tensor) and hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    scales = getattr(weight, "SCB", None)
+    if isinstance(weight, Tensor) and scales is not None:
+        return weight.data * scales.view(-1, 1) / 127  # bitsandbytes int8: one absolute maximum a row
+    if isinstance(weight, Tensor) and hasattr(weight, "dequantize") and not is_dense(weight):
+        found: Tensor = weight.dequantize()
+        return found if is_dense(found) and found.ndim == 2 else None
+    return None

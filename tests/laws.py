@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moa.experts import BANKS, ExpertBank
+from moa.experts import FAMILIES, ExpertBank, make_family
+from moa.layers import Site
 from moa.recipes import RECIPES, Recipe, make_recipe
 from moa.routers import ROUTERS, Router
 from moa.types import Context, Routing
@@ -91,7 +92,7 @@ def parametrize(cases: list[tuple[str, str]]) -> Any:
 
 
 ROUTER_CASES = variants(list(ROUTERS), ROUTER_OPTIONS)
-BANK_CASES = variants(list(BANKS), BANK_OPTIONS)
+BANK_CASES = variants(list(FAMILIES), BANK_OPTIONS)
 RECIPE_CASES = variants(list(RECIPES), RECIPE_OPTIONS)
 
 
@@ -105,9 +106,11 @@ def make_router(name: str, variant: str, d_in: int, n_experts: int, k: int) -> R
 
 def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, rank: int, **options: Any) -> ExpertBank:
     """Return a registered bank in fp64 with every parameter drawn at random."""
-    cls = BANKS[name]
-    own = BANK_OPTIONS.get(name, {}).get(variant, {})
-    return randomised(cls(d_in, d_out, n_experts, **{"rank": rank, "scaling": 0.7, **own, **options}).double())
+    family = make_family(name, BANK_OPTIONS.get(name, {}).get(variant, {}))
+    site = Site("layer", nn.Linear(d_in, d_out).double(), d_in, d_out)
+    shared = family.shared([site])
+    bank = family.build(site, n_experts, shared, **{"rank": rank, "scaling": 0.7, **options})
+    return randomised(bank.double())
 
 
 def recipe_options(name: str, variant: str) -> dict[str, Any]:
@@ -262,8 +265,21 @@ def bank_delta_is_expert(bank: ExpertBank, x: Tensor) -> None:
     if type(bank).delta is ExpertBank.delta:
         return
     for expert in range(bank.n_experts):
-        shift = bank.shift(expert)
-        assert_close(x @ bank.delta(expert).T + (0 if shift is None else shift), bank.expert_forward(x, expert))
+        assert_close(x @ bank.delta(expert).dense().T, bank.expert_forward(x, expert))
+
+
+def bank_adds_no_constant(bank: ExpertBank, x: Tensor, k: int) -> None:
+    """A bank that is a weight change maps zero to zero, in training with dropout, too: the mixture adds constants."""
+    if type(bank).delta is ExpertBank.delta or bank.carries_input:
+        return
+    zero, dropout = torch.zeros_like(x), bank.dropout
+    weight = torch.zeros(bank.d_out, bank.d_in, dtype=x.dtype)
+    routing = random_routing(x.shape[:-1], bank.n_experts, k)
+    for bank.dropout in (0.0, 0.5):
+        assert not bool(bank.train()(zero, routing).any()), "forward adds a constant"
+        assert not bool(bank.fused.add_linear(zero, routing, weight, None).any()), "add_linear adds a constant"
+    bank.dropout = dropout
+    assert not any(bool(bank.expert_forward(zero, e).any()) for e in range(bank.n_experts)), "an expert adds one"
 
 
 def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool) -> None:
@@ -285,7 +301,7 @@ def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool) -> No
 
     generic = results(lambda a, r: ExpertBank.forward(bank, a, r))
     fast = results(lambda a, r: bank(a, r))
-    fused = results(lambda a, r: bank.add_linear(a, r, weight, bias))
+    fused = results(lambda a, r: bank.fused.add_linear(a, r, weight, bias))
     fused[0] = fused[0] - base
     n_parameters = len(list(bank.parameters()))
     fused[1 + n_parameters] = fused[1 + n_parameters] - upstream @ weight  # x's gradient through the base
@@ -299,10 +315,10 @@ def bank_gated_is_apart(bank: ExpertBank, x: Tensor, k: int) -> None:
     weight, gate = (torch.randn(size, bank.d_in, dtype=x.dtype) for size in (bank.d_out, bank.n_experts))
     bias = torch.randn(bank.d_out, dtype=x.dtype)
     kept, indices = (x @ gate.T).topk(k, -1)
-    expected = bank.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
+    expected = bank.fused.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
     for graded in (True, False):
         with torch.set_grad_enabled(graded):
-            found = bank.add_gated(x, gate, k, weight, bias)
+            found = bank.fused.add_gated(x, gate, k, weight, bias)
         if found is not None:
             assert_close(found[0], expected, what=f"with gradients {graded}")
 

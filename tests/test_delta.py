@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moa.delta import check_finite, inner
+from moa.delta import Delta, Dense, LowRank, Sparse, low_rank
 from moa.errors import ConfigError, NumericsError, ShapeError
-from moa.merge import Deltas, Dense, LowRank, deltas, low_rank
+from moa.formats.named_deltas import check_finite
+from moa.merge import Deltas, deltas
+from moa.merge.compose import inner
 from tests.merge.tools import assert_close, factors
 
 
@@ -101,3 +103,59 @@ def test_repr_and_len() -> None:
     lazy = Deltas(["a"], lambda name: Dense(torch.zeros(1)), "s")
     assert len(lazy) == 1
     assert lazy.base is None
+
+
+# ------------------------------------------------------------------------------------------------ the forms
+
+
+def forms(o: int = 7, i: int = 5) -> dict[str, Delta]:
+    places = torch.randperm(o * i)[:9]
+    return {
+        "low-rank": LowRank(torch.randn(2, i).double(), torch.randn(o, 2).double()),
+        "sparse": Sparse(places, torch.randn(9).double(), torch.Size((o, i))),
+        "dense": Dense(torch.randn(o, i).double()),
+    }
+
+
+@pytest.mark.parametrize("one", ["low-rank", "sparse", "dense"])
+@pytest.mark.parametrize("other", ["low-rank", "sparse", "dense"])
+def test_sums_and_scales_keep_their_form(one: str, other: str) -> None:
+    a, b = forms()[one], forms()[other]
+    both = a + b.scaled(-2.5)
+    assert_close(both.dense(), a.dense() - 2.5 * b.dense(), 1e-12)
+    if one == other:
+        assert type(both) is type(a)
+    if one == other == "sparse":
+        assert isinstance(both, Sparse) and both.places.unique().numel() == both.places.numel() <= 18
+    matrix = torch.randn(5, 3).double()
+    assert_close(a.before(matrix).dense(), a.dense() @ matrix, 1e-12)
+    with pytest.raises(ShapeError, match="have no sum"):
+        a + Dense(torch.zeros(2, 2).double())
+
+
+@pytest.mark.parametrize("kind", ["low-rank", "sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_written_into_a_weight_and_taken_back_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
+    """Subtracting again would not restore the bits; stored values do. The sum is rounded once."""
+    change = forms()[kind]
+    weight = torch.nn.Parameter(torch.randn(7, 5).to(dtype), requires_grad=False)
+    before = weight.clone()
+    undo = change.write_into(weight)
+    assert torch.equal(weight, (before.double() + change.dense()).to(dtype))
+    undo.restore()
+    assert torch.equal(weight, before)
+    if kind == "sparse":
+        assert undo.values.numel() == 9, "only what was overwritten is kept"
+    with pytest.raises(ShapeError, match="does not fit a weight"):
+        change.write_into(torch.zeros(3, 3))
+
+
+def test_switching_between_changes_restores_each_time() -> None:
+    weight = torch.randn(7, 5)
+    before = weight.clone()
+    for _ in range(3):
+        for change in forms().values():
+            undo = change.write_into(weight)
+            assert not torch.equal(weight, before)
+            undo.restore()
+            assert torch.equal(weight, before)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import moa
-from moa.experts import BANKS
+from moa.experts import FAMILIES
 from moa.recipes import RECIPES
 from moa.routers import ROUTERS
 
@@ -47,7 +47,7 @@ def public() -> dict[str, object]:
             value = getattr(module, name)
             if callable(value) and getattr(value, "__module__", "").startswith("moa"):
                 found[f"{path}.{name}"] = value
-    for table in (ROUTERS, BANKS, RECIPES):
+    for table in (ROUTERS, FAMILIES, RECIPES):
         found |= {cls.__qualname__: cls for cls in table.values()}
     return found
 

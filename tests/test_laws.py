@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import moa
 from moa.errors import ConfigError, ContextError, FoldError, ShapeError
-from moa.experts import BANKS
+from moa.experts import FAMILIES, LoRABank
+from moa.experts.factored import FusedFactors
 from moa.mixture.blocks import FollowRouter
 from moa.mixture.mixture import Mixture
 from moa.monitor.statistics import RoutingStatistics
@@ -69,6 +70,7 @@ def test_bank(name: str, variant: str, size: dict[str, int]) -> None:
     laws.bank_ignores_slot_order(bank, x, k)
     laws.bank_is_local(bank, x, k)
     laws.bank_delta_is_expert(bank, x)
+    laws.bank_adds_no_constant(bank, x, k)
     laws.bank_relabels(bank, x, k)
 
 
@@ -430,7 +432,7 @@ def test_fresh_model_equals_its_base(name: str, variant: str, kind: str) -> None
 
 def test_everything_registered_is_covered() -> None:
     assert {name for name, _ in laws.ROUTER_CASES} == set(ROUTERS)
-    assert {name for name, _ in laws.BANK_CASES} == set(BANKS)
+    assert {name for name, _ in laws.BANK_CASES} == set(FAMILIES)
     assert {name for name, _ in laws.RECIPE_CASES} == set(RECIPES)
 
 
@@ -451,7 +453,7 @@ def test_the_bank_laws_fail_on_wrong_banks() -> None:
     """Each law is broken on purpose once: a law that cannot fail proves nothing."""
     x = torch.randn(2, 3, 5, dtype=torch.float64)
     make = functools.partial(laws.make_bank, "lora", "default", 5, 7, 4, 3)
-    original, original_gated = BANKS["lora"].forward, BANKS["lora"].add_gated
+    original = LoRABank.forward
 
     def broken(change: Any) -> Any:
         bank = make()
@@ -464,8 +466,17 @@ def test_the_bank_laws_fail_on_wrong_banks() -> None:
     scaled = weights(lambda w: 1.001 * w)
     fails(laws.bank_selects, scaled, x)
     fails(laws.bank_fast_is_generic, scaled, x, 2, False)
-    gated = make()
-    gated.add_gated = lambda *args: [1.001 * original_gated(make(), *args)[0]]
+
+    class OffGated(FusedFactors):
+        def add_gated(self, *args: Any) -> Any:
+            return [1.001 * super().add_gated(*args)[0]]
+
+    def twin(**members: Any) -> Any:
+        bank = make()
+        bank.__class__ = type("Twin", (LoRABank,), members)
+        return bank
+
+    gated = twin(fused=property(OffGated))
     fails(laws.bank_gated_is_apart, gated, x, 2)
     fails(laws.bank_is_linear, weights(lambda w: w.abs()), x)
     slots = weights(lambda w: w * torch.arange(1, w.shape[-1] + 1))
@@ -475,9 +486,19 @@ def test_the_bank_laws_fail_on_wrong_banks() -> None:
     fails(laws.bank_relabels, numbered, x, 2)
     rows = broken(lambda bank, x, r: original(bank, x, r) * (1 + r.weights.ndim))
     fails(laws.bank_broadcasts, rows, x, 2)
-    off = make()
-    off.__class__ = type("Off", (BANKS["lora"],), {"delta": lambda self, e: self.up[e].T @ self.down[e]})
+    off = twin(delta=lambda self, e: LoRABank.delta(self, e).scaled(2.0))
     fails(laws.bank_delta_is_expert, off, x)
+
+    def constant_twice(bank: Any, x: Tensor, routing: Any) -> Tensor:
+        return LoRABank.forward(bank, x, routing) + routing.weights.sum(-1, keepdim=True)
+
+    class OnlyUnderDropout(FusedFactors):
+        def add_linear(self, x: Tensor, routing: Any, weight: Tensor, bias: Any) -> Tensor:
+            y = super().add_linear(x, routing, weight, bias)
+            return y + 1 if self.bank.training and self.bank.dropout else y
+
+    fails(laws.bank_adds_no_constant, twin(forward=constant_twice), x, 2)
+    fails(laws.bank_adds_no_constant, twin(fused=property(OnlyUnderDropout)), x, 2)
     equal = make()
     equal.reset_parameters = lambda: [p.data.zero_() for p in equal.parameters()]
     fails(laws.bank_starts_as_declared, equal, x)

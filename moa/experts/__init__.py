@@ -1,27 +1,33 @@
-"""Expert banks: the adapter families. `BANKS` names them for `expert=`."""
+"""Expert banks and the table of adapter families: importing this package fills `FAMILIES`."""
 
-from .affine import AffineLoRABank
+from .affine import Affine, AffineLoRABank
 from .bank import ExpertBank
-from .headed import HeadedLoRABank
-from .lora import LoRABank
-from .shared import SharedLoRABank
+from .factored import FactoredBank
+from .family import FAMILIES, Family, family_class, make_family, register_expert
+from .fused import Fused
+from .headed import Headed, HeadedLoRABank
+from .lora import LoRA, LoRABank
+from .shared import Shared, SharedLoRABank
 from .slots import SlotBank
 from .vector import VectorBank
 
-BANKS: dict[str, type[ExpertBank]] = {
-    "lora": LoRABank,
-    "headed": HeadedLoRABank,
-    "affine": AffineLoRABank,
-    "shared": SharedLoRABank,
-}
-
 __all__ = [
-    "BANKS",
+    "FAMILIES",
+    "Affine",
     "AffineLoRABank",
     "ExpertBank",
+    "FactoredBank",
+    "Family",
+    "Fused",
+    "Headed",
     "HeadedLoRABank",
+    "LoRA",
     "LoRABank",
+    "Shared",
     "SharedLoRABank",
     "SlotBank",
     "VectorBank",
+    "family_class",
+    "make_family",
+    "register_expert",
 ]

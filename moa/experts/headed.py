@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..delta import Delta, low_rank
 from ..errors import ConfigError
 from ..kernels import headed_linear
+from ..layers import Site
 from ..types import Routing
 from .bank import ExpertBank
+from .factored import read_factors
+from .family import Family, register_expert
+from .fused import Fused
 
 
 class HeadedLoRABank(ExpertBank):
@@ -45,6 +51,7 @@ class HeadedLoRABank(ExpertBank):
     """
 
     mixes = "parameters"
+    per_expert = ("down", "up")
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, *, n_heads: int = 1, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)
@@ -68,15 +75,25 @@ class HeadedLoRABank(ExpertBank):
         """Return s · (x down_e^T) up_e, (*rows, o), of x (*rows, i)."""
         return F.linear(x, self.down[expert].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
 
-    def delta(self, expert: int) -> Tensor:
-        """Return s · up_e^T down_e, (o, i)."""
-        return self.up[expert].T @ self.down[expert] * self.scaling
+    def delta(self, expert: int) -> Delta:
+        """Return s · up_e^T down_e, (o, i), as factors."""
+        return low_rank(self.down[expert].detach(), self.up[expert].detach().T, self.scaling)
 
-    def mixture_delta(self, routing: Routing) -> tuple[Tensor, Tensor | None]:
-        """Return s · B_w^T A_w, (o, i), of a routing of rows () or (H,), and no constant."""
-        weights = routing.dense()
-        down, up = self.mixed(weights if weights.ndim == 2 else weights.unsqueeze(0))
-        return up.T @ down * self.scaling, None
+    @torch.no_grad()
+    def mixed_delta(self, weights: Tensor) -> Delta:
+        """Return s · B_w^T A_w, (o, i), of weights (E,) or (H, E): the factors are averaged, not their products."""
+        dtype = torch.promote_types(weights.dtype, self.down.dtype)
+        per_head = (weights if weights.ndim == 2 else weights.unsqueeze(0)).to(dtype)  # (H or 1, E)
+        down, up = self._mix(per_head, self.down.to(dtype)), self._mix(per_head, self.up.to(dtype))
+        return low_rank(down, up.T, self.scaling)
+
+    def read(self, expert: int, change: Delta) -> None:
+        """Make one expert a low-rank change (o, i).
+
+        Raises:
+            ConfigError: it is not low-rank, its rank is above r, or it is for another layer.
+        """
+        read_factors(change, self.down[expert], self.up[expert], self.scaling)
 
     def mixed(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed factors A_w (*rows, r, i) and B_w (*rows, r, o) for weights (*rows, H or 1, E)."""
@@ -103,18 +120,6 @@ class HeadedLoRABank(ExpertBank):
         down, up = self.mixed(weights)
         return (x @ down.to(x.dtype).mT * self.scaling) @ up.to(x.dtype)
 
-    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b and the mixed expert's output, (*rows, o); in one step where there is one per example."""
-        weights = routing.dense()
-        if weights.ndim <= x.ndim:
-            weights = weights.unsqueeze(-2)
-        per_example = x.ndim == 3 and weights.ndim == 4 and weights.shape[:2] == (x.shape[0], 1)
-        cast = torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype
-        if not per_example or cast or (self.training and self.dropout):
-            return super().add_linear(x, routing, weight, bias)
-        mix = weights.squeeze(1).to(self.down.dtype)
-        return headed_linear(x, weight, bias, self.down, self.up, mix, self.scaling)
-
     def _per_row(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return the same for weights (*rows, H, E) that differ from token to token."""
         heads = weights.shape[-2]
@@ -126,6 +131,57 @@ class HeadedLoRABank(ExpertBank):
         out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)
         return out.flatten(-2) * self.scaling
 
+    @property
+    def fused(self) -> FusedHeads:
+        """The base and one mixed expert per example in one step, on rows (B, S, i)."""
+        return FusedHeads(self)
+
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, n_heads={self.n_heads}, scaling={self.scaling:g}"
+
+
+class FusedHeads(Fused):
+    """The base and the mixed expert on rows (B, S, i) in one node of the graph, where each example has one mixture."""
+
+    __slots__ = ()
+
+    bank: HeadedLoRABank
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b and the mixed expert's output, (*rows, o); in one step where there is one per example."""
+        bank = self.bank
+        weights = routing.dense()  # (*rows, E) or (*rows, H, E)
+        if weights.ndim <= x.ndim:
+            weights = weights.unsqueeze(-2)
+        per_example = x.ndim == 3 and weights.ndim == 4 and weights.shape[:2] == (x.shape[0], 1)
+        cast = torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype
+        if not per_example or cast or (bank.training and bank.dropout):
+            return super().add_linear(x, routing, weight, bias)
+        mix = weights.squeeze(1).to(bank.down.dtype)
+        return headed_linear(x, weight, bias, bank.down, bank.up, mix, bank.scaling)
+
+
+@register_expert("headed", "Caccia et al. 2023, arXiv 2211.03831")
+@dataclass(frozen=True, kw_only=True)
+class Headed(Family):
+    """LoRAs whose factors are mixed, not their outputs, head by head.
+
+    Args:
+        n_heads: H, dividing the features of every layer.
+    """
+
+    uses = ("rank", "alpha", "dropout")
+
+    n_heads: int = 1
+
+    def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
+        """Return a fresh bank with down (E, r, i) and up (E, r, o).
+
+        Raises:
+            ConfigError: H does not divide the site's features.
+        """
+        try:
+            return HeadedLoRABank(site.d_in, site.d_out, n_experts, n_heads=self.n_heads, **options)
+        except ConfigError as error:
+            raise ConfigError(f"{site.name}: {error}") from error

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..kernels import gated_linear, grouped_linear, grouped_sum, has_slots, low_rank_mixture, mixture_linear
-from ..kernels.low_rank import is_plain
-from ..types import Routing
+from ..delta import Delta
+from ..layers import Site
 from .bank import ExpertBank
+from .factored import FactoredBank, read_factors
+from .family import Family, register_expert
 
 
-class LoRABank(ExpertBank):
+class LoRABank(FactoredBank):
     """E low-rank experts: E_e(x) = s · (x down_e^T) up_e.
 
     | parameter | shape | start |
     |---|---|---|
     | down (A) | (E, r, i) | uniform ±1/√i, as nn.Linear and peft |
     | up (B, transposed) | (E, r, o) | zero |
-
-    Both are stored (E, r, features): the concatenation over experts is a free view.
 
     Args:
         d_in: i.
@@ -46,66 +44,24 @@ class LoRABank(ExpertBank):
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.zeros_(self.up)
 
-    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return s · (x down_e^T) up_e, (*rows, o), of x (*rows, i)."""
-        return F.linear(x, self.down[expert].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return down (E, r, i) and up (E, r, o), the parameters."""
+        return self.down, self.up
 
-    def delta(self, expert: int) -> Tensor:
-        """Return s · up_e^T down_e, (o, i)."""
-        return self.up[expert].T @ self.down[expert] * self.scaling
+    def read(self, expert: int, change: Delta) -> None:
+        """Make one expert a low-rank change (o, i).
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i), by the grouped kernels."""
-        x = F.dropout(x, self.dropout, self.training)
-        weights = routing.weights * self.scaling
-        return low_rank_mixture(x, self.down, self.up, weights, routing.indices, engine=self.engine)
+        Raises:
+            ConfigError: it is not low-rank, its rank is above r, or it is for another layer.
+        """
+        read_factors(change, self.down[expert], self.up[expert], self.scaling)
 
-    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b + Σ_e w_e E_e(x), (*rows, o), adapter first so that the base product adds in place."""
-        if self.training and self.dropout:
-            return super().add_linear(x, routing, weight, bias)
-        weights = routing.weights * self.scaling
-        return mixture_linear(x, weight, bias, self.down, self.up, weights, routing.indices, engine=self.engine)
 
-    def add_gated(
-        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return base and mixture (*rows, o), logits, weights and indices, as one node of the graph, in eager code."""
-        if torch.compiler.is_compiling() or (self.training and self.dropout):
-            return None
-        down, up = self.down, self.up
-        if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, down, up):
-            return None
-        return gated_linear(x, weight, bias, gate, down, up, k, self.scaling, engine=self.engine)
+@register_expert("lora", "Hu et al. 2021, arXiv 2106.09685")
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Family):
+    """Low-rank factors: s · up^T down."""
 
-    def shared_hidden(self, banks: Sequence[ExpertBank], x: Tensor, indices: Tensor) -> list[Tensor]:
-        """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""
-        alike = [bank for bank in banks if isinstance(bank, LoRABank) and bank.engine == self.engine]
-        if len(alike) < len(banks) or not has_slots(self.engine):
-            return []
-        down = torch.cat([bank.down for bank in alike], 1)
-        hidden = grouped_linear(F.dropout(x, self.dropout, self.training), down, indices, engine=self.engine)
-        return list(hidden.split([bank.rank for bank in alike], -1))
-
-    def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o), by the grouped kernels."""
-        if not has_slots(self.engine):
-            return super().open_slots(x, indices, onto)
-        if hidden is None:
-            hidden = grouped_linear(F.dropout(x, self.dropout, self.training), self.down, indices, engine=self.engine)
-        scaled = (hidden * self.scaling).unsqueeze(-2)
-        out = grouped_sum(scaled, self.up, indices.unsqueeze(-1), engine=self.engine)
-        return out.to(onto.dtype).add_(onto.unsqueeze(-2))
-
-    def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Return Σ_k w_k E_{e_k}(x_k), (*rows, o), of x (*rows, K, i): the slots are summed at rank size."""
-        if not has_slots(self.engine):
-            return super().close_slots(x, weights, indices)
-        x = F.dropout(x, self.dropout, self.training)
-        hidden = grouped_linear(x, self.down, indices.unsqueeze(-1), engine=self.engine).squeeze(-2)
-        weighted = hidden * (weights * self.scaling).to(hidden.dtype).unsqueeze(-1)
-        return grouped_sum(weighted, self.up, indices, engine=self.engine)
-
-    def extra_repr(self) -> str:
-        """Return the sizes that `repr` shows."""
-        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+    def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
+        """Return a fresh bank with down (E, r, i) and up (E, r, o)."""
+        return LoRABank(site.d_in, site.d_out, n_experts, **options)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..delta import Delta, low_rank
+from ..layers import Site
 from ..types import Routing
 from .bank import ExpertBank
+from .family import Family, register_expert
 
 
 class SharedLoRABank(ExpertBank):
@@ -31,6 +35,7 @@ class SharedLoRABank(ExpertBank):
     """
 
     equal_at_init = True
+    per_expert = ("up",)
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)
@@ -48,9 +53,15 @@ class SharedLoRABank(ExpertBank):
         """Return s · (x down^T) up_e, (*rows, o), of x (*rows, i)."""
         return F.linear(x, self.down[0].to(x.dtype)) @ self.up[expert].to(x.dtype) * self.scaling
 
-    def delta(self, expert: int) -> Tensor:
-        """Return s · up_e^T down, (o, i)."""
-        return self.up[expert].T @ self.down[0] * self.scaling
+    def delta(self, expert: int) -> Delta:
+        """Return s · up_e^T down, (o, i), as factors."""
+        return low_rank(self.down[0].detach(), self.up[expert].detach().T, self.scaling)
+
+    @torch.no_grad()
+    def mixed_delta(self, weights: Tensor) -> Delta:
+        """Return s · (Σ_e w_e up_e)^T down, (o, i), of rank r, of weights (E,)."""
+        up = torch.einsum("e,ero->or", weights, self.up.to(weights.dtype))
+        return low_rank(self.down[0].to(weights.dtype), up, self.scaling)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i): one product down, one up over all experts' ranks."""
@@ -63,3 +74,15 @@ class SharedLoRABank(ExpertBank):
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
+
+
+@register_expert("shared", "Tian et al. 2024, arXiv 2404.19245")
+@dataclass(frozen=True, kw_only=True)
+class Shared(Family):
+    """One down projection for all experts of a layer, an up projection each."""
+
+    uses = ("rank", "alpha", "dropout")
+
+    def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
+        """Return a fresh bank with down (1, r, i) and up (E, r, o)."""
+        return SharedLoRABank(site.d_in, site.d_out, n_experts, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..delta import Delta
 from ..errors import FoldError, ShapeError
 from ..types import Routing
 from .bank import ExpertBank
@@ -32,11 +33,15 @@ class SlotBank(ExpertBank):
         """Return one expert alone on x (*rows, i), (*rows, o)."""
         return self.inner.expert_forward(x, expert)
 
-    def delta(self, expert: int) -> Tensor:
+    def delta(self, expert: int) -> Delta:
         """Return the weight change (o, i) that one expert equals."""
         return self.inner.delta(expert)
 
-    def mixture_delta(self, routing: Routing) -> tuple[Tensor, Tensor | None]:
+    def constants(self) -> Tensor | None:
+        """Return the inner bank's, (E, o)."""
+        return self.inner.constants()
+
+    def mixed_delta(self, weights: Tensor) -> Delta:
         """Raise: rows are mixed with each other, which no weight (o, i) does.
 
         Raises:

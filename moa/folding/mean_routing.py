@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, FoldError
-from ..experts import HeadedLoRABank, LoRABank, SharedLoRABank, VectorBank
-from ..layers import matrix
-from ..merge import Delta, Dense, LowRank, low_rank, stack
+from ..errors import ConfigError
+from ..merge import Delta
 from ..mixture import Branch, Mixture
 from ..mixture.blocks import BlockLayer
+from ..mixture.change import Change, factor_change, mixed
 from ..objective.trace import Record
-from ..routers import ProjectionRouter
-from ..types import Routing
 
 Key = tuple[str, int]
 
@@ -118,7 +115,7 @@ def mean_change(mixture: Mixture, means: Mapping[Key, MeanRouting]) -> Delta:
     """Return Σ_e w̄_e ΔW_e of a layer, (o, i) in float64, as factors where the experts have them.
 
     Experts that are mixed in parameter space are averaged there. FlyLoRA's rank-one experts: B diag(p) A with p the
-    share of rows that chose each. A branch on the layer's output y0 = W x: its change times W.
+    share of the rows that chose each. A branch on the layer's output y0 = W x: its change times W.
 
     Args:
         mixture: the layer, (*rows, i) -> (*rows, o).
@@ -127,58 +124,10 @@ def mean_change(mixture: Mixture, means: Mapping[Key, MeanRouting]) -> Delta:
     Raises:
         FoldError: the experts are no weight change, or add a constant, which a LoRA has no place for.
     """
-    parts = [_branch_change(mixture, branch, means[branch_key(mixture, branch)]) for branch in _branches(mixture)]
-    if all(isinstance(part, LowRank) for part in parts):
-        return stack(parts)
-    return Dense(torch.stack([part.dense() for part in parts]).sum(0))
 
+    def mean(branch: Branch) -> Change:
+        found = means[branch_key(mixture, branch)]
+        weights = found.chosen if branch.bank.carries_input else found.weights
+        return mixed(branch.bank, weights.to(next(branch.bank.parameters()).device))
 
-def _branches(mixture: Mixture) -> list[Branch]:
-    return [branch for branch in mixture.branches if isinstance(branch, Branch)]
-
-
-def _branch_change(mixture: Mixture, branch: Branch, mean: MeanRouting) -> Delta:
-    change, shift = _bank_change(mixture, branch, mean)
-    base: Any = mixture.base
-    if branch.tap == "output":
-        weight = matrix(base)
-        if weight is None:
-            raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to go through.")
-        dense = weight.double()
-        if getattr(base, "bias", None) is not None:
-            through = change.dense() @ base.bias.double()
-            shift = through if shift is None else shift + through
-        if isinstance(change, LowRank):
-            change = LowRank(change.down @ dense, change.up)
-        else:
-            change = Dense(change.dense() @ dense)
-    if shift is not None and bool(shift.any()):
-        raise FoldError(
-            f"{mixture.name}: its {'output branch' if branch.tap == 'output' else 'experts'} add a constant to every "
-            "row, which a LoRA has no place for: fold the mixture into the base where its routing is constant."
-        )
-    return change
-
-
-def _bank_change(mixture: Mixture, branch: Branch, mean: MeanRouting) -> tuple[Delta, Tensor | None]:
-    """Return the mean change of a bank, (o, i), and the constant (o,) it adds."""
-    bank, weights = branch.bank, mean.weights.to(next(branch.bank.parameters()).device)
-    if isinstance(bank, VectorBank) and isinstance(branch.router, ProjectionRouter):
-        chosen = mean.chosen.to(bank.up.device)
-        return LowRank(branch.router.projection.double(), (bank.up.double() * (chosen * bank.scaling)[:, None]).T), None
-    if isinstance(bank, SharedLoRABank):
-        up = torch.einsum("e,ero->or", weights, bank.up.double())
-        return low_rank(bank.down[0].double(), up, bank.scaling), None
-    if isinstance(bank, HeadedLoRABank):
-        down, up = bank.mixed(weights if weights.ndim == 2 else weights.unsqueeze(0))
-        return low_rank(down.double(), up.double().T, bank.scaling), None
-    if isinstance(bank, LoRABank):
-        experts = [low_rank(bank.down[e].double(), bank.up[e].double().T, bank.scaling) for e in range(bank.n_experts)]
-        shifts = [bank.shift(e) for e in range(bank.n_experts)]
-        constants = [w * s.double() for w, s in zip(weights, shifts, strict=True) if s is not None]
-        return stack(experts, weights.tolist()), torch.stack(constants).sum(0) if constants else None
-    try:
-        dense, constant = bank.mixture_delta(Routing(weights, None, bank.n_experts))
-    except FoldError as error:
-        raise FoldError(f"{mixture.name}: {error}") from error
-    return Dense(dense.double()), None if constant is None else constant.double()
+    return factor_change(mixture, mean)

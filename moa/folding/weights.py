@@ -1,7 +1,4 @@
-"""Fold a static mixture into its base weight: exact, or an error that says why not.
-
-The file is not called fold.py: importing it would hide the function `moa.fold` behind the module.
-"""
+"""Fold a static mixture into its base weight: exact, or an error that says why not."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import FoldError
 from ..layers import as_weight, matrix
 from ..mixture import Branch, Mixture
+from ..mixture.change import Change, layer_change, mixed
 
 
 @torch.no_grad()
@@ -30,33 +28,19 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
         FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
             weight.
     """
-    if not mixture.folds:
-        raise FoldError(
-            f"{mixture.name} is a layer of a block whose experts are whole blocks: no weight of one layer equals that."
-        )
-    base: Any = mixture.base
-    dense, bias = matrix(base), getattr(base, "bias", None)
-    if dense is None:
-        raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to fold into.")
-    delta: Tensor | None = None
-    shift: Tensor | None = None
-    for branch in mixture.branches:
-        assert isinstance(branch, Branch)
+    if mixture.why_not_fold is not None:
+        raise FoldError(f"{mixture.name}: {mixture.why_not_fold}, so no weight of one layer equals it.")
+    if matrix(mixture.base) is None:
+        raise FoldError(f"{mixture.name}: a {type(mixture.base).__name__} holds no dense weight to fold into.")
+
+    def static(branch: Branch) -> Change:
         routing = branch.router.constant(task)
-        if routing is None:
+        if routing is None or branch.bank.carries_input:
             raise FoldError(_not_constant(mixture, branch, task))
-        change, constant = branch.bank.mixture_delta(routing)
-        if branch.tap == "output":
-            if bias is not None:
-                through = change @ bias.to(change.dtype)
-                constant = through if constant is None else constant + through
-            change = change @ dense.to(change.dtype)
-        delta = change if delta is None else delta + change
-        if constant is not None:
-            shift = constant if shift is None else shift + constant
-    if delta is None:
-        raise FoldError(f"{mixture.name} has no branch to fold.")
-    return delta, shift
+        return mixed(branch.bank, routing.dense())
+
+    change, shift = layer_change(mixture, static)
+    return change.dense(), shift
 
 
 def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:

@@ -133,8 +133,7 @@ def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path)
 
 def original_name(name: str) -> str:
     """Return a base tensor's name as it was before mixtures went in: "q.base.weight" -> "q.weight"."""
-    head, _, last = name.rpartition(".")
-    return f"{head.removesuffix('.base')}.{last}" if head.endswith(".base") else name
+    return ".".join(part for part in name.split(".") if part != "base")
 
 
 def fingerprint(base: nn.Module, n_tensors: int = 8, n_values: int = 4) -> dict[str, Any]:

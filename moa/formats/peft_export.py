@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
+from ..delta import LowRank
+from ..errors import CheckpointError, ConfigError, FoldError
 from ..experts import LoRABank
 from ..layers import as_factors, is_conv1d
 from ..mixture import Branch, Mixture
+from ..mixture.change import factor_change, single
 from .atomic import replacing
 from .card import model_card
 
@@ -163,37 +165,24 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
 
     Args:
-        model: a `MoAModel` whose layers hold one `LoRABank` each, down (E, r, i) and up (E, r, o).
+        model: a `MoAModel` whose experts are low-rank changes (o, i): of any family, behind any router.
         expert: which of 0 … E - 1.
         folder: made if it does not exist.
 
     Raises:
-        ConfigError: no such expert, or experts that are not LoRA.
+        ConfigError: no such expert.
+        FoldError: experts that are not low-rank changes, or add a constant; the layer is named.
     """
     target = Path(folder)
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     transposed = False
     for name, mixture in model.mixtures().items():
-        for branch in mixture.branches:
-            assert isinstance(branch, Branch)
-            bank = branch.bank
-            if (
-                not isinstance(bank, LoRABank)
-                or bank.shift(0) is not None
-                or branch.tap != "input"
-                or len(mixture.branches) > 1
-            ):
-                raise ConfigError(
-                    f"{name} holds {type(bank).__name__} behind {branch.tap}: only plain LoRA experts export."
-                )
-            if not 0 <= expert < bank.n_experts:
-                raise ConfigError(f"expert {expert} does not exist: {name} has experts 0 to {bank.n_experts - 1}.")
-            factors = as_factors(mixture.base, bank.down[expert].detach(), bank.up[expert].detach())
-            for letter, factor in zip("AB", factors, strict=True):
-                tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
-            ranks[name], alphas[name] = bank.rank, bank.scaling * bank.rank
-            transposed |= is_conv1d(mixture.base)
+        change = _as_low_rank(mixture, expert)
+        for letter, factor in zip("AB", as_factors(mixture.base, change.down, change.up.T), strict=True):
+            tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
+        ranks[name], alphas[name] = change.rank, change.rank
+        transposed |= is_conv1d(mixture.base)
     if not tensors:
         raise ConfigError("this model has no mixtures to export.")
     for head in model.modules_to_save:
@@ -228,3 +217,18 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     with replacing(target / "README.md") as temporary:
         temporary.write_text(model_card(base, f"Expert {expert} of a mixture of adapters made by moa.", task_type))
     return target
+
+
+def _as_low_rank(mixture: Mixture, expert: int) -> LowRank:
+    """Return one expert's change (o, i) as factors.
+
+    Raises:
+        FoldError: it is not one.
+    """
+    change = factor_change(mixture, lambda branch: single(branch.bank, expert))
+    if not isinstance(change, LowRank):
+        raise FoldError(
+            f"{mixture.name}: its experts are {type(change).__name__.lower()} changes, which a LoRA folder has no "
+            "place for: fold the mixture into its base, or squeeze it to a rank with moa.distill."
+        )
+    return change

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..delta import Delta, Deltas, LowRank, listed, low_rank
+from ..delta import Delta, LowRank, low_rank
 from ..errors import CheckpointError, ShapeError
+from .named_deltas import Deltas, listed
 from .tensor_files import Checkpoint, read_json
 
 PREFIX = "base_model.model."

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..delta import Delta, Deltas, Dense, listed, work_dtype
+from ..delta import Delta, Dense, work_dtype
 from ..errors import CheckpointError, ConfigError, ShapeError
+from .named_deltas import Deltas, listed
 
 # Names of the types in a safetensors header.
 DTYPES: dict[str, torch.dtype] = {

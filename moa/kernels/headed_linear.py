@@ -76,11 +76,13 @@ class _HeadedLinear(torch.autograd.Function):
 
 def _heads_first(factors: Tensor, heads: int) -> Tensor:
     """Return factors (N, r, H d) as (H, N, r d)."""
-    n, rank, _ = factors.shape
-    return factors.view(n, rank, heads, -1).permute(2, 0, 1, 3).reshape(heads, n, -1)
+    n, rank, features = factors.shape
+    return (
+        factors.view(n, rank, heads, features // heads).permute(2, 0, 1, 3).reshape(heads, n, rank * features // heads)
+    )
 
 
 def _heads_last(factors: Tensor, rank: int) -> Tensor:
     """Return factors (H, N, r d) as (N, r, H d)."""
-    heads, n, _ = factors.shape
-    return factors.view(heads, n, rank, -1).permute(1, 2, 0, 3).reshape(n, rank, -1)
+    heads, n, size = factors.shape  # no -1 below: with no examples it would be any size
+    return factors.view(heads, n, rank, size // rank).permute(1, 2, 0, 3).reshape(n, rank, heads * size // rank)

@@ -3,7 +3,8 @@
 Works on plain mappings name -> tensor; knows no model and no router.
 """
 
-from ..delta import Delta, Deltas, Dense, LowRank, deltas, low_rank
+from ..delta import Delta, Dense, LowRank, low_rank
+from ..formats.named_deltas import Deltas, deltas
 from ..formats.peft_folder import peft_deltas, read_peft
 from ..formats.tensor_files import Checkpoint, difference, read_difference
 from .average import average_factors, model_stock, slerp

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, inner
+from ..delta import Delta, Dense, LowRank
 from ..errors import ConfigError, NumericsError, ShapeError
+from .compose import inner
 from .subspace import total
 
 

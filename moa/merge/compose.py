@@ -251,3 +251,22 @@ def _randomized(delta: Delta, k: int, oversample: int, power: int, seed: int) ->
         basis = torch.linalg.qr(left(basis))[0]
     u, s, vt = torch.linalg.svd(right(basis).T, full_matrices=False)
     return _balanced(basis @ u[:, :k], s[:k], vt[:k])
+
+
+def inner(a: Delta, b: Delta) -> float:
+    """Return the inner product of two changes, Σ ΔW_a ⊙ ΔW_b, without making low-rank ones dense.
+
+    Σ (up_a down_a) ⊙ (up_b down_b) = Σ (up_aᵀ up_b) ⊙ (down_a down_bᵀ).
+
+    Args:
+        a: (o, i).
+        b: the same shape.
+
+    Returns:
+        A Python float, summed in float64.
+    """
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        left = a.up.double().T @ b.up.double()
+        right = a.down.double() @ b.down.double().T
+        return float((left * right).sum())
+    return float(torch.dot(a.dense().reshape(-1).double(), b.dense().reshape(-1).double()))

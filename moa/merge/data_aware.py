@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..delta import Delta, DeltaLike, Dense, LowRank, as_delta, check_finite
+from ..delta import Delta, Dense, LowRank
 from ..errors import ConfigError, NumericsError, ShapeError
+from ..formats.named_deltas import DeltaLike, as_delta, check_finite
 from .compose import check_weights
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..delta import DeltaLike, Dense, as_delta
+from ..delta import Dense
 from ..errors import ConfigError, ShapeError
+from ..formats.named_deltas import DeltaLike, as_delta
 from .codec import pack_bits, unpack_bits
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Deltas, Dense, LowRank, check_finite
+from ..delta import Delta, Dense, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..formats.named_deltas import Deltas, check_finite
 from .consensus import agreeing_sum, weighted_sum
 from .cutoff import model_threshold
 from .sparsify import check_density, drop_by_rank, drop_random, generator_for, keep_above, keep_largest, keep_middle

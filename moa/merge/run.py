@@ -10,8 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..delta import Delta, DeltaLike, Deltas, deltas, listed
+from ..delta import Delta
 from ..errors import ConfigError, unknown_name
+from ..formats.named_deltas import DeltaLike, Deltas, deltas, listed
 from .compose import check_weights, normalised
 from .jobs import Job, Method, Plan, read_options
 from .methods import METHODS

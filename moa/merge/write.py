@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..delta import Delta, DeltaLike, LowRank, as_delta, check_finite, listed
+from ..delta import Delta, LowRank
 from ..errors import CheckpointError, ConfigError, ShapeError
 from ..formats.atomic import TYPE_NAMES, copy_rest, plan_shards, staged, write_safetensors
 from ..formats.card import model_card, peft_version
+from ..formats.named_deltas import DeltaLike, as_delta, check_finite, listed
 from ..formats.peft_folder import PREFIX
 from ..formats.tensor_files import Checkpoint, read_json
 from .compose import Squeezed, squeeze

@@ -1,22 +1,26 @@
 """The layer: a frozen base with branches that add to it, where it sits in a model, and blocks that share a routing."""
 
+from ..layers import Site
 from .inject import copy_sharing, inject, placement, take_out
-from .mixture import Branch, ConvMixture, Mixture, mixture_on, pinned_routing, plain_weight
-from .sites import Site, backbone_prefix, feed_forward_blocks, find_sites, linear_sites
+from .mixture import BlockMixture, Branch, ConvMixture, Mixture, mixture_on, plain_weight
+from .sites import backbone_prefix, block_sites, feed_forward_blocks, find_blocks, find_sites, linear_sites, named_sites
 
 __all__ = [
+    "BlockMixture",
     "Branch",
     "ConvMixture",
     "Mixture",
     "Site",
     "backbone_prefix",
+    "block_sites",
     "copy_sharing",
     "feed_forward_blocks",
+    "find_blocks",
     "find_sites",
     "inject",
     "linear_sites",
     "mixture_on",
-    "pinned_routing",
+    "named_sites",
     "placement",
     "plain_weight",
     "take_out",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import ContextError, ShapeError
 from ..routers import Router
 from ..types import Context, Routing
-from .mixture import Branch, Mixture
+from .mixture import Branch, Mixture, add_constants
 
 
 class BlockRouting:
@@ -46,7 +46,7 @@ class BlockRouting:
         Layers that see the same x share one product: x is read, and its gradient written, once.
         """
         if x is not self._source:
-            found = branch.bank.shared_hidden(self.banks, x, indices)
+            found = branch.bank.fused.shared_hidden([bank.fused for bank in self.banks], x, indices)
             self._source = x
             self._hidden = {id(bank): hidden for bank, hidden in zip(self.banks, found, strict=False)}
         # Taken out: a recomputed forward may stop before the block's last layer, and must not keep activations alive.
@@ -89,7 +89,7 @@ class BlockLayer(Mixture):
         shared: the block's routing.
     """
 
-    folds = False
+    why_not_fold = "it is a layer of a block whose experts are whole blocks"
 
     def __init__(
         self, base: nn.Module, branches: list[Branch], context: Context, name: str, shared: BlockRouting
@@ -128,7 +128,11 @@ class BlockEntry(BlockLayer):
             )
         assert routing.indices is not None
         hidden = self.shared.hidden(branch, x, routing.indices)
-        return branch.bank.open_slots(x, routing.indices, base_out, hidden)
+        slots = branch.bank.fused.open_slots(x, routing.indices, base_out, hidden)  # (*rows, K, o)
+        chosen = routing.indices.unsqueeze(-1)
+        return add_constants(
+            slots, branch.bank, Routing(torch.ones_like(chosen, dtype=x.dtype), chosen, routing.n_experts)
+        )
 
 
 class BlockExit(BlockLayer):
@@ -156,7 +160,8 @@ class BlockExit(BlockLayer):
         self.check_differentiable(mixed, y)
         if self.bias is not None:
             y = y + (weights.sum(-2) - 1).to(y.dtype) * self.bias.to(y.dtype)
-        return y + self.branch.bank.close_slots(x, routing.weights, routing.indices).to(y.dtype)
+        bank = self.branch.bank
+        return add_constants(y + bank.fused.close_slots(x, routing.weights, routing.indices).to(y.dtype), bank, routing)
 
 
 def routed_block(

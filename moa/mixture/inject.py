@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from ..layers import Site
 from .mixture import Mixture
-from .sites import Site
 
 
 def inject(model: nn.Module, sites: Sequence[Site], mixtures: Sequence[Mixture]) -> None:
@@ -44,7 +44,8 @@ def take_out(model: nn.Module, chosen: set[int] | None = None) -> None:
         model: changed in place.
         chosen: ids of the mixtures; None takes all of them.
     """
-    for path, module in list(model.named_modules(remove_duplicate=False)):
+    # from the inside out: a block with experts may hold layers with experts
+    for path, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if isinstance(module, Mixture) and (chosen is None or id(module) in chosen):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, module.base)

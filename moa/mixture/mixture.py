@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ShapeError
 from ..experts import ExpertBank
-from ..layers import is_conv1d, is_convolution, is_dense, patches
+from ..layers import features, is_conv1d, is_convolution, is_dense, patches
 from ..routers import Router
 from ..types import Context, Routing
 
@@ -38,10 +38,10 @@ class Mixture(nn.Module):
         name: dotted path of the layer, for traces and messages.
 
     Attributes:
-        folds: a static routing makes it one weight.
+        why_not_fold: None where a static routing makes it one weight, else the reason.
     """
 
-    folds = True
+    why_not_fold: str | None = None
 
     def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class Mixture(nn.Module):
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
         if self.context.pinned is not None:
-            return pinned_routing(x, self.context.pinned, branch.bank.n_experts)
+            pinned: Routing = branch.router.pinned(x, self.context.pinned)
+            return pinned
         routing: Routing = branch.router(x, self.context)
         self._record(routing, x, branch.router)
         return routing
@@ -97,15 +98,18 @@ class Mixture(nn.Module):
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
         router, bank = branch.router, branch.bank
         gate = None if self.context.pinned is not None else router.gate()
-        gated = None if gate is None else bank.add_gated(x, gate, router.k, weight, bias)
+        gated = None if gate is None else bank.fused.add_gated(x, gate, router.k, weight, bias)
         if gated is None:
-            return bank.add_linear(x, self.route(branch, x), weight, bias)
+            routing = self.route(branch, x)
+            return add_constants(bank.fused.add_linear(x, routing, weight, bias), bank, routing)
         y, logits, weights, indices = gated
-        # With gradients always: a recomputed forward, which no trace sees, must keep what the first one kept.
-        if self.context.trace is not None or torch.is_grad_enabled():
-            routing = Routing(weights, indices, bank.n_experts, logits, logits.softmax(-1))
+        # Build the routing whenever gradients are on: checkpointing recomputes this without a trace and must save the
+        # same tensors.
+        recorded = self.context.trace is not None or torch.is_grad_enabled()
+        routing = Routing(weights, indices, bank.n_experts, logits, logits.softmax(-1) if recorded else None)
+        if recorded:
             self._record(routing, x, router)
-        return y
+        return add_constants(y, bank, routing)
 
     def check_differentiable(self, x: Tensor, y0: Tensor) -> None:
         """Check that a gradient goes through the base from y0 (*rows, o) to x (*rows, i), if training needs it.
@@ -129,12 +133,40 @@ class Mixture(nn.Module):
         for branch in self.branches:
             assert isinstance(branch, Branch)
             source = x if branch.tap == "input" else y0
-            y = y + branch.bank(source, self.route(branch, source)).to(y.dtype)
+            routing = self.route(branch, source)
+            y = add_constants(y + branch.bank(source, routing).to(y.dtype), branch.bank, routing)
         return y
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"name={self.name!r}"
+
+
+class BlockMixture(Mixture):
+    """The same after a block: y0 is the block's output (B, S, d), or the first of a tuple; what follows it passes."""
+
+    why_not_fold = "it adds to the output of a whole block, which has no one weight"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the block's output, its hidden state (B, S, d) with what the branches add."""
+        out = self.base(*args, **kwargs)
+        if not self.context.enabled:
+            return out
+        hidden = out if isinstance(out, Tensor) else out[0]
+        if not isinstance(hidden, Tensor):
+            raise ShapeError(
+                f"{self.name}: a {type(self.base).__name__} returns a {type(hidden).__name__} first; experts after a "
+                "block need one whose output is, or begins with, a tensor (B, S, d)."
+            )
+        y = self.add(hidden, hidden)
+        return y if isinstance(out, Tensor) else (y, *out[1:])
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what models read of a block, such as its kind of attention; no tensors of a shape of its own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
 
 class ConvMixture(Mixture):
@@ -144,8 +176,8 @@ class ConvMixture(Mixture):
     a linear layer on patches. Routers see one row per place, (B, L, C · kernel).
 
     The patches are a copy of x, kernel / stride² times its size (1 for a patch embedding, 9 for 3 × 3 at stride 1),
-    which training keeps for the backward pass. A convolution of rank r in their place would not need it, but would be
-    another forward for each family.
+    which training keeps for the backward pass. A convolution of rank r in their place would avoid the copy, but every
+    family would need a second forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,24 +190,26 @@ class ConvMixture(Mixture):
 
 
 def mixture_on(base: nn.Module, branches: list[Branch], context: Context, name: str) -> Mixture:
-    """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution.
+    """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution, or a block.
 
     Args:
         base, branches, context, name: see `Mixture`.
     """
+    if features(base) is None:
+        return BlockMixture(base, branches, context, name)
     return (ConvMixture if is_convolution(base) else Mixture)(base, branches, context, name)
 
 
-def pinned_routing(x: Tensor, expert: int, n_experts: int) -> Routing:
-    """Return the constant routing that gives expert the weight 1, for x (*rows, i).
+def add_constants(y: Tensor, bank: ExpertBank, routing: Routing) -> Tensor:
+    """Return y (*rows, o) with the constants of its experts, weighted by a routing: this is the only place they enter.
 
-    Raises:
-        ConfigError: expert is outside 0 … n_experts - 1.
+    Args:
+        y: with the bank's mixture in it.
+        bank: whose `constants` are (E, o), or None.
+        routing: whose rows broadcast against y's.
     """
-    if not 0 <= expert < n_experts:
-        raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {n_experts - 1}.")
-    one = torch.ones(1, dtype=torch.float32, device=x.device)
-    return Routing(one, torch.full((1,), expert, device=x.device), n_experts)
+    constants = bank.constants()  # (E, o)
+    return y if constants is None else y + routing.dense().to(y.dtype) @ constants.to(y.dtype)
 
 
 def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:

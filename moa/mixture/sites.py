@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from ..errors import ConfigError
-from ..layers import features, is_convolution
-from .mixture import Mixture
-
-
-@dataclass(frozen=True)
-class Site:
-    """One layer that gets experts: its dotted name, the module, its features i and o (`moa.layers.features`)."""
-
-    name: str
-    module: nn.Module
-    d_in: int
-    d_out: int
+from ..layers import Site, features, is_convolution
+from .mixture import BlockMixture, Mixture
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
@@ -34,6 +23,9 @@ def linear_sites(model: nn.Module) -> list[Site]:
     hidden: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in hidden):
+            continue
+        if isinstance(module, BlockMixture):
+            hidden.add(f"{name}.branches.")  # the block's own layers are free
             continue
         if isinstance(module, (nn.MultiheadAttention, Mixture)):
             hidden.add(f"{name}.")
@@ -80,11 +72,7 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         else:
             found = body if targets == "all-linear" else attention
     else:
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ConfigError(f"targets={targets!r} is not a regular expression: {error}.") from error
-        found = [s for s in sites if pattern.fullmatch(s.name)]
+        found = [s for s in sites if _pattern(targets).fullmatch(s.name)]
     if not found:
         raise ConfigError(_no_match(model, targets, sites))
     for site in found:
@@ -94,6 +82,67 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
                 "own channels: experts would mix them, which no grouped weight equals. Choose other targets."
             )
     return found
+
+
+def named_sites(model: nn.Module, free: Sequence[Site], names: Iterable[str]) -> list[Site]:
+    """Return the sites, (*rows, i) -> (*rows, o), of some names, in the order in which they run.
+
+    Raises:
+        ConfigError: a name that no free site has.
+    """
+    wanted = set(names)
+    missing = sorted(wanted - {site.name for site in free})
+    if missing:
+        raise ConfigError(f"no free linear layer or block named {', '.join(missing)} in {type(model).__name__}.")
+    return [site for site in free if site.name in wanted]
+
+
+def block_sites(model: nn.Module) -> list[Site]:
+    """Return the blocks of a model's stacks, (B, S, d) -> (B, S, d): the members of its outermost module lists.
+
+    Their width d is the configuration's hidden_size, or the features of the last linear layer inside.
+    """
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    sites: list[Site] = []
+    for path, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or any(part.isdigit() for part in path.split(".")):
+            continue
+        for name, block in stack.named_children():
+            linears = linear_sites(block)
+            if features(block) is None and not isinstance(block, Mixture) and (width or linears):
+                d = width or linears[-1].d_out
+                sites.append(Site(f"{path}.{name}" if path else name, block, d, d))
+    return sites
+
+
+def find_blocks(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
+    """Return the blocks, (B, S, d) -> (B, S, d), that targets names.
+
+    Args:
+        model: any module.
+        targets: "all-linear" (every block of the body), a tuple of name endings, or a regex on the whole name.
+
+    Raises:
+        ConfigError: nothing matches.
+    """
+    sites = block_sites(model)
+    if targets == "all-linear":
+        found = [site for site in sites if site.name.startswith(backbone_prefix(model))]
+    elif isinstance(targets, tuple):
+        found = [s for s in sites if any(s.name == t or s.name.endswith(f".{t}") for t in targets)]
+    else:
+        found = [site for site in sites if _pattern(targets).fullmatch(site.name)]
+    if not found:
+        names = ", ".join(site.name for site in sites[:8]) or "none"
+        raise ConfigError(f"targets={targets!r} matches no block of {type(model).__name__}; its blocks are: {names}.")
+    return found
+
+
+def _pattern(targets: str) -> re.Pattern[str]:
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        raise ConfigError(f"targets={targets!r} is not a regular expression: {error}.") from error
 
 
 def _no_match(model: nn.Module, targets: str | tuple[str, ...], sites: list[Site]) -> str:

@@ -44,7 +44,7 @@ def adapted(
             mixture = mixtures[name]
             before: list[Any] = list(mixture.branches)
             bank = before[0].bank
-            branches = new.build(Site(name, mixture.base, bank.d_in, bank.d_out))
+            branches = new.branches(Site(name, mixture.base, bank.d_in, bank.d_out))
             old.carry_over(before, branches)
             mixture.branches = nn.ModuleList(branches).to(*placement(mixture.base)).train(mixture.training)
     return [(new, names) for new, _, names in planned]

@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..formats.peft_export import load_experts, read_adapters
 from ..mixture import backbone_prefix
 from ..recipes import Recipe, make_recipe, recipe_class
-from .host import all_or_nothing
 from .moa_model import MoAModel
+from .rollback import all_or_nothing
 
 HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
 ALIASES = {

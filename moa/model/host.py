@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..experts import LoRABank
 from ..folding.swap import swapped
 from ..folding.weights import check_untied, fold, folded_change
 from ..formats import checkpoint
-from ..mixture import Branch, Mixture, find_sites, inject, linear_sites, placement, take_out
+from ..mixture import (
+    Branch,
+    Mixture,
+    block_sites,
+    find_blocks,
+    find_sites,
+    inject,
+    linear_sites,
+    named_sites,
+    placement,
+    take_out,
+)
 from ..mixture.preview import Preview
 from ..mixture.streams import Streams
 from ..objective.trace import Trace
@@ -30,6 +41,7 @@ class Host(nn.Module):
         context: what they share; the encoder half of an encoder-decoder shares `encoder_context`, which has its mask.
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
+        shared_by_experts: what the families of recipes share over their layers, by the recipe's number.
         streams: in which the base runs, for recipes that have several; None for one.
         samples: M, forwards per training step, the most that any recipe asks for.
     """
@@ -39,6 +51,7 @@ class Host(nn.Module):
     encoder_context: Context
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
+    shared_by_experts: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
     _preview: Preview | None = None
@@ -56,15 +69,14 @@ class Host(nn.Module):
             ConfigError: no layer matches, or one of them carries experts already.
         """
         recipe = recipe.for_base(self.base)
-        if sites is None:
-            chosen = find_sites(self.base, recipe.targets)
-        else:
-            free = linear_sites(self.base)
-            missing = sorted(set(sites) - {s.name for s in free})
-            if missing:
-                raise ConfigError(f"no free linear layer named {', '.join(missing)} in {type(self.base).__name__}.")
-            chosen = [s for s in free if s.name in set(sites)]  # in the order in which they run
+        find, free = (find_blocks, block_sites) if recipe.where == "block" else (find_sites, linear_sites)
+        chosen = find(self.base, recipe.targets) if sites is None else named_sites(self.base, free(self.base), sites)
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
+        shared = recipe.shared(chosen)
+        if shared is not None:
+            shared = shared.to(*placement(chosen[0].module)).train(self.training)
+            chosen = [dataclasses.replace(s, shared=shared) for s in chosen]
+            self.shared_by_experts[str(len(self.recipes))] = shared.requires_grad_(recipe.train_experts)
         side = _encoder_modules(self.base)
         for context, part in (
             (self.context, [s for s in chosen if id(s.module) not in side]),
@@ -125,8 +137,9 @@ class Host(nn.Module):
         `build` does it for adapters that it reads in; call it after training experts behind such a router.
         """
         for _, branch in self.branches():
-            if isinstance(branch.bank, LoRABank):
-                branch.router.experts_changed(branch.bank.down, branch.bank.up)
+            factors = branch.bank.factors()
+            if factors is not None:
+                branch.router.experts_changed(*factors)
 
     @property
     def preview(self) -> Preview | None:
@@ -240,6 +253,7 @@ class Host(nn.Module):
             self.streams.remove()
             self.streams = None
         self.recipes.clear()
+        self.shared_by_experts.clear()
         self.routers_changed()
         return self.base
 
@@ -272,12 +286,17 @@ class Host(nn.Module):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds: routers, experts, streams and the modules trained whole, by their name.
 
-        A layer that several parents share has one entry, under its first name.
+        A layer that several parents share has one entry, under its first name; what experts share has its owner's.
         """
         heads = tuple(f"base.{name}." for name in self.modules_to_save)
         state = self.state_dict(keep_vars=True)
-        chosen = {k: v for k, v in state.items() if ".branches." in k or k.startswith(("streams.", *heads))}
-        first = {id(v): k for k, v in reversed(chosen.items())}
+        chosen = {
+            k: v
+            for k, v in state.items()
+            if ".branches." in k or k.startswith(("streams.", "shared_by_experts.", *heads))
+        }
+        ordered = sorted(chosen.items(), key=lambda item: not item[0].startswith("shared_by_experts."))
+        first = {id(v): k for k, v in reversed(ordered)}
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
     def describe(self) -> dict[str, Any]:
@@ -306,24 +325,6 @@ class Host(nn.Module):
             raise ConfigError(
                 f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
             )
-
-
-@contextlib.contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Give a model back as it was if building on it fails: its own layers, and what of them is trained."""
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    before = {id(m) for m in model.modules() if isinstance(m, Mixture)}
-    lists = (list(model.recipes), list(model.modules_to_save)) if isinstance(model, Host) else None
-    try:
-        yield
-    except BaseException:
-        take_out(model, {id(m) for m in model.modules() if isinstance(m, Mixture)} - before)
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)
-        if isinstance(model, Host) and lists is not None:
-            model.recipes, model.modules_to_save = lists
-            model.routers_changed()
-        raise
 
 
 def _encoder_modules(base: nn.Module) -> set[int]:

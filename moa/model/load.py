@@ -13,7 +13,8 @@ from ..formats import checkpoint, foreign
 from ..formats.adopters import adopt
 from ..recipes import make_recipe
 from .heads import load_base
-from .host import Host, all_or_nothing
+from .host import Host
+from .rollback import all_or_nothing
 
 TASKS = {"CAUSAL_LM": "AutoModelForCausalLM", "QUESTION_ANS": "AutoModelForCausalLM"}  # the latter is MixLoRA's word
 H = TypeVar("H", bound=Host)

@@ -56,6 +56,7 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
         self.encoder_context = Context()
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
+        self.shared_by_experts = nn.ModuleDict()
         self.streams = None
         self.objective = Objective()
         self.last_losses: dict[str, Tensor] = {}

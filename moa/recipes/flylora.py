@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..experts import ExpertBank, VectorBank
+from ..experts import VectorBank
 from ..mixture import Branch, Site
 from ..routers import ProjectionRouter
 from ..routers.projection import layer_seed
@@ -35,6 +35,8 @@ class FlyLoRA(Recipe):
         refuses instead.
     """
 
+    families = ("lora",)
+
     n_experts: int = 0
     rank: int = 0
     k: int = 8
@@ -52,13 +54,6 @@ class FlyLoRA(Recipe):
         object.__setattr__(self, "n_experts", size)
         object.__setattr__(self, "rank", size)
         super().__post_init__()
-        if self.expert != "lora":
-            raise ConfigError(f"this recipe's experts are the columns of B: expert={self.expert!r} cannot be chosen.")
-
-    def bank(self, site: Site) -> ExpertBank:
-        """Return a fresh bank of E columns for a site, (*rows, i) -> (*rows, o)."""
-        options = {"scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
-        return VectorBank(site.d_in, site.d_out, self.n_experts, **options)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: the frozen projection of x (*rows, i) routes and weighs."""
@@ -70,4 +65,6 @@ class FlyLoRA(Recipe):
             seed=layer_seed(self.seed, site.name),
             bias_rate=self.bias_rate,
         )
-        return [Branch(router, self.bank(site))]
+        options = {"scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        bank = VectorBank(site.d_in, site.d_out, self.n_experts, directions=router.projection, **options)
+        return [Branch(router, bank)]

@@ -9,8 +9,6 @@ from typing import Literal
 
 from torch import nn
 
-from ..errors import ConfigError
-from ..experts import LoRABank
 from ..mixture import Branch, Mixture, Site
 from ..mixture.preview import hidden_width
 from ..routers import PreviewRouter, PrototypeRouter
@@ -108,6 +106,7 @@ class Arrow(Recipe):
     """
 
     wants_experts = True
+    families = ("lora",)
 
     k: int = 3
     temperature: float = 1.0
@@ -116,12 +115,11 @@ class Arrow(Recipe):
         object.__setattr__(self, "k", min(self.k, self.n_experts))
         super().__post_init__()
         PrototypeRouter(1, self.n_experts, self.k, temperature=self.temperature)
-        if self.expert != "lora":
-            raise ConfigError(f"this recipe routes by the factors of LoRAs: expert={self.expert!r} cannot be chosen.")
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: prototypes of the site's experts, for x (*rows, i)."""
         router, bank = PrototypeRouter(site.d_in, self.n_experts, self.k, temperature=self.temperature), self.bank(site)
-        assert isinstance(bank, LoRABank)
-        router.experts_changed(bank.down, bank.up)
+        factors = bank.factors()
+        assert factors is not None
+        router.experts_changed(*factors)
         return [Branch(router, bank)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ConfigError
-from ..experts import AffineLoRABank, ExpertBank, LoRABank
+from ..experts import Affine, ExpertBank
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, Router
 from .recipe import Recipe, register_recipe
@@ -37,6 +38,9 @@ class Hydra(Recipe):
         On a convolution (name it in targets) the parallel branch is one of rank r, the sequential one 1 × 1.
     """
 
+    families = ("lora",)
+    places = ("input",)
+
     n_experts: int = 1
     k: int = 1
     rank: int = 4
@@ -54,14 +58,13 @@ class Hydra(Recipe):
             raise ConfigError(
                 f"n_experts={self.n_experts} needs gate='experts': without it each branch is one pair of factors."
             )
-        if self.expert != "lora":
-            raise ConfigError(f"this recipe's branches are low-rank: expert={self.expert!r} cannot be chosen.")
 
     def build(self, site: Site) -> list[Branch]:
         """Return two branches: on the layer's input (*rows, i) and on its output (*rows, o)."""
         second = self.rank if self.sequential_rank is None else self.sequential_rank
-        parallel = Branch(self._router(site.d_in), self._bank(site.d_in, site.d_out, self.rank))
-        sequential = Branch(self._router(site.d_out), self._bank(site.d_out, site.d_out, second), "output")
+        parallel = Branch(self._router(site.d_in), self._bank(site, self.rank))
+        after = dataclasses.replace(site, d_in=site.d_out)
+        sequential = Branch(self._router(site.d_out), self._bank(after, second), "output")
         return [parallel, sequential]
 
     def _router(self, d_in: int) -> Router:
@@ -71,8 +74,7 @@ class Hydra(Recipe):
             return LinearRouter(d_in, 1, 1, score="sigmoid", renormalize=False)
         return LinearRouter(d_in, self.n_experts, self.k, losses={"balance": self.balance})
 
-    def _bank(self, d_in: int, d_out: int, rank: int) -> ExpertBank:
-        scaling = 1.0 if self.alpha is None else self.alpha / rank
-        family = AffineLoRABank if self.biases else LoRABank
-        options = {"rank": rank, "scaling": scaling, "dropout": self.dropout, "engine": self.engine}
-        return family(d_in, d_out, self.n_experts, **options)
+    def _bank(self, site: Site, rank: int) -> ExpertBank:
+        family = Affine() if self.biases else self.family
+        options = {**self.bank_options(), "rank": rank, "scaling": 1.0 if self.alpha is None else self.alpha / rank}
+        return family.build(site, self.n_experts, site.shared, **options)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import ConfigError
-from ..experts import BANKS, ExpertBank
+from ..experts import ExpertBank
 from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, linear_sites, mixture_on
 from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
@@ -33,6 +33,8 @@ class MixLoRA(Recipe):
         `moa.objective.losses.balance_loss`), so 2e-3 here is the code's. Its gate starts from N(0, 0.02²). The frozen
         products of a block run once per token, whatever k.
     """
+
+    places = ("input",)
 
     rank: int = 16
     dropout: float = 0.05
@@ -89,12 +91,4 @@ class MixLoRA(Recipe):
         return [made[site.name] for site in sites]
 
     def _bank(self, site: Site, n_experts: int) -> ExpertBank:
-        return BANKS[self.expert](
-            site.d_in,
-            site.d_out,
-            n_experts,
-            rank=self.rank,
-            scaling=self.scaling(),
-            dropout=self.dropout,
-            engine=self.engine,
-        )
+        return self.family.build(site, n_experts, site.shared, **self.bank_options())

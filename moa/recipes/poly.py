@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from ..errors import ConfigError
-from ..experts import ExpertBank, HeadedLoRABank, LoRABank
+from ..experts import ExpertBank, Headed
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, Router, TableRouter
 from .gates import Fixed
@@ -43,6 +43,8 @@ class Poly(Recipe):
         options (straight-through rounding, L2 norm, shared skill) are left out. alpha = 1 as released: s = 1/r.
     """
 
+    families = ("lora",)
+
     n_tasks: int = 1
     mode: Literal["full", "z", "mu"] = "full"
     relaxed: bool = True
@@ -55,8 +57,6 @@ class Poly(Recipe):
         super().__post_init__()
         if self.mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}.")
-        if self.expert != "lora":
-            raise ConfigError(f"this recipe mixes the factors of LoRAs: expert={self.expert!r} cannot be chosen.")
         self._router(Site("", torch.nn.Identity(), 1, 1))
 
     @property
@@ -74,11 +74,8 @@ class Poly(Recipe):
         Raises:
             ConfigError: the heads do not divide the site's features.
         """
-        options = {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
-        try:
-            bank = HeadedLoRABank(site.d_in, site.d_out, self.n_experts, n_heads=self.heads, **options)
-        except ConfigError as error:
-            raise ConfigError(f"{site.name}: {error}") from error
+        family = Headed(n_heads=self.heads)
+        bank = family.build(site, self.n_experts, site.shared, **self.bank_options())
         return bank.requires_grad_(self.mode != "z")
 
     def build(self, site: Site) -> list[Branch]:
@@ -118,11 +115,9 @@ class Poly(Recipe):
     def carry_over(self, old: Sequence[Branch], new: Sequence[Branch]) -> None:
         """Copy the skills, or their mean where the new branch holds one LoRA, down (E, r, i) and up (E, r, o)."""
         source, target = old[0].bank, new[0].bank
-        assert isinstance(source, HeadedLoRABank)
-        if isinstance(target, LoRABank):
-            uniform = torch.full((1, source.n_experts), 1.0 / source.n_experts, device=source.down.device)
-            for own, mean in zip((target.down, target.up), source.mixed(uniform), strict=True):
-                own[0].copy_(mean)
+        if target.n_experts == 1:
+            uniform = torch.full((source.n_experts,), 1.0 / source.n_experts)
+            target.read(0, source.mixed_delta(uniform.to(next(source.parameters()).device)))
         else:
             target.load_state_dict(source.state_dict())
 

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..errors import ConfigError, unknown_name
-from ..experts import BANKS, ExpertBank
+from ..experts import ExpertBank, Family, family_class, make_family
+from ..experts.family import COMMON, PLACES
 from ..kernels import engines
 from ..mixture import Branch, Mixture, Site, mixture_on
 from ..mixture.streams import Streams
@@ -29,7 +30,10 @@ class Recipe:
     Args:
         n_experts: E.
         k: K, experts per row.
-        expert: adapter family, a name in `moa.experts.BANKS`.
+        expert: adapter family: a name in `moa.experts.FAMILIES`, or a `Family`. In `moa.build` the family's own
+            keywords stand beside the recipe's.
+        place: where the experts sit: on a layer's "input" or "output", or after a "block"; None is the family's usual
+            place.
         rank: r of each expert.
         alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
         dropout: probability on the experts' input in training.
@@ -40,18 +44,23 @@ class Recipe:
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
+        families: names that `expert` may have; None is every family.
+        places: that `place` may name.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: a value out of range, or a family or a place that does not fit this recipe.
     """
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     wants_experts: ClassVar[bool] = False
+    families: ClassVar[tuple[str, ...] | None] = None
+    places: ClassVar[tuple[str, ...]] = PLACES
 
     n_experts: int = 8
     k: int = 2
-    expert: str = "lora"
+    expert: str | Family = "lora"
+    place: str | None = None
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -63,16 +72,63 @@ class Recipe:
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         check_experts(self.n_experts, self.k)
-        if self.expert not in BANKS:
-            raise ConfigError(unknown_name("expert family", self.expert, BANKS))
+        self._check_family()
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}.")
         if self.engine is not None and self.engine not in engines():
             raise ConfigError(unknown_name("engine", self.engine, engines()))
 
+    def _check_family(self) -> None:
+        family = make_family(self.expert) if isinstance(self.expert, str) else self.expert
+        object.__setattr__(self, "expert", family)
+        if self.families is not None and family.name not in self.families:
+            raise ConfigError(
+                f"the recipe {self.name!r} has experts of its own kind ({', '.join(self.families)}): "
+                f"expert={family.name!r} cannot be chosen."
+            )
+        usual = next((place for place in family.places if place in self.places), None)
+        if usual is None or (self.place is not None and self.place not in family.places):
+            raise ConfigError(
+                f"experts of the family {family.name!r} sit on {' or '.join(family.places)}: "
+                + (
+                    f"place={self.place!r} does not fit."
+                    if self.place
+                    else f"the recipe {self.name!r} has no such place."
+                )
+            )
+        if self.place is not None and self.place not in self.places:
+            raise ConfigError(
+                f"the recipe {self.name!r} puts experts on {' or '.join(self.places)}: "
+                f"place={self.place!r} does not fit."
+            )
+
+    @property
+    def family(self) -> Family:
+        """What an expert is."""
+        assert isinstance(self.expert, Family)
+        return self.expert
+
+    @property
+    def where(self) -> str:
+        """The place of the experts: "input", "output" or "block"."""
+        return self.place or next(place for place in self.family.places if place in self.places)
+
     def build(self, site: Site) -> list[Branch]:
         """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""
         raise NotImplementedError
+
+    def branches(self, site: Site) -> list[Branch]:
+        """Return the branches of one site at the recipe's place: on the output, x is y0 (*rows, o)."""
+        if self.where == "input":
+            return self.build(site)
+        branches = self.build(dataclasses.replace(site, d_in=site.d_out))
+        for branch in branches:
+            branch.tap = "output"
+        return branches
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        """Return what the family shares over all layers (*rows, i) -> (*rows, o) of this recipe, or None."""
+        return self.family.shared(sites)
 
     def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
         """Return one mixture for each site, (*rows, i) -> (*rows, o); recipes whose sites share something override it.
@@ -81,7 +137,7 @@ class Recipe:
             sites: of one model, in order.
             context: shared by the mixtures.
         """
-        return [mixture_on(site.module, self.build(site), context, site.name) for site in sites]
+        return [mixture_on(site.module, self.branches(site), context, site.name) for site in sites]
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.
@@ -107,8 +163,11 @@ class Recipe:
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
-        options = {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
-        return BANKS[self.expert](site.d_in, site.d_out, self.n_experts, **options)  # type: ignore[arg-type]
+        return self.family.build(site, self.n_experts, site.shared, **self.bank_options())
+
+    def bank_options(self) -> dict[str, Any]:
+        """Return the keywords of every bank: rank, scaling, dropout, engine; plain values."""
+        return {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
 
     def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
         """Return the recipe that learns one new task from what this one has learned; see `MoAModel.adapt`.
@@ -125,7 +184,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values, its name under "router"."""
-        return {"router": self.name, **dataclasses.asdict(self)}
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        unused = {name for name in COMMON if name not in self.family.uses}
+        kept = {name: value for name, value in own.items() if name not in unused}
+        return {"router": self.name, **kept, "expert": self.family.name, **self.family.keywords()}
 
 
 RECIPES: dict[str, type[Recipe]] = {}
@@ -175,7 +237,23 @@ def make_recipe(router: str, **options: Any) -> Recipe:
     """
     cls = recipe_class(router)
     known = [field.name for field in dataclasses.fields(cls)]
+    family = options.get("expert", next(f.default for f in dataclasses.fields(cls) if f.name == "expert"))
+    if isinstance(family, str):
+        theirs = [field.name for field in dataclasses.fields(family_class(family)) if field.name not in known]
+        own = {key: options.pop(key) for key in theirs if key in options}
+        if own or "expert" in options:
+            options["expert"] = make_family(family, own)
+    else:
+        theirs = []
     for key in options:
         if key not in known:
-            raise ConfigError(unknown_name("keyword", key, known, f"the recipe {router!r}"))
-    return cls(**options)
+            where = f"the recipe {router!r}" + (f" with expert={family!r}" if theirs else "")
+            raise ConfigError(unknown_name("keyword", key, [*known, *theirs], where))
+    made = cls(**options)
+    for key in COMMON:
+        if key in options and key not in made.family.uses:
+            raise ConfigError(
+                f"experts of the family {made.family.name!r} have no {key}: {key}={options[key]!r} would do nothing; "
+                "leave it out."
+            )
+    return made

@@ -33,6 +33,7 @@ class XCross(Recipe):
     """
 
     wants_experts = True
+    places = ("input", "output")
 
     k: int = 1
     beta: float = 1.0

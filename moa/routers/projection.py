@@ -70,6 +70,17 @@ class ProjectionRouter(BalancedRouter):
         indices = reach.topk(self.k, -1).indices
         return Routing(y.gather(-1, indices), indices, self.n_experts, y, magnitude)
 
+    def pinned(self, x: Tensor, expert: int) -> Routing:
+        """Return the routing that uses one expert alone on x (*rows, i), with its own product as weight (*rows, 1).
+
+        Raises:
+            ConfigError: expert is outside 0 … n_experts - 1.
+        """
+        only = super().pinned(x, expert)
+        y = exact_linear(x, self.projection[expert, None])  # (*rows, 1)
+        assert only.indices is not None
+        return Routing(y, only.indices.expand(y.shape), self.n_experts)
+
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, seed={self.seed}"

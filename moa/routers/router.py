@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError, ShapeError
@@ -54,6 +55,17 @@ class Router(nn.Module):
         Such a routing can be formed together with its mixture.
         """
         return None
+
+    def pinned(self, x: Tensor, expert: int) -> Routing:
+        """Return the routing that uses one expert alone on x (*rows, i): its weight is 1.
+
+        Raises:
+            ConfigError: expert is outside 0 … n_experts - 1.
+        """
+        if not 0 <= expert < self.n_experts:
+            raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {self.n_experts - 1}.")
+        one = torch.ones(1, dtype=torch.float32, device=x.device)
+        return Routing(one, torch.full((1,), expert, device=x.device), self.n_experts)
 
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""

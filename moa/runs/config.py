@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, unknown_name
+from ..experts import family_class
 from ..recipes import make_recipe, recipe_class
 from .tasks import Task
 
@@ -269,7 +270,10 @@ def _check_recipe(keywords: Mapping[str, Any]) -> None:
     """Check a recipe's name, keywords and their types, by making one."""
     options = {"router": "topk", **keywords}
     options.pop("experts", None)
-    hints = typing.get_type_hints(recipe_class(options["router"]))
+    recipe = recipe_class(options["router"])
+    expert = options.get("expert", next(f.default for f in dataclasses.fields(recipe) if f.name == "expert"))
+    family = family_class(expert) if isinstance(expert, str) else type(expert)
+    hints = typing.get_type_hints(family) | typing.get_type_hints(recipe) | {"expert": str}
     checked = {key: _value(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
     make_recipe(**checked)
 

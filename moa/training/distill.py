@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..errors import ConfigError, FoldError, NumericsError, unknown_name
-from ..experts import LoRABank
 from ..folding.mean_routing import branch_key, mean_change, mean_routings
 from ..merge import Squeezed, squeeze
-from ..mixture import copy_sharing, take_out
+from ..mixture import Branch, copy_sharing, take_out
 from ..model.outputs import logits_of, loss_of
 
 if TYPE_CHECKING:
@@ -143,18 +142,20 @@ def _closed_form(
     mixtures = model.mixtures()
     means = mean_routings(model, data, task_id)
     squeezed = {name: squeeze(mean_change(mixture, means), rank) for name, mixture in mixtures.items()}
-    constant = all(m.folds for m in mixtures.values()) and all(
+    constant = all(m.why_not_fold is None for m in mixtures.values()) and all(
         means[branch_key(mixtures[name], branch)].constant for name, branch in model.branches()
     )
     student = _student(model, rank)
     with torch.no_grad():
         for name, mixture in student.mixtures().items():
-            bank = mixture.branches[0].bank
-            assert isinstance(bank, LoRABank)
-            small = squeezed[name].delta
+            branch = mixture.branches[0]
+            assert isinstance(branch, Branch)
+            factors = branch.bank.factors()
+            assert factors is not None
+            (down, up), small = factors, squeezed[name].delta
             # rows beyond the change's own rank keep their random start behind a zero up, so that steps can use them
-            bank.down[0, : small.rank].copy_(small.down)
-            bank.up[0, : small.rank].copy_(small.up.T)
+            down[0, : small.rank].copy_(small.down)
+            up[0, : small.rank].copy_(small.up.T)
     return student, squeezed, constant
 
 

@@ -44,11 +44,11 @@ def test_values_and_gradients(name: str, variant: str, engine: str | None, shape
 
     def opened(x: Tensor, onto: Tensor) -> Tensor:
         args = (x.view(*shape, -1), indices.view(*shape, -1), onto.view(*shape, -1))
-        return bank.open_slots(*args).view(T, K, D_OUT)
+        return bank.fused.open_slots(*args).view(T, K, D_OUT)
 
     def closed(slots: Tensor, weights: Tensor) -> Tensor:
         args = (slots.view(*shape, K, -1), weights.view(*shape, K), indices.view(*shape, K))
-        return bank.close_slots(*args).view(T, D_OUT)
+        return bank.fused.close_slots(*args).view(T, D_OUT)
 
     def open_truth(x: Tensor, onto: Tensor) -> Tensor:
         return onto.unsqueeze(1) + by_definition(bank, x.unsqueeze(1).expand(T, K, D_IN), indices)
@@ -66,9 +66,9 @@ def test_an_expert_that_no_slot_chose_cannot_reach_it() -> None:
     x = torch.randn(3, D_IN, dtype=torch.float64)
     indices = torch.tensor([[0, 1], [1, 2], [2, 0]])
     onto = torch.zeros(3, D_OUT, dtype=torch.float64)
-    before = bank.open_slots(x, indices, onto)
+    before = bank.fused.open_slots(x, indices, onto)
     with torch.no_grad():
         bank.down[3] = 1e300
     big = torch.full_like(x, 1e10)
-    assert bank.open_slots(big, indices, onto).isfinite().all(), "expert 3 overflows and is chosen by none"
-    assert_close(bank.open_slots(x, indices, onto), before)
+    assert bank.fused.open_slots(big, indices, onto).isfinite().all(), "expert 3 overflows and is chosen by none"
+    assert_close(bank.fused.open_slots(x, indices, onto), before)

@@ -205,7 +205,7 @@ def test_a_recipe_or_a_layer_that_is_not_there(tmp_path):
     assert_fails(tmp_path, "unknown router 'topkk'", ConfigError)
     saved(tmp_path)
     rewrite(tmp_path, lambda tensors, header: header["recipes"][0]["layers"].append("model.layers.9.q"))
-    assert_fails(tmp_path, "no free linear layer named model.layers.9.q", ConfigError)
+    assert_fails(tmp_path, "no free linear layer or block named model.layers.9.q", ConfigError)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -293,7 +293,7 @@ KILLING = """
     sys.path.insert(0, {root!r})
     import torch
     torch.set_num_threads(1)
-    from moa import checkpoint
+    from moa.formats import checkpoint
     folder = Path({folder!r})
 
     def write(step):

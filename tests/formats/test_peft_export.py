@@ -219,7 +219,7 @@ def test_folders_that_are_no_adapters(tmp_path):
     save_file({k: torch.zeros(v.shape[0], 99) if "lora_A" in k else v for k, v in tensors.items()}, weights)
     fails("made for another base", tmp_path / "a")
     save_file({k.replace("q_proj", "r_proj"): v for k, v in tensors.items()}, weights)
-    fails("no free linear layer named .*r_proj", tmp_path / "a", error=ConfigError)
+    fails("no free linear layer or block named .*r_proj", tmp_path / "a", error=ConfigError)
     weights.write_bytes(data)
     (tmp_path / "a" / "adapter_config.json").write_text("{")
     fails("cannot be read", tmp_path / "a")

@@ -94,9 +94,9 @@ def test_the_bank_takes_it_only_where_it_holds(case: str, monkeypatch: pytest.Mo
     routing = Routing(torch.randn(*rows, E), None, E)
     x, weight = torch.randn(B, S, D_IN), torch.randn(D_OUT, D_IN)
     with torch.autocast("cpu", enabled=case == "autocast"):
-        bank.train().add_linear(x, routing, weight, None)
+        bank.train().fused.add_linear(x, routing, weight, None)
     assert not calls
     bank.eval()
     plain = Routing(torch.randn(B, 1, 2, E), None, E)
-    assert_close(bank.add_linear(x, plain, weight, None), F.linear(x, weight) + bank(x, plain), 1e-5)
+    assert_close(bank.fused.add_linear(x, plain, weight, None), F.linear(x, weight) + bank(x, plain), 1e-5)
     assert calls == [1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import moa
 from experiments.bench.plain_mixlora import plain_mixlora
 from moa.errors import ConfigError, FoldError
-from moa.experts import lora as lora_module
+from moa.experts import factored as lora_module
 from moa.mixture.blocks import BlockEntry, BlockExit
 from moa.mixture.sites import find_sites
 from moa.recipes.mixlora import feed_forward_blocks

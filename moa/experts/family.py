@@ -1,0 +1,119 @@
+"""Families are rows: what an adapter is, with its own keywords. `@register_expert` puts one into the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..errors import ConfigError, unknown_name
+from ..layers import Site
+from .bank import ExpertBank
+
+PLACES = ("input", "output", "block")
+COMMON = ("rank", "alpha", "dropout", "engine")  # a recipe's keywords that a family may use
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A kind of adapter; a subclass's fields are its keywords in `moa.build`, in a configuration and in a checkpoint.
+
+    Attributes:
+        places: where it can sit, the usual place first: on a layer's "input" x, on its "output" y0, or after a "block"
+            whose output is, or begins with, a tensor (B, S, d).
+        uses: which of a recipe's keywords rank, alpha, dropout and engine it looks at.
+
+    Raises:
+        ConfigError: a keyword out of range.
+    """
+
+    name: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    places: ClassVar[tuple[str, ...]] = PLACES
+    uses: ClassVar[tuple[str, ...]] = COMMON
+
+    def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
+        """Return a fresh bank, (*rows, i) -> (*rows, o), for a site.
+
+        Args:
+            site: its layer, sizes and weight (o, i).
+            n_experts: E.
+            shared: what `shared` made, or None.
+            options: rank, scaling, dropout and engine, as in `ExpertBank`.
+        """
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        """Return what all layers of one recipe share, e.g. random bases (r, d), or None.
+
+        The model owns it. Its parameters and persistent buffers are saved once; what a seed makes again is a buffer
+        that is not persistent.
+
+        Args:
+            sites: all layers of the recipe, in order.
+        """
+        return None
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the family's own keywords as plain values; no tensors, so no shapes."""
+        return dataclasses.asdict(self)
+
+
+FAMILIES: dict[str, type[Family]] = {}
+
+
+def register_expert(name: str, paper: str = "") -> Callable[[type[Family]], type[Family]]:
+    """Return a class decorator that adds a family to the table under a name.
+
+    Raises:
+        ConfigError: the name is taken by another class, a keyword is one that every recipe has, or a place is unknown.
+    """
+
+    def add(cls: type[Family]) -> type[Family]:
+        taken = FAMILIES.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ConfigError(
+                f"expert family {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name."
+            )
+        for place in cls.places:
+            if place not in PLACES:
+                raise ConfigError(unknown_name("place", place, PLACES, f"the family {name!r}"))
+        cls.name, cls.paper = name, paper
+        FAMILIES[name] = cls
+        return cls
+
+    return add
+
+
+def family_class(name: str) -> type[Family]:
+    """Return the family registered under a name, plug-ins of the entry point group "moa.experts" included.
+
+    Raises:
+        ConfigError: no such family; the nearest known one is named.
+    """
+    if name not in FAMILIES:
+        for entry in entry_points(group="moa.experts"):
+            if entry.name == name:
+                register_expert(name)(entry.load())
+    if name not in FAMILIES:
+        known = [*FAMILIES, *(entry.name for entry in entry_points(group="moa.experts"))]
+        raise ConfigError(unknown_name("expert family", name, known))
+    return FAMILIES[name]
+
+
+def make_family(name: str, options: Mapping[str, Any] | None = None) -> Family:
+    """Return the family of a name with its keywords set.
+
+    Raises:
+        ConfigError: unknown name or keyword (the nearest known one is named), or a value out of range.
+    """
+    cls = family_class(name)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in options or {}:
+        if key not in known:
+            raise ConfigError(unknown_name("keyword", key, known, f"the family {name!r}"))
+    return cls(**(options or {}))

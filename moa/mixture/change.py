@@ -1,0 +1,97 @@
+"""The one weight change that a layer's branches stand for, whoever asks: folding, averaging, exporting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta import Delta, total
+from ..errors import ConfigError, FoldError
+from ..experts import ExpertBank
+from ..layers import matrix
+from .mixture import Branch, Mixture
+
+Change = tuple[Delta, Tensor | None]
+
+
+@torch.no_grad()
+def layer_change(mixture: Mixture, of: Callable[[Branch], Change]) -> Change:
+    """Return the changes of weight (o, i) and bias (o,) or None that a mixture equals, given those of its branches.
+
+    With y0 = W x + b, branches on the input D x + c and branches on the output S y0 + t:
+    y = (W + D + S W) x + b + c + S b + t
+
+    Args:
+        mixture: whose base is a linear layer or a convolution, then (o, C · kernel).
+        of: branch -> the change that its bank stands for; see `mixed` and `single`.
+
+    Raises:
+        FoldError: the experts are not a weight change, or a branch on the output goes through a base that holds no
+            dense weight; the layer is named.
+    """
+    changes: list[Delta] = []
+    shifts: list[Tensor] = []
+    base: Any = mixture.base
+    for branch in mixture.branches:
+        assert isinstance(branch, Branch)
+        try:
+            change, constant = of(branch)
+        except FoldError as error:
+            raise FoldError(f"{mixture.name}: {error}") from error
+        if constant is not None:
+            shifts.append(constant)
+        if branch.tap == "output":
+            dense, bias = matrix(base), getattr(base, "bias", None)
+            if dense is None:
+                raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to go through.")
+            if bias is not None:
+                shifts.append(change.dense() @ bias.to(change.dtype))
+            change = change.before(dense)
+        changes.append(change)
+    if not changes:
+        raise FoldError(f"{mixture.name} has no branch to fold.")
+    return total(changes), torch.stack([s.to(shifts[0].dtype) for s in shifts]).sum(0) if shifts else None
+
+
+def mixed(bank: ExpertBank, weights: Tensor) -> Change:
+    """Return the change (o, i) and the constant (o,) of a bank whose experts have the same weights on every row.
+
+    Args:
+        bank: E experts.
+        weights: (E,) or (H, E).
+    """
+    constants = bank.constants()  # (E, o)
+    return bank.mixed_delta(weights), None if constants is None else weights.to(constants.dtype) @ constants
+
+
+def single(bank: ExpertBank, expert: int) -> Change:
+    """Return the change (o, i) and the constant (o,) of one expert.
+
+    Raises:
+        ConfigError: no such expert.
+    """
+    if not 0 <= expert < bank.n_experts:
+        raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {bank.n_experts - 1}.")
+    constants = bank.constants()  # (E, o)
+    return bank.delta(expert), None if constants is None else constants[expert]
+
+
+def factor_change(mixture: Mixture, of: Callable[[Branch], Change]) -> Delta:
+    """Return the change of weight (o, i) that a mixture equals, where it is nothing else.
+
+    Args:
+        mixture, of: as in `layer_change`.
+
+    Raises:
+        FoldError: as there, or the branches add a constant, which a LoRA has no place for.
+    """
+    change, shift = layer_change(mixture, of)
+    if shift is not None and bool(shift.any()):
+        raise FoldError(
+            f"{mixture.name}: its branches add a constant to every row, which a LoRA has no place for: fold the "
+            "mixture into the base where its routing is constant."
+        )
+    return change
