@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..merge.jobs import Plan
     from .merge_config import MergeConfig
 
 ENDINGS = (".yaml", ".yml")
@@ -56,8 +57,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     config = _config(arguments)
     adapters = config.read()
+    plan = _checked(config, adapters)
     if arguments.dry_run:
-        print(_plan(config, adapters))
+        print(_said(config, plan))
         return
     merged = merge_lazily(
         adapters,
@@ -130,12 +132,12 @@ def _weighted(adapters: Any, weights: list[float]) -> list[dict[str, Any]]:
     return [{**row, "weight": weight} for row, weight in zip(plain, weights, strict=True)]
 
 
-def _plan(config: MergeConfig, adapters: list[Any]) -> str:
-    """Return what the merge would do, everything checked that can be without computing it."""
+def _checked(config: MergeConfig, adapters: list[Any]) -> Plan:
+    """Return the merge, everything checked that can be without computing it; a dry run checks the same."""
+    from ..errors import ConfigError
     from ..formats.atomic import check_target
-    from ..formats.tensor_files import Checkpoint
+    from ..merge import METHODS
     from ..merge.run import make_plan
-    from ..merge.write import check_targets
 
     plan = make_plan(
         adapters,
@@ -148,13 +150,28 @@ def _plan(config: MergeConfig, adapters: list[Any]) -> str:
     sources = [source.path for source in config.adapters]
     inputs = sources if config.base is None else [config.base, *sources]
     check_target(config.out, overwrite=config.overwrite, inputs=inputs)
-    row = plan.method
+    if config.base is None and config.rank is None and not plan.method.keeps_factors:
+        others = ", ".join(name for name, row in METHODS.items() if row.keeps_factors)
+        raise ConfigError(
+            f"method {config.method!r} leaves dense changes, and an adapter holds low-rank factors: pass --rank to "
+            "write the nearest change of that rank, --base to write a whole checkpoint, or --method with one that "
+            f"keeps factors ({others})."
+        )
+    return plan
+
+
+def _said(config: MergeConfig, plan: Plan) -> str:
+    """Return what the merge would do."""
+    from ..formats.tensor_files import Checkpoint
+    from ..merge.write import check_targets
+
+    row, sources = plan.method, [source.path for source in config.adapters]
     lines = [
         f"method    {row.name}: {row.definition} ({row.paper})",
         *([f"options   {', '.join(f'{key}={value}' for key, value in plan.options.items())}"] if plan.options else []),
         *(
             f"adapter   {path}: {len(deltas)} layers, weight {weight:g}, base {deltas.base or 'not named'}"
-            for path, deltas, weight in zip(sources, adapters, plan.weights, strict=True)
+            for path, deltas, weight in zip(sources, plan.adapters, plan.weights, strict=True)
         ),
     ]
     if config.base is not None:
@@ -172,7 +189,7 @@ def _plan(config: MergeConfig, adapters: list[Any]) -> str:
 def _lists() -> str:
     """Return every key of a recipe, and every method with its options and their neutral values."""
     from ..merge import METHODS
-    from ..merge.jobs import REQUIRED
+    from ..merge.options import REQUIRED
     from .merge_config import MergeConfig, Source
 
     lines = []
@@ -181,6 +198,10 @@ def _lists() -> str:
         lines.append(f"{title}:\n" + text.partition("Args:\n")[2].partition("\n\n")[0] + "\n")
     lines.append("methods:")
     for name, row in METHODS.items():
-        options = [f"{key}={'REQUIRED' if o.default is REQUIRED else o.default}" for key, o in row.options.items()]
+        options = [
+            f"{key}={'REQUIRED' if o.default is REQUIRED else o.default}"
+            + "".join(f" ({value} by definition={name})" for name, value in o.elsewhere.items())
+            for key, o in row.options.items()
+        ]
         lines.append(f"  {name} ({row.paper})" + (f": {', '.join(options)}" if options else ""))
     return "\n".join(lines)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
-from ..errors import ConfigError, NumericsError, ShapeError
+from ..errors import ConfigError, ShapeError
 from .compose import inner
 from .subspace import total
+
+# Below this cosine two ends are opposite: the direction of an arc between them is rounding, not data.
+OPPOSITE = -0.9995
 
 
 def slerp(deltas: Sequence[Delta], weights: Sequence[float], *, base: Tensor | None = None) -> Delta:
@@ -33,9 +36,13 @@ def slerp(deltas: Sequence[Delta], weights: Sequence[float], *, base: Tensor | N
 
     Raises:
         ConfigError: not two deltas, or weights that give no share in [0, 1].
-        NumericsError: the two point in opposite directions: the arc is not determined.
+        ShapeError: the base's weight has another shape.
 
     Source: Shoemake 1985; mergekit's guide (slerp, nuslerp).
+    Differs: the point is on the line, (1 - t) ΔW_0 + t ΔW_1, where no angle is determined: an end that is zero, a
+        tensor of one entry, and ends that point in opposite directions (cos Ω < -0.9995), between which rounding
+        would choose the arc. mergekit takes the line for cos Ω > 0.9995, too; there the arc is determined and is
+        within 2e-4 of the line, and here it is the arc.
     """
     if len(deltas) != 2:
         raise ConfigError(f"slerp: it joins two adapters, got {len(deltas)}; use model_stock or average for more.")
@@ -43,19 +50,16 @@ def slerp(deltas: Sequence[Delta], weights: Sequence[float], *, base: Tensor | N
         raise ConfigError(f"slerp: weights are {list(weights)}, expected [1 - t, t] with t in [0, 1].")
     t = weights[1] / (weights[0] + weights[1])
     if base is not None:
+        if base.shape != deltas[0].shape:
+            raise ShapeError(f"slerp: base is {tuple(base.shape)}, the changes are {tuple(deltas[0].shape)}.")
         ends: list[Delta] = [Dense(base.to(d.dtype) + d.dense()) for d in deltas]
     else:
         ends = list(deltas)
     norms = [math.sqrt(inner(d, d)) for d in ends]
-    c0, c1 = (
-        1 - t,
-        t,
-    )  # the limit of the formula as Ω → 0, and the line where an end is zero and no angle exists
-    if min(norms) > 0:
-        cosine = max(-1.0, min(1.0, inner(ends[0], ends[1]) / (norms[0] * norms[1])))
-        angle = math.acos(cosine)
-        if math.pi - angle < 1e-6:
-            raise NumericsError("slerp: the two changes point in opposite directions, so the arc is not determined.")
+    c0, c1 = 1 - t, t  # the line: also the limit of the formula as Ω → 0
+    if min(norms) > 0:  # a tensor of one entry has cosine 1 or -1
+        cosine = min(1.0, inner(ends[0], ends[1]) / (norms[0] * norms[1]))
+        angle = math.acos(cosine) if cosine >= OPPOSITE else 0.0
         if angle > 1e-6:
             c0 = math.sin((1 - t) * angle) / math.sin(angle)
             c1 = math.sin(t * angle) / math.sin(angle)
@@ -76,9 +80,11 @@ def model_stock(deltas: Sequence[Delta]) -> Delta:
 
     Raises:
         ConfigError: fewer than two.
-        NumericsError: 1 + (N - 1) cos θ is 0: the changes cancel, so no such point exists.
 
     Source: Jang et al. 2024, arXiv 2403.19522 (the interpolation ratio).
+    Differs: t is 1, so the result is the mean, where no such point exists: in a tensor of one entry, which has no
+        angle, and where 1 + (N - 1) cos θ is 0 because the changes cancel. mergekit's factor there is negative or
+        infinite.
     """
     n = len(deltas)
     if n < 2:
@@ -91,9 +97,8 @@ def model_stock(deltas: Sequence[Delta]) -> Delta:
     ]
     cosine = sum(cosines) / len(cosines)
     divisor = 1 + (n - 1) * cosine
-    if divisor < 1e-6:
-        raise NumericsError(f"model_stock: the changes cancel (mean cosine {cosine:.6f}), so its ratio is unbounded.")
-    return total(deltas, (cosine / divisor,) * n)
+    exists = deltas[0].shape.numel() > 1 and divisor >= 1e-6
+    return total(deltas, (cosine / divisor if exists else 1 / n,) * n)
 
 
 def average_factors(deltas: Sequence[Delta], weights: Sequence[float] | Tensor) -> LowRank:

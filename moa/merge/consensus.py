@@ -15,7 +15,7 @@ from ..errors import ConfigError, unknown_name
 DEFINITIONS = ("paper", "peft", "mergekit")
 VOTES = ("total", "count")
 
-# Below this, the sum of agreeing weights cannot divide; mergekit's guide keeps the plain sum there, and so do we.
+# Below this, the sum of agreeing weights cannot divide: the plain sum stays.
 MIN_DIVISOR = 1e-8
 
 
@@ -76,7 +76,9 @@ def agreeing_sum(
     Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1 (elect, disjoint merge); PEFT 0.21 `merge_utils`;
         mergekit's guide (ties).
     Differs: the paper's released code gives an exact tie the majority sign of the whole vector; here, as in the
-        paper's formula, nobody agrees with sign 0 and the entry is 0.
+        paper's formula, nobody agrees with sign 0 and the entry is 0. mergekit divides by every sum of agreeing
+        weights but an exact 0, also by one that is rounding (weights 0.1, 0.2, -0.3); here one below 1e-8 does not
+        divide. mergekit takes differences and sums in the checkpoint's type; here in float32 at least.
     """
     if definition not in DEFINITIONS:
         raise ConfigError(unknown_name("definition", definition, DEFINITIONS, "sign agreement"))

@@ -26,7 +26,7 @@ def gram(inputs: Tensor) -> Tensor:
     Returns:
         (i, i) float64 on the inputs' device.
     """
-    x = inputs.reshape(-1, inputs.shape[-1]).double()
+    x = inputs.reshape(inputs.shape[:-1].numel(), inputs.shape[-1]).double()  # (rows, i)
     return x.T @ x
 
 
@@ -66,7 +66,10 @@ def regmean(
             raise ShapeError(f"regmean: a Gram matrix is {tuple(statistic.shape)}, expected ({i}, {i}).")
         full = statistic.to(left)
         g = weight * (shrink * full + (1 - shrink) * full.diag().diag())
-        left += delta.up.double() @ (delta.down.double() @ g) if isinstance(delta, LowRank) else delta.dense() @ g
+        if isinstance(delta, LowRank):
+            left += delta.up.double() @ (delta.down.double() @ g)
+        else:
+            left += delta.dense().double() @ g
         right += g
     root, failed = torch.linalg.cholesky_ex(right)
     if int(failed):

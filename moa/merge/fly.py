@@ -72,7 +72,7 @@ def fly_stack(
 
     Source: Zou et al. 2025, arXiv 2510.08396, eq. 10 (selection) and 12 (merge).
     Differs: the paper does not say whether the top-k holds after its merge; its released merge averages factors and
-        drops it. Here the two are apart: this one keeps it and is exact, `fly_dense` drops it.
+        drops it. Here the two are apart: this one keeps it and is exact, the method `flylora_dense` drops it.
     """
     parts = _equal_ranks(deltas, "fly_stack")
     values = (1 / len(parts),) * len(parts) if weights is None else check_weights(weights, len(parts), "fly_stack")
@@ -116,7 +116,7 @@ def fly_shared(deltas: Sequence[Delta], weights: Sequence[float] | None = None) 
         if not torch.equal(part.down, parts[0].down):
             raise ConfigError(
                 f"fly_shared: the frozen down factor of adapter {position} is not adapter 0's (another seed?): use "
-                "fly_stack, which is exact with independent factors, or fly_dense, which drops the top-k."
+                "fly_stack, which is exact with independent factors, or flylora_dense, which drops the top-k."
             )
     up = torch.stack([p.up * w for p, w in zip(parts, values, strict=True)]).sum(0)
     return LowRank(parts[0].down, up)

@@ -6,40 +6,25 @@ Elementwise rows are sparsify × agree × scale; see `moa.merge.methods` for the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank
-from ..errors import ConfigError, ShapeError, unknown_name
+from ..delta import Delta, Dense, LowRank, work_dtype
+from ..errors import ConfigError, MoaError, ShapeError, unknown_name
 from ..formats.named_deltas import Deltas, check_finite
 from .consensus import agreeing_sum, weighted_sum
 from .cutoff import model_threshold
+from .options import REQUIRED, Option
 from .sparsify import check_density, drop_by_rank, drop_random, generator_for, keep_above, keep_largest, keep_middle
 from .subspace import total
 
 # Sparsified deltas of one tensor are kept between the two passes of a sign vote up to this size, else made again:
 # both give the same numbers.
 KEEP_BYTES = 256 * 2**20
-
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Option:
-    """A keyword of a method.
-
-    Args:
-        default: its value when not given; `REQUIRED` if it must be.
-        doc: what it means.
-        choices: the accepted names, if it is one of several.
-    """
-
-    default: Any
-    doc: str
-    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,9 @@ class Method:
         options: its keywords.
         weights: how given weights are read: "normalised" to sum 1, "sum" as they are, "none" if it takes none.
         prepare: runs once before the tensors, over all of them; its result is `Job.state`.
-        matrices_only: it is defined for matrices; other tensors are averaged with the same weights, as in its paper.
+        fits: (shape, number of adapters) -> whether it is defined for such a tensor; the others are averaged with the
+            same weights, as the papers do with what is not a matrix. None: it is defined for every shape.
+        keeps_factors: low-rank changes merge to a low-rank change.
         sparsify: for elementwise rows, how entries are dropped.
         agree: for elementwise rows, whether signs are elected.
     """
@@ -66,7 +53,8 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     weights: Literal["normalised", "sum", "none"] = "sum"
     prepare: Callable[[Plan], Any] | None = None
-    matrices_only: bool = False
+    fits: Callable[[Sequence[int], int], bool] | None = None
+    keeps_factors: bool = False
     sparsify: str | None = None
     agree: bool = False
 
@@ -90,13 +78,18 @@ class Plan:
     options: Mapping[str, Any]
 
     def delta(self, index: int, name: str) -> Delta | None:
-        """Return one adapter's finite delta (o, i), None where it has none.
+        """Return one adapter's finite delta (o, i) in its work type, None where it has none.
 
         Raises:
             NumericsError: it holds NaN or infinity.
+            ShapeError: it holds integers.
         """
         adapter = self.adapters[index]
-        return check_finite(adapter[name], name, adapter.source) if name in adapter else None
+        if name not in adapter:
+            return None
+        with naming(name):
+            delta = adapter[name]
+            return check_finite(as_type(delta, work_dtype(delta.dtype)), name, adapter.source)
 
     def aligned(self, name: str) -> list[Delta]:
         """Return every adapter's delta of one tensor, of one shape (o, i) and one type; zero where one has none.
@@ -141,8 +134,19 @@ class Job:
         return self.plan.options
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Run a block about one tensor (any shape): an error of moa that does not name the tensor gets its name."""
+    try:
+        yield
+    except MoaError as error:
+        if repr(name) in str(error):
+            raise
+        raise type(error)(f"merging {name!r}: {error}") from error
+
+
 def read_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every keyword of a method with its value.
+    """Return every keyword of a method with its value; what is not given has the chosen `definition`'s default.
 
     Raises:
         ConfigError: an unknown keyword (the nearest is named), a missing one, or a value that is not a choice.
@@ -150,15 +154,18 @@ def read_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     for key in given:
         if key not in method.options:
             raise ConfigError(unknown_name("option", key, method.options, f"method {method.name!r}"))
-    values = {}
-    for key, option in method.options.items():
-        value = given.get(key, option.default)
+
+    def value_of(key: str, definition: str | None = None) -> Any:
+        option = method.options[key]
+        value = given[key] if key in given else option.elsewhere.get(definition or "", option.default)
         if value is REQUIRED:
             raise ConfigError(f"method {method.name!r} needs {key}=: {option.doc}.")
         if option.choices and value not in option.choices:
             raise ConfigError(unknown_name(key, value, option.choices, f"method {method.name!r}"))
-        values[key] = value
-    return values
+        return value
+
+    definition = value_of("definition") if "definition" in method.options else None
+    return {key: value_of(key, definition) for key in method.options}
 
 
 def per_adapter(value: Any, n: int, what: str) -> tuple[float, ...]:
@@ -219,6 +226,7 @@ def sparsified(job: Job, tensors: Sequence[Delta | Tensor] | None = None) -> Cal
     """
     kind, options, n = job.plan.method.sparsify, job.options, len(job.deltas)
     kind = options.get("sparsify", kind)
+    definition = "mergekit" if options.get("definition") == "mergekit" else "paper"
     source = job.deltas if tensors is None else tensors
     densities = per_adapter(options.get("density", 1.0), n, "density")
 
@@ -232,17 +240,11 @@ def sparsified(job: Job, tensors: Sequence[Delta | Tensor] | None = None) -> Cal
             return keep_largest(delta, density)
         if kind == "random":
             generator = generator_for(options["seed"], index, job.name)
-            return drop_random(delta, density, generator, rescale=options["rescale"])
+            return drop_random(delta, density, generator, definition=definition, rescale=options["rescale"])
         if kind == "rank":
             generator = generator_for(options["seed"], index, job.name)
-            return drop_by_rank(
-                delta,
-                density,
-                options["epsilon"],
-                generator,
-                definition=options["probabilities"],
-                rescale=options["rescale"],
-            )
+            spread, rescale = options["epsilon"], options["rescale"]
+            return drop_by_rank(delta, density, spread, generator, definition=definition, rescale=rescale)
         if kind == "middle":
             return keep_middle(delta, density, options["gamma"])
         return delta
@@ -306,9 +308,13 @@ def wide(values: Sequence[Delta]) -> list[Delta]:
     dtype = values[0].dtype
     for value in values:
         dtype = torch.promote_types(dtype, value.dtype)
-    return [
-        v
-        if v.dtype == dtype
-        else (LowRank(v.down.to(dtype), v.up.to(dtype)) if isinstance(v, LowRank) else Dense(v.dense().to(dtype)))
-        for v in values
-    ]
+    return [as_type(v, dtype) for v in values]
+
+
+def as_type(delta: Delta, dtype: torch.dtype) -> Delta:
+    """Return a delta (o, i) in another floating type; itself if it has that type already."""
+    if delta.dtype == dtype:
+        return delta
+    if isinstance(delta, LowRank):
+        return LowRank(delta.down.to(dtype), delta.up.to(dtype))
+    return Dense(delta.dense().to(dtype))

@@ -1,10 +1,14 @@
 """The table of merging methods: one row each, with its paper, its definition and its keywords.
 
 Papers: in the rows. `merge` itself is in `moa.merge.run`.
+Differs: where a row takes `definition`, "mergekit" gives what mergekit 0.1.5 computes, with its defaults (density 1,
+DELLA's ε 0.15; agreeing weights divide in ties and della only). What stays different is said by `agreeing_sum`,
+`drop_random`, `keep_probabilities` and `keep_middle`. mergekit's `rescale` of ties and breadcrumbs is not offered.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,34 +18,13 @@ from ..delta import Delta, Dense
 from ..errors import ConfigError
 from .average import average_factors, model_stock, slerp
 from .compose import normalised, stack
-from .consensus import DEFINITIONS, VOTES, weighted_sum
+from .consensus import weighted_sum
 from .data_aware import AdaMerged, adamerge, fisher, regmean
 from .elect import elect, magnitudes, rescalers
 from .fly import fly_shared, shares_down
-from .jobs import REQUIRED, Job, Method, Option, Plan, elementwise, low_rank_only, sparsified, thresholds, vote
+from .jobs import Job, Method, Plan, elementwise, low_rank_only, sparsified, thresholds, vote
+from .options import BY_RANK, DENSITY, MIDDLE, RANDOM, REQUIRED, RESCALE, SCALE, SCOPE, SEED, SUMMED_VOTE, VOTE, Option
 from .subspace import isotropic, knots, task_singular_vectors, total
-
-SCALE = Option(1.0, "λ, multiplies the merged change")
-DENSITY = Option(REQUIRED, "kept fraction in (0, 1], one number or one per adapter")
-SEED = Option(0, "seed of the random masks; each adapter and tensor draws its own")
-RESCALE = Option(True, "divide kept entries by their probability of being kept")
-SCOPE = Option(None, "rank magnitudes over the whole 'model' or each 'tensor'; by the definition if None")
-VOTE: Mapping[str, Option] = {
-    "definition": Option("paper", "whose TIES: see moa.merge.consensus.agreeing_sum", DEFINITIONS),
-    "vote": Option("total", "signs are elected by the 'total' or by 'count'", VOTES),
-    "normalize": Option(True, "mergekit's definition only: divide by the agreeing weights"),
-}
-RANDOM: Mapping[str, Option] = {"density": DENSITY, "seed": SEED, "rescale": RESCALE, "scale": SCALE}
-BY_RANK: Mapping[str, Option] = {
-    **RANDOM,
-    "epsilon": Option(0.1, "spread of the keep probabilities over a row"),
-    "probabilities": Option("paper", "whose MagPrune: ε is the whole width, or half of it", ("paper", "mergekit")),
-}
-MIDDLE: Mapping[str, Option] = {
-    "density": DENSITY,
-    "gamma": Option(0.01, "fraction of the largest magnitudes dropped"),
-    "scale": SCALE,
-}
 
 
 def _stack(job: Job) -> Delta:
@@ -50,6 +33,8 @@ def _stack(job: Job) -> Delta:
 
 def _slerp(job: Job) -> Delta:
     base = job.options["base"]
+    if base is not None and job.name not in base:
+        raise ConfigError(f"slerp: base holds no weight {job.name!r}, and a delta changes it.")
     return slerp(job.deltas, job.weights, base=None if base is None else base[job.name])
 
 
@@ -143,6 +128,15 @@ def _emr(job: Job) -> Delta:
     return Dense(agree[task] * unified * float(job.state[task]))
 
 
+def _is_matrix(shape: Sequence[int], n: int) -> bool:
+    return len(shape) == 2 and min(shape) > 0
+
+
+def _has_room(shape: Sequence[int], n: int) -> bool:
+    """Return whether every one of n adapters can have a direction of its own."""
+    return len(shape) == 2 and min(shape) >= n
+
+
 def _table(*rows: Method) -> dict[str, Method]:
     return {row.name: row for row in rows}
 
@@ -154,6 +148,7 @@ METHODS: dict[str, Method] = _table(
         "Σ w_t δ_t / Σ w_t; low-rank stays low-rank, exactly",
         elementwise,
         weights="normalised",
+        keeps_factors=True,
     ),
     Method(
         "task_arithmetic",
@@ -161,12 +156,14 @@ METHODS: dict[str, Method] = _table(
         "λ Σ w_t δ_t; low-rank stays low-rank, exactly",
         elementwise,
         {"scale": SCALE},
+        keeps_factors=True,
     ),
     Method(
         "stack",
         "Wang et al. 2024, arXiv 2409.05976 (FLoRA)",
         "Σ w_t δ_t as factors of rank Σ r_t, exactly; refuses dense deltas",
         _stack,
+        keeps_factors=True,
     ),
     Method(
         "magnitude",
@@ -182,7 +179,7 @@ METHODS: dict[str, Method] = _table(
         "Yadav et al. 2023, arXiv 2306.01708",
         "λ · (agreeing part of top(δ_t)): see moa.merge.consensus.agreeing_sum for the three definitions",
         elementwise,
-        {"density": Option(0.2, DENSITY.doc), "scope": SCOPE, **VOTE, "scale": SCALE},
+        {"density": dataclasses.replace(DENSITY, default=0.2), "scope": SCOPE, **VOTE, "scale": SCALE},
         prepare=thresholds,
         sparsify="magnitude",
         agree=True,
@@ -190,7 +187,7 @@ METHODS: dict[str, Method] = _table(
     Method(
         "dare",
         "Yu et al. 2023, arXiv 2311.03099",
-        "λ Σ w_t m_t ⊙ δ_t / density, m_t random",
+        "λ Σ w_t m_t ⊙ δ_t / density, m_t random; mergekit: each m_t ⊙ δ_t scaled to ‖δ_t‖₁",
         elementwise,
         RANDOM,
         sparsify="random",
@@ -200,7 +197,7 @@ METHODS: dict[str, Method] = _table(
         "Yu et al. 2023, arXiv 2311.03099, with the sign election of TIES in place of its trim",
         "λ · (agreeing part of m_t ⊙ δ_t / density)",
         elementwise,
-        {**RANDOM, **VOTE},
+        {**RANDOM, **SUMMED_VOTE},
         sparsify="random",
         agree=True,
     ),
@@ -234,7 +231,7 @@ METHODS: dict[str, Method] = _table(
         "Davari and Belilovsky 2023, arXiv 2312.06795, with the sign election of TIES",
         "λ · (agreeing part of middle(δ_t))",
         elementwise,
-        {**MIDDLE, **VOTE},
+        {**MIDDLE, **SUMMED_VOTE},
         sparsify="middle",
         agree=True,
     ),
@@ -244,6 +241,7 @@ METHODS: dict[str, Method] = _table(
         "the arc between two deltas at t = w_1 / (w_0 + w_1); with base= between the full weights",
         _slerp,
         {"base": Option(None, "name -> W, to interpolate W + δ as mergekit's slerp does")},
+        keeps_factors=True,
     ),
     Method(
         "model_stock",
@@ -251,6 +249,7 @@ METHODS: dict[str, Method] = _table(
         "N cos θ / (1 + (N - 1) cos θ) · mean δ_t, per tensor",
         lambda job: model_stock(job.deltas),
         weights="none",
+        keeps_factors=True,
     ),
     Method(
         "average_factors",
@@ -258,6 +257,7 @@ METHODS: dict[str, Method] = _table(
         "(Σ w_t up_t)(Σ w_t down_t) / (Σ w_t)²: the factors averaged, NOT the deltas",
         lambda job: average_factors(low_rank_only(job), job.weights),
         weights="normalised",
+        keeps_factors=True,
     ),
     Method(
         "flylora_dense",
@@ -265,6 +265,7 @@ METHODS: dict[str, Method] = _table(
         "Σ w_t δ_t / Σ w_t, top-k dropped; one shared down factor keeps the rank (see moa.merge.fly_stack for top-k)",
         _flylora,
         weights="normalised",
+        keeps_factors=True,
     ),
     Method(
         "knots",
@@ -281,7 +282,8 @@ METHODS: dict[str, Method] = _table(
             **VOTE,
             "scale": SCALE,
         },
-        matrices_only=True,
+        fits=_is_matrix,
+        keeps_factors=True,
     ),
     Method(
         "tsv",
@@ -289,7 +291,8 @@ METHODS: dict[str, Method] = _table(
         "λ Û Σ V̂ᵀ: top singular triplets of each task, orthogonalised across tasks",
         _tsv,
         {"rank": Option(None, "triplets per task; min(o, i) / n if None"), "scale": SCALE},
-        matrices_only=True,
+        fits=_has_room,
+        keeps_factors=True,
     ),
     Method(
         "isotropic",
@@ -297,7 +300,8 @@ METHODS: dict[str, Method] = _table(
         "λ σ̄ U Vᵀ of Σ w_t δ_t = U Σ Vᵀ",
         _isotropic,
         {"scale": SCALE},
-        matrices_only=True,
+        fits=_is_matrix,
+        keeps_factors=True,
     ),
     Method(
         "regmean",
@@ -308,7 +312,7 @@ METHODS: dict[str, Method] = _table(
             "grams": Option(REQUIRED, "one mapping per adapter, name -> XᵀX (i, i): see moa.merge.gram"),
             "shrink": Option(0.9, "share of the off-diagonal kept, [0, 1]"),
         },
-        matrices_only=True,
+        fits=_is_matrix,
     ),
     Method(
         "fisher",
@@ -336,6 +340,7 @@ METHODS: dict[str, Method] = _table(
         },
         weights="none",
         prepare=_learn,
+        keeps_factors=True,
     ),
     Method(
         "emr",

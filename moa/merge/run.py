@@ -14,7 +14,7 @@ from ..delta import Delta
 from ..errors import ConfigError, unknown_name
 from ..formats.named_deltas import DeltaLike, Deltas, deltas, listed
 from .compose import check_weights, normalised
-from .jobs import Job, Method, Plan, read_options
+from .jobs import Job, Method, Plan, naming, read_options
 from .methods import METHODS
 from .subspace import total
 
@@ -93,9 +93,10 @@ def merge_lazily(
 
     def load(name: str) -> Delta:
         parts = plan.aligned(name)
-        if row.matrices_only and len(parts[0].shape) != 2:
-            return total(parts, normalised(plan.weights, row.name))
-        return row.run(Job(plan, name, parts, state))
+        with naming(name):
+            if row.fits is not None and not row.fits(parts[0].shape, len(parts)):
+                return total(parts, normalised(plan.weights, row.name))
+            return row.run(Job(plan, name, parts, state))
 
     base = next((a.base for a in plan.adapters if a.base is not None), None)
     transposed = next((a.transposed for a in plan.adapters if a.transposed is not None), None)

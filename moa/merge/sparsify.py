@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
+# Below this sum of magnitudes mergekit does not rescale, and by its definition neither do we.
+MIN_L1 = 1e-7
+
 
 def check_density(density: float, where: str) -> None:
     """Check that a kept fraction is in (0, 1].
@@ -125,16 +128,20 @@ def keep_above(delta: Tensor, threshold: float) -> Tensor:
     return torch.nn.functional.hardshrink(delta, float(below))
 
 
-def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, rescale: bool = True) -> Tensor:
-    """Return the delta with entries dropped at random and the kept ones divided by the density.
+def drop_random(
+    delta: Tensor, density: float, generator: torch.Generator, *, definition: str = "paper", rescale: bool = True
+) -> Tensor:
+    """Return the delta with entries dropped at random and the kept ones rescaled.
 
-    δ̂ = m ⊙ δ / (1 - p), m ~ Bernoulli(1 - p), density = 1 - p, so that E[δ̂] = δ.
+    paper: δ̂ = m ⊙ δ / (1 - p), m ~ Bernoulli(1 - p), density = 1 - p, so that E[δ̂] = δ;
+    mergekit: δ̂ = m ⊙ δ · ‖δ‖₁ / ‖m ⊙ δ‖₁, so that the sum of magnitudes is the same for every m.
 
     Args:
         delta: any shape.
         density: probability of keeping an entry, (0, 1].
         generator: CPU generator the mask is drawn from, so that it is the same on every device.
-        rescale: divide by the density; False keeps the values.
+        definition: whose rescaling, "paper" or "mergekit".
+        rescale: False keeps the values.
 
     Returns:
         A new tensor of the same shape.
@@ -142,11 +149,30 @@ def drop_random(delta: Tensor, density: float, generator: torch.Generator, *, re
     Raises:
         ConfigError: the density is outside (0, 1].
 
-    Source: Yu et al. 2023, arXiv 2311.03099 (drop and rescale).
+    Source: Yu et al. 2023, arXiv 2311.03099 (drop and rescale); mergekit's dare_linear and dare_ties.
+    Differs: mergekit draws from torch's global stream; here every tensor of every adapter has a generator of its own.
     """
     check_density(density, "drop_random")
     kept = delta * draw_mask(density, delta, generator)
-    return kept / density if rescale else kept
+    if not rescale:
+        return kept
+    return same_l1(kept, delta) if definition == "mergekit" else kept / density
+
+
+def same_l1(kept: Tensor, delta: Tensor) -> Tensor:
+    """Return what is left of a delta, scaled so that its magnitudes sum to what they did before.
+
+    Args:
+        kept: of delta's shape.
+        delta: any shape.
+
+    Returns:
+        kept · ‖δ‖₁ / ‖kept‖₁ of the same shape; `kept` itself where either sum is below 1e-7.
+
+    Source: mergekit's `rescale`.
+    """
+    before, after = (float(t.abs().sum(dtype=torch.float64)) for t in (delta, kept))
+    return kept * (before / after) if min(before, after) >= MIN_L1 else kept
 
 
 def draw_mask(probability: Tensor | float, delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,15 +180,16 @@ def draw_mask(probability: Tensor | float, delta: Tensor, generator: torch.Gener
 
     Args:
         probability: one for all entries, or of delta's shape on CPU; in [0, 1].
-        delta: any shape; its dtype, no narrower than fp32, is that of the draws.
+        delta: any shape.
         generator: CPU generator.
 
     Returns:
-        Bool mask of delta's shape, on its device.
+        Bool mask of delta's shape, on its device: the same for every type of delta.
     """
-    # Half the time of torch.bernoulli, with the same distribution.
-    draws = torch.rand(delta.shape, generator=generator, dtype=torch.promote_types(delta.dtype, torch.float32))
-    return (draws < probability).to(delta.device)
+    # Half the time of torch.bernoulli, with the same distribution. Draws of another type would be another stream.
+    draws = torch.rand(delta.shape, generator=generator, dtype=torch.float32)
+    limit = probability.float() if isinstance(probability, Tensor) else probability
+    return (draws < limit).to(delta.device)
 
 
 def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition: str) -> Tensor:
@@ -170,10 +197,11 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition
 
     With r_j = 0 … n - 1 the rank of entry j in its row of n, 0 the largest:
     paper: 1 - p_j, p_j = (p - ε/2) + ε r_j / n, p = 1 - density;
-    mergekit: from density + ε (largest) down to density - ε (smallest), linear in r_j.
+    mergekit: from density + ε (largest) down to density - ε (smallest), linear in r_j; 1 if the density is 1.
 
     Args:
-        delta: (o, i), or any shape whose last axis is the row.
+        delta: (o, i) or any shape. A row runs along the last axis; by mergekit's definition along axis 1, which is
+            another one where there are three axes or more.
         density: mean kept fraction.
         epsilon: spread of the probabilities; the whole width in the paper's definition, half of it in mergekit's.
         definition: "paper" or "mergekit".
@@ -186,23 +214,30 @@ def keep_probabilities(delta: Tensor, density: float, epsilon: float, definition
 
     Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune); mergekit's guide to merge methods (della).
     Differs: the two definitions give ε another meaning and the paper's lowest probability is one step of ε/n above
-        the end of its range; both are kept, named.
+        the end of its range; both are kept, named. A row of one entry is kept with probability `density` by
+        mergekit's definition; mergekit itself divides 0 by 0 there and stops.
     """
-    n = max(delta.shape[-1], 1) if delta.ndim else 1
-    rank = torch.arange(n, dtype=delta.dtype)
+    if definition == "mergekit" and density == 1:
+        return torch.ones(delta.shape, dtype=delta.dtype)
+    magnitude = delta.abs().reshape(delta.shape or (1,))
+    axis = 1 if definition == "mergekit" and magnitude.ndim > 1 else -1
+    magnitude = magnitude.movedim(axis, -1)
+    n = max(magnitude.shape[-1], 1)
+    rank = torch.arange(n, dtype=torch.float64)
     if definition == "paper":
         low, high = density - epsilon / 2, density + epsilon / 2
         kept = 1 - ((1 - density) - epsilon / 2 + epsilon * rank / n)
     else:
         low, high = density - epsilon, density + epsilon
-        kept = high - 2 * epsilon * rank / max(n - 1, 1)
+        kept = high - 2 * epsilon * rank / (n - 1) if n > 1 else torch.full((1,), density, dtype=torch.float64)
     if epsilon < 0 or low <= 0 or high > 1:
         raise ConfigError(
             f"della: density {density} and epsilon {epsilon} give keep probabilities from {low:g} to {high:g} "
             f"(definition {definition!r}); they must stay in (0, 1]: lower epsilon."
         )
-    order = _row_order(delta.abs().reshape(-1, n).cpu())
-    return torch.empty(order.shape, dtype=delta.dtype).scatter_(-1, order, kept.expand_as(order)).reshape(delta.shape)
+    order = _row_order(magnitude.reshape(-1, n).cpu())
+    placed = torch.empty(order.shape, dtype=delta.dtype).scatter_(-1, order, kept.to(delta.dtype).expand_as(order))
+    return placed.reshape(magnitude.shape).movedim(-1, axis).reshape(delta.shape)
 
 
 def _row_order(magnitude: Tensor) -> Tensor:
@@ -228,15 +263,16 @@ def drop_by_rank(
 ) -> Tensor:
     """Return the delta with entries dropped at random, small ones sooner, and the kept ones rescaled.
 
-    δ̂_j = m_j δ_j / (1 - p_j), m_j ~ Bernoulli(1 - p_j), p_j by rank in the row: see `keep_probabilities`.
+    paper: δ̂_j = m_j δ_j / (1 - p_j), m_j ~ Bernoulli(1 - p_j), p_j by rank in the row: see `keep_probabilities`;
+    mergekit: δ̂ = m ⊙ δ · ‖δ‖₁ / ‖m ⊙ δ‖₁.
 
     Args:
-        delta: (o, i), or any shape whose last axis is the row.
+        delta: (o, i) or any shape.
         density: mean kept fraction.
         epsilon: spread of the probabilities.
         generator: CPU generator of the mask.
-        definition: "paper" or "mergekit".
-        rescale: divide by the keep probability; False keeps the values.
+        definition: whose probabilities and rescaling, "paper" or "mergekit".
+        rescale: False keeps the values.
 
     Returns:
         A new tensor of the same shape.
@@ -244,12 +280,14 @@ def drop_by_rank(
     Raises:
         ConfigError: the density is outside (0, 1], or a probability would leave (0, 1].
 
-    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune).
+    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune); mergekit's della and della_linear.
     """
     check_density(density, "drop_by_rank")
     probability = keep_probabilities(delta, density, epsilon, definition)
     kept = delta * draw_mask(probability, delta, generator)
-    return kept / probability.to(delta.device) if rescale else kept
+    if not rescale:
+        return kept
+    return same_l1(kept, delta) if definition == "mergekit" else kept / probability.to(delta.device)
 
 
 def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
@@ -267,7 +305,8 @@ def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
         ConfigError: the density is outside (0, 1] or gamma outside [0, 1).
 
     Source: Davari and Belilovsky 2023, arXiv 2312.06795.
-    Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide.
+    Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide. Where γ · n is
+        below 1 an outlier is not dropped; mergekit's slice is then empty and drops the whole tensor.
     """
     check_density(density, "keep_middle")
     if not 0 <= gamma < 1:

@@ -128,7 +128,8 @@ def task_singular_vectors(deltas: Sequence[Delta], weights: Sequence[float], *, 
     Source: Gargiulo et al. 2024, arXiv 2412.00081, Algorithm 1 (TSV-Merge).
     Differs: where tasks share directions exactly (equal adapters, or one shared down factor) U or V loses rank and
         the paper's orthogonalisation is not unique; the lost directions are then left out instead of being filled
-        with arbitrary ones.
+        with arbitrary ones. A matrix with min(o, i) < T leaves no task a direction of its own (the released code
+        would keep none and write no change): `merge` averages it, as it does what is not a matrix.
     """
     if len(deltas[0].shape) != 2:
         raise ShapeError(f"tsv: expected matrices, got shape {tuple(deltas[0].shape)}.")

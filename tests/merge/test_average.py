@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moa.errors import ConfigError, NumericsError, ShapeError
+from moa.errors import ConfigError, ShapeError
 from moa.merge import Dense, LowRank, average_factors, model_stock, slerp
 
 from .tools import assert_close, factors, matrices
@@ -52,8 +52,31 @@ def test_slerp_refuses() -> None:
     for weights in ([-1.0, 2.0], [0.0, 0.0]):
         with pytest.raises(ConfigError, match="expected"):
             slerp([a, a], weights)
-    with pytest.raises(NumericsError, match="opposite"):
-        slerp([a, a.scaled(-2.0)], [0.5, 0.5])
+    with pytest.raises(ShapeError, match=r"base is \(5, 7\), the changes are \(7, 5\)"):
+        slerp([a, a], [0.5, 0.5], base=torch.ones(5, 7))
+
+
+def test_slerp_is_linear_where_no_arc_is_determined() -> None:
+    a, noise = matrices(2)
+    one, other = torch.tensor(0.01).double(), torch.tensor(-0.02).double()
+    assert float(slerp([Dense(one), Dense(other)], [0.7, 0.3]).dense()) == pytest.approx(0.7 * 0.01 - 0.3 * 0.02)
+    opposite = -2 * a
+    assert_close(slerp([Dense(a), Dense(opposite)], [0.7, 0.3]).dense(), 0.7 * a + 0.3 * opposite, 1e-12)
+    # Rounding must not choose the arc: opposite within 1e-3 is opposite.
+    nearly = opposite + 1e-3 * noise
+    assert_close(slerp([Dense(a), Dense(nearly)], [0.7, 0.3]).dense(), 0.7 * a + 0.3 * nearly, 1e-12)
+    base = torch.tensor([5.0]).double()
+    got = slerp([Dense(torch.tensor([-4.0]).double()), Dense(torch.tensor([-8.0]).double())], [0.25, 0.75], base=base)
+    assert float(got.dense()) == pytest.approx(-7.0), "5 - 4 and 5 - 8 have opposite signs"
+
+
+@pytest.mark.parametrize("degrees", [1.0, 45.0, 90.0, 170.0, 178.0])
+def test_slerp_leaves_the_arc_only_beyond_the_cosine_that_mergekit_names(degrees: float) -> None:
+    """At an angle θ in a plane of two axes the point at share t stands at angle t θ."""
+    angle, t = math.radians(degrees), 0.3
+    ends = [[1.0, 0.0], [math.cos(angle), math.sin(angle)]]
+    got = slerp([Dense(torch.tensor(e, dtype=torch.float64)) for e in ends], [1 - t, t]).dense()
+    assert_close(got, torch.tensor([math.cos(t * angle), math.sin(t * angle)], dtype=torch.float64), 1e-12)
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -75,8 +98,14 @@ def test_model_stock_of_equal_changes_is_that_change() -> None:
     assert float(model_stock([a, a.zeros()]).dense().abs().max()) == 0
     with pytest.raises(ConfigError, match="at least two"):
         model_stock([a])
-    with pytest.raises(NumericsError, match="cancel"):
-        model_stock([a, a.scaled(-1.0)])
+
+
+def test_model_stock_is_the_mean_where_the_ratio_is_unbounded() -> None:
+    a = factors()
+    assert_close(model_stock([a, a.scaled(-3.0)]).dense(), -a.dense(), 1e-12)
+    for values in ([0.01, -0.02], [0.01, 0.02, -0.06], [3.0, 3.0]):  # one entry has no angle
+        deltas = [Dense(torch.tensor([v]).double()) for v in values]
+        assert float(model_stock(deltas).dense()) == pytest.approx(sum(values) / len(values))
 
 
 def test_averaging_factors_is_not_averaging_changes() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import moa.merge.jobs as engine
 from moa.errors import ConfigError, MoaError, NumericsError, ShapeError
 from moa.merge import METHODS, Delta, Dense, LowRank, difference, merge, merge_lazily, read_peft, squeeze
-from moa.merge.jobs import REQUIRED
+from moa.merge.options import REQUIRED
 from moa.merge.sparsify import draw_mask, generator_for
 
 from .tools import assert_close, factors, lora_folder, matrices
@@ -116,7 +116,7 @@ def test_the_order_of_adapters_changes_nothing(method: str) -> None:
         assert_close(last[name].dense(), first[name].dense(), 1e-9)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].matrices_only])
+@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].fits])
 def test_what_is_no_matrix_is_averaged_as_in_the_papers(method: str) -> None:
     sets = adapters(norm=True)
     merged = merge(sets, [1.0, 1.0, 1.0], method, **NEEDED.get(method, {}))

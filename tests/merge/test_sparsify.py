@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils
+from torch import Tensor
 
 from moa.errors import ConfigError
 from moa.merge.sparsify import (
@@ -86,9 +87,64 @@ def test_della_without_spread_is_dare() -> None:
     x = torch.randn(6, 9, dtype=torch.float64)
     for kind in ("paper", "mergekit"):
         della = drop_by_rank(x, 0.4, 0.0, generator_for(0, 0, "w"), definition=kind)
-        assert_close(della, drop_random(x, 0.4, generator_for(0, 0, "w")))
+        assert_close(della, drop_random(x, 0.4, generator_for(0, 0, "w"), definition=kind))
     plain = drop_by_rank(x, 0.4, 0.1, generator_for(0, 0, "w"), rescale=False)
     assert bool(((plain == x) | (plain == 0)).all())
+
+
+def same_magnitude(kept: Tensor, x: Tensor) -> Tensor:
+    """mergekit's `rescale`, in plain numbers: the magnitudes that are left sum to what all of them summed to."""
+    values = kept.reshape(-1).tolist()
+    factor = sum(abs(v) for v in x.reshape(-1).tolist()) / sum(abs(v) for v in values)
+    return torch.tensor([factor * v for v in values], dtype=x.dtype).view(x.shape)
+
+
+def test_mergekits_rescaling_keeps_the_sum_of_magnitudes() -> None:
+    x = torch.randn(6, 9, dtype=torch.float64)
+    masked = drop_random(x, 0.4, generator_for(0, 0, "w"), rescale=False)
+    dare = drop_random(x, 0.4, generator_for(0, 0, "w"), definition="mergekit")
+    assert_close(dare, same_magnitude(masked, x), 1e-12)
+    masked = drop_by_rank(x, 0.4, 0.1, generator_for(0, 0, "w"), definition="mergekit", rescale=False)
+    della = drop_by_rank(x, 0.4, 0.1, generator_for(0, 0, "w"), definition="mergekit")
+    assert_close(della, same_magnitude(masked, x), 1e-12)
+    paper = drop_random(x, 0.4, generator_for(0, 0, "w"))
+    assert float((dare - paper).abs().max()) > 1e-3
+    for small in (torch.zeros(3), torch.full((3,), 1e-9)):  # nothing to scale by
+        kept = drop_random(small, 0.5, generator_for(1, 0, "w"), definition="mergekit", rescale=False)
+        assert torch.equal(drop_random(small, 0.5, generator_for(1, 0, "w"), definition="mergekit"), kept)
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 3), (2, 6, 2, 3)])
+def test_mergekits_rows_run_along_axis_one(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    low, high = 0.5 - 0.2, 0.5 + 0.2
+    got = keep_probabilities(x, 0.5, 0.2, "mergekit")
+    rows, kept = x.abs().movedim(1, -1).reshape(-1, shape[1]), got.movedim(1, -1).reshape(-1, shape[1])
+    for row, probabilities in zip(rows.tolist(), kept.tolist(), strict=True):
+        for value, probability in zip(row, probabilities, strict=True):
+            smaller = sum(v < value for v in row)
+            assert probability == pytest.approx(low + (high - low) * smaller / (shape[1] - 1))
+    last = keep_probabilities(x, 0.5, 0.2, "paper")
+    for row, probabilities in zip(x.abs().view(-1, shape[-1]), last.view(-1, shape[-1]), strict=True):
+        assert row.argmax() == probabilities.argmax()
+
+
+def test_della_where_a_row_has_no_spread() -> None:
+    one = torch.tensor([[2.0], [-1.0]], dtype=torch.float64)
+    assert keep_probabilities(one, 0.4, 0.1, "mergekit").tolist() == [[0.4], [0.4]]
+    assert keep_probabilities(torch.tensor(2.0), 0.4, 0.1, "mergekit").shape == ()
+    x = torch.randn(4, 6)
+    assert torch.equal(drop_by_rank(x, 1.0, 0.15, generator_for(0, 0, "w"), definition="mergekit"), x)
+
+
+@pytest.mark.parametrize("definition", ["paper", "mergekit"])
+def test_masks_do_not_depend_on_the_type(definition: str) -> None:
+    x = torch.randn(40, 50)
+    for call in (
+        lambda t: drop_random(t, 0.37, generator_for(0, 1, "w"), definition=definition),
+        lambda t: drop_by_rank(t, 0.37, 0.1, generator_for(0, 1, "w"), definition=definition),
+    ):
+        assert_close(call(x), call(x.double()), 1e-6)
 
 
 @pytest.mark.parametrize(("density", "gamma"), [(0.5, 0.1), (0.9, 0.01), (0.8, 0.5), (1.0, 0.3), (0.3, 0.0)])
