@@ -83,8 +83,8 @@ def model_stock(deltas: Sequence[Delta]) -> Delta:
 
     Source: Jang et al. 2024, arXiv 2403.19522 (the interpolation ratio).
     Differs: t is 1, so the result is the mean, where no such point exists: in a tensor of one entry, which has no
-        angle, and where 1 + (N - 1) cos θ is 0 because the changes cancel. mergekit's factor there is negative or
-        infinite.
+        angle, and where 1 + (N - 1) cos θ is 0 because the changes cancel. mergekit 0.1.5 keeps the base's value in
+        the second case, and takes norms whose product is below 1e-6 as 1e-6.
     """
     n = len(deltas)
     if n < 2:

@@ -237,7 +237,7 @@ def sparsified(job: Job, tensors: Sequence[Delta | Tensor] | None = None) -> Cal
         if kind == "magnitude":
             if job.state is not None and tensors is None:
                 return keep_above(delta, job.state[index])
-            return keep_largest(delta, density)
+            return keep_largest(delta, density, least=1 if definition == "mergekit" else 0)
         if kind == "random":
             generator = generator_for(options["seed"], index, job.name)
             return drop_random(delta, density, generator, definition=definition, rescale=options["rescale"])

@@ -3,7 +3,7 @@
 Papers: in the rows. `merge` itself is in `moa.merge.run`.
 Differs: where a row takes `definition`, "mergekit" gives what mergekit 0.1.5 computes, with its defaults (density 1,
 DELLA's ε 0.15; agreeing weights divide in ties and della only). What stays different is said by `agreeing_sum`,
-`drop_random`, `keep_probabilities` and `keep_middle`. mergekit's `rescale` of ties and breadcrumbs is not offered.
+`drop_random` and `keep_probabilities`. mergekit's `rescale` of ties and breadcrumbs is not offered.
 """
 
 from __future__ import annotations

@@ -85,12 +85,13 @@ def top_mask(magnitude: Tensor, k: int) -> Tensor:
     return mask
 
 
-def keep_largest(delta: Tensor, density: float) -> Tensor:
+def keep_largest(delta: Tensor, density: float, *, least: int = 0) -> Tensor:
     """Return the delta with all but its ⌊density · n⌋ largest magnitudes zeroed.
 
     Args:
         delta: any shape, n entries.
         density: kept fraction, (0, 1].
+        least: keep at least so many, where there are so many.
 
     Returns:
         A new tensor of the same shape.
@@ -99,9 +100,10 @@ def keep_largest(delta: Tensor, density: float) -> Tensor:
         ConfigError: the density is outside (0, 1].
 
     Source: Yadav et al. 2023, arXiv 2306.01708, Algorithm 1 (trim), here per tensor.
+    Differs: mergekit keeps at least one entry; `merge` asks for it by definition="mergekit".
     """
     check_density(density, "keep_largest")
-    k = int(density * delta.numel())
+    k = max(int(density * delta.numel()), min(least, delta.numel()))
     magnitude = delta.abs()
     if 0 < k < delta.numel():
         kept = keep_above(delta, float(kth_largest(magnitude, k)))
@@ -305,8 +307,8 @@ def keep_middle(delta: Tensor, density: float, gamma: float) -> Tensor:
         ConfigError: the density is outside (0, 1] or gamma outside [0, 1).
 
     Source: Davari and Belilovsky 2023, arXiv 2312.06795.
-    Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide. Where γ · n is
-        below 1 an outlier is not dropped; mergekit's slice is then empty and drops the whole tensor.
+    Differs: the paper gives the two tails; density and gamma say the same, as in mergekit's guide. mergekit before
+        0.1.5 drops the whole tensor where γ · n is below 1; here, as in 0.1.5, only no outlier is dropped.
     """
     check_density(density, "keep_middle")
     if not 0 <= gamma < 1:

@@ -125,6 +125,7 @@ def test_dry_runs_say_what_would_be_done_and_write_nothing(home: Path, capsys: p
         ({"methd": "ties"}, [], "unknown key 'methd'"),
         ({"methd": "ties"}, [], "Did you mean 'method'"),
         ({"method": "tie"}, [], "Did you mean 'ties'"),
+        ({"method": "ties"}, [], "pass --rank"),
         ({"options": {"scal": 2}}, [], "Did you mean 'scale'"),
         ({"missing": "zeros"}, [], "Did you mean 'zero'"),
         ({"adapters": [{"path": "a", "wieght": 1}]}, [], "Did you mean 'weight'"),

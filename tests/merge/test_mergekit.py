@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from moa.merge import merge, read_difference
+from moa.merge import Dense, merge, read_difference, slerp
+from moa.merge.sparsify import drop_by_rank, drop_random, generator_for, keep_largest, keep_middle, keep_probabilities
 from tests import models
 
 from .tools import assert_close
@@ -31,13 +32,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], list
     "task_arithmetic": ({}, {"normalize": False}, "task_arithmetic", {}, WEIGHTS),
     "ties": ({"density": 0.3}, {}, "ties", {"density": 0.3, "definition": "mergekit"}, WEIGHTS),
     "breadcrumbs": (BREADCRUMBS, {"normalize": False}, "breadcrumbs", BREADCRUMBS, WEIGHTS),
-    "breadcrumbs_ties": (
-        BREADCRUMBS,
-        {"normalize": True},
-        "breadcrumbs_ties",
-        {**BREADCRUMBS, "definition": "mergekit"},
-        WEIGHTS,
-    ),
+    "breadcrumbs_ties": (BREADCRUMBS, {}, "breadcrumbs_ties", {**BREADCRUMBS, "definition": "mergekit"}, WEIGHTS),
+    "ties with its defaults": ({}, {}, "ties", {"definition": "mergekit"}, WEIGHTS),
+    "dare_ties with its defaults": ({}, {}, "dare_ties", {"definition": "mergekit"}, WEIGHTS),
+    "della with its defaults": ({}, {}, "della", {"definition": "mergekit"}, WEIGHTS),
+    "dare_ties divided": ({}, {"normalize": True}, "dare_ties", {"definition": "mergekit", "normalize": True}, WEIGHTS),
     "model_stock": ({}, {}, "model_stock", {}, None),
     "slerp": ({}, {"t": 0.3}, "slerp", {}, [0.7, 0.3]),
     "dare_linear": ({"density": 1.0}, {"normalize": False}, "dare", {"density": 1.0}, WEIGHTS),
@@ -71,7 +70,7 @@ def test_it_is_what_mergekit_writes(folder: Path, tmp_path: Path, name: str) -> 
         }
         for n in used
     ]
-    recipe: dict[str, Any] = {"merge_method": name, "models": rows, "parameters": whole, "dtype": "float32"}
+    recipe: dict[str, Any] = {"merge_method": name.split()[0], "models": rows, "parameters": whole, "dtype": "float32"}
     if name != "linear":
         recipe["base_model"] = str(folder / ("m0" if two else "base"))
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
@@ -90,3 +89,76 @@ def test_it_is_what_mergekit_writes(folder: Path, tmp_path: Path, name: str) -> 
     other = merge([read_difference(folder / f"m{n}", folder / "base") for n in used[:2]], None, "task_arithmetic")
     with pytest.raises(AssertionError):
         assert_close(other[key].dense(), theirs[key] - weight, 1e-4)
+
+
+# mergekit's own functions, in its own environment, on tensors from a file; its draws are replaced by ours.
+FUNCTIONS = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from mergekit import sparsify
+from mergekit.merge_methods.slerp import slerp
+
+given, out = load_file(sys.argv[1]), {}
+seen = []
+
+def bernoulli(probability):
+    seen.append(probability.clone())
+    return (draws.reshape(probability.shape) < probability).to(probability.dtype)
+
+torch.bernoulli = bernoulli
+l1 = sparsify.RescaleNorm.l1
+for name in [n for n in given if n.startswith("x")]:
+    x, draws = given[name], given["draws " + name]
+    out["dare " + name] = sparsify.bernoulli(x, 0.4, l1)
+    out["della " + name] = sparsify.della_magprune(x, 0.4, 0.15, l1)
+    out["probabilities " + name] = seen[-1].reshape(x.shape)
+    out["outliers " + name] = sparsify.magnitude_outliers(x, 0.5, None, 0.1)
+    out["largest " + name] = sparsify.magnitude(x, 0.001)
+    out["few outliers " + name] = sparsify.magnitude_outliers(x, 0.5, None, 0.001)
+for name in [n for n in given if n.startswith("a ")]:
+    out["slerp " + name[2:]] = slerp(torch.tensor([0.3]), given[name][None], given["b " + name[2:]][None])[0]
+save_file({n: t.contiguous() for n, t in out.items()}, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What mergekit's functions were given, and what they gave."""
+    path = tmp_path_factory.mktemp("functions")
+    g = torch.Generator().manual_seed(0)
+    given = {f"x{n}": torch.randn(s, generator=g) for n, s in enumerate([(12, 9), (40,), (5, 7, 3), (3, 6, 2, 2)])}
+    given |= {f"draws {n}": torch.rand(x.shape, generator=generator_for(0, 0, n)) for n, x in given.items()}
+    one = torch.randn(6, 5, generator=g)
+    for name, other in {"apart": torch.randn(6, 5, generator=g), "opposite": -2 * one, "one": one}.items():
+        given |= {f"a {name}": one.clone(), f"b {name}": other.clone()}
+    given |= {"a number": torch.tensor([0.01]), "b number": torch.tensor([-0.02])}
+    save_file(given, path / "in.safetensors")
+    python = Path(str(MERGEKIT)).parent / "python"
+    command = [str(python), "-c", FUNCTIONS, str(path / "in.safetensors"), str(path / "out.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-800:]
+    return given, load_file(path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x0", "x1", "x2", "x3"])
+def test_its_sparsifiers_under_the_same_draws(
+    name: str, functions: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]
+) -> None:
+    given, theirs = functions
+    x = given[name]
+    dare = drop_random(x, 0.4, generator_for(0, 0, name), definition="mergekit")
+    assert_close(dare, theirs[f"dare {name}"], 1e-6)
+    assert_close(keep_probabilities(x, 0.4, 0.15, "mergekit"), theirs[f"probabilities {name}"], 1e-6)
+    della = drop_by_rank(x, 0.4, 0.15, generator_for(0, 0, name), definition="mergekit")
+    assert_close(della, theirs[f"della {name}"], 1e-6)
+    assert torch.equal(keep_middle(x, 0.5, 0.1), theirs[f"outliers {name}"])
+    assert torch.equal(keep_middle(x, 0.5, 0.001), theirs[f"few outliers {name}"])
+    assert torch.equal(keep_largest(x, 0.001, least=1), theirs[f"largest {name}"])
+
+
+@pytest.mark.parametrize("name", ["apart", "opposite", "one", "number"])
+def test_its_slerp(name: str, functions: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]) -> None:
+    given, theirs = functions
+    got = slerp([Dense(given[f"a {name}"]), Dense(given[f"b {name}"])], [0.7, 0.3]).dense()
+    assert_close(got, theirs[f"slerp {name}"], 1e-5)
