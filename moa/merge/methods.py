@@ -24,7 +24,7 @@ from .elect import elect, magnitudes, rescalers
 from .fly import fly_shared, shares_down
 from .jobs import Job, Method, Plan, elementwise, low_rank_only, sparsified, thresholds, vote
 from .options import BY_RANK, DENSITY, MIDDLE, RANDOM, REQUIRED, RESCALE, SCALE, SCOPE, SEED, SUMMED_VOTE, VOTE, Option
-from .subspace import isotropic, knots, task_singular_vectors, total
+from .subspace import has_room, is_matrix, isotropic, knots, task_singular_vectors, total
 
 
 def _stack(job: Job) -> Delta:
@@ -126,15 +126,6 @@ def _emr(job: Job) -> Delta:
     unified, agree = elect(torch.stack([d.dense() for d in job.deltas]))
     task = job.options["task"]
     return Dense(agree[task] * unified * float(job.state[task]))
-
-
-def _is_matrix(shape: Sequence[int], n: int) -> bool:
-    return len(shape) == 2 and min(shape) > 0
-
-
-def _has_room(shape: Sequence[int], n: int) -> bool:
-    """Return whether every one of n adapters can have a direction of its own."""
-    return len(shape) == 2 and min(shape) >= n
 
 
 def _table(*rows: Method) -> dict[str, Method]:
@@ -282,7 +273,7 @@ METHODS: dict[str, Method] = _table(
             **VOTE,
             "scale": SCALE,
         },
-        fits=_is_matrix,
+        fits=is_matrix,
         keeps_factors=True,
     ),
     Method(
@@ -291,7 +282,7 @@ METHODS: dict[str, Method] = _table(
         "λ Û Σ V̂ᵀ: top singular triplets of each task, orthogonalised across tasks",
         _tsv,
         {"rank": Option(None, "triplets per task; min(o, i) / n if None"), "scale": SCALE},
-        fits=_has_room,
+        fits=has_room,
         keeps_factors=True,
     ),
     Method(
@@ -300,7 +291,7 @@ METHODS: dict[str, Method] = _table(
         "λ σ̄ U Vᵀ of Σ w_t δ_t = U Σ Vᵀ",
         _isotropic,
         {"scale": SCALE},
-        fits=_is_matrix,
+        fits=is_matrix,
         keeps_factors=True,
     ),
     Method(
@@ -312,7 +303,7 @@ METHODS: dict[str, Method] = _table(
             "grams": Option(REQUIRED, "one mapping per adapter, name -> XᵀX (i, i): see moa.merge.gram"),
             "shrink": Option(0.9, "share of the off-diagonal kept, [0, 1]"),
         },
-        fits=_is_matrix,
+        fits=is_matrix,
     ),
     Method(
         "fisher",

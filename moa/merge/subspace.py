@@ -17,6 +17,16 @@ from .compose import numerical_rank, stack, thin_svd
 from .consensus import weighted_sum
 
 
+def is_matrix(shape: Sequence[int], n: int) -> bool:
+    """Return whether n changes of a shape, e.g. (o, i), are matrices with entries, which have singular vectors."""
+    return len(shape) == 2 and min(shape) > 0
+
+
+def has_room(shape: Sequence[int], n: int) -> bool:
+    """Return whether every one of n changes of a shape, e.g. (o, i), can have a direction of its own."""
+    return len(shape) == 2 and min(shape) >= n
+
+
 def total(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """Return Σ_t w_t ΔW_t (o, i): stacked factors if every change is low-rank, else one dense sum.
 
