@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank
+from ..delta import Delta, Dense
 from ..errors import ConfigError, NumericsError, ShapeError
 from ..formats.named_deltas import DeltaLike, as_delta, check_finite
 from .compose import check_weights
@@ -66,10 +66,7 @@ def regmean(
             raise ShapeError(f"regmean: a Gram matrix is {tuple(statistic.shape)}, expected ({i}, {i}).")
         full = statistic.to(left)
         g = weight * (shrink * full + (1 - shrink) * full.diag().diag())
-        if isinstance(delta, LowRank):
-            left += delta.up.double() @ (delta.down.double() @ g)
-        else:
-            left += delta.dense().double() @ g
+        left += delta.to(torch.float64).before(g).dense()
         right += g
     root, failed = torch.linalg.cholesky_ex(right)
     if int(failed):

@@ -89,7 +89,7 @@ class Plan:
             return None
         with naming(name):
             delta = adapter[name]
-            return check_finite(as_type(delta, work_dtype(delta.dtype)), name, adapter.source)
+            return check_finite(delta.to(work_dtype(delta.dtype)), name, adapter.source)
 
     def aligned(self, name: str) -> list[Delta]:
         """Return every adapter's delta of one tensor, of one shape (o, i) and one type; zero where one has none.
@@ -308,13 +308,4 @@ def wide(values: Sequence[Delta]) -> list[Delta]:
     dtype = values[0].dtype
     for value in values:
         dtype = torch.promote_types(dtype, value.dtype)
-    return [as_type(v, dtype) for v in values]
-
-
-def as_type(delta: Delta, dtype: torch.dtype) -> Delta:
-    """Return a delta (o, i) in another floating type; itself if it has that type already."""
-    if delta.dtype == dtype:
-        return delta
-    if isinstance(delta, LowRank):
-        return LowRank(delta.down.to(dtype), delta.up.to(dtype))
-    return Dense(delta.dense().to(dtype))
+    return [v.to(dtype) for v in values]
