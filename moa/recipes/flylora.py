@@ -8,7 +8,7 @@ from ..errors import ConfigError
 from ..experts import VectorBank
 from ..mixture import Branch, Site
 from ..routers import ProjectionRouter
-from ..routers.projection import layer_seed
+from ..routers.projection import Choice, check_choice, layer_seed
 from .recipe import Recipe, register_recipe
 
 
@@ -27,9 +27,11 @@ class FlyLoRA(Recipe):
             should have different seeds: then their projections are nearly orthogonal (theorem 3.4).
         nonzeros: p, entries per direction; None is i · k / r.
         bias_rate: u, step of the selection bias d after each optimizer step; 0 for none.
+        choice: by what the k directions are chosen: "magnitude", |A x| + d; "signed", A x + d (eq. 10 and the released
+            fork of peft); "shifted", |A x + d| (the released flylora.py).
 
     Source: arXiv 2510.08396, eq. 7-11.
-    Differs: selection by |A x| + d and the bias's schedule, see `ProjectionRouter`. The released scripts use one seed
+    Differs: the default choice and the bias's schedule, see `ProjectionRouter`. The released scripts use one seed
         for every task, so their projections are equal; theirs is also drawn anew per layer from one global stream,
         here each layer's is a function of seed and name. Dense merging of B A, as released, drops the top-k; folding
         refuses instead.
@@ -43,6 +45,7 @@ class FlyLoRA(Recipe):
     seed: int = 0
     nonzeros: int | None = None
     bias_rate: float = 1e-3
+    choice: Choice = "magnitude"
 
     def __post_init__(self) -> None:
         size = self.n_experts or self.rank or 32
@@ -54,6 +57,7 @@ class FlyLoRA(Recipe):
         object.__setattr__(self, "n_experts", size)
         object.__setattr__(self, "rank", size)
         super().__post_init__()
+        check_choice(self.choice)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: the frozen projection of x (*rows, i) routes and weighs."""
@@ -64,6 +68,7 @@ class FlyLoRA(Recipe):
             nonzeros=self.nonzeros,
             seed=layer_seed(self.seed, site.name),
             bias_rate=self.bias_rate,
+            choice=self.choice,
         )
         options = {"scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
         bank = VectorBank(site.d_in, site.d_out, self.n_experts, directions=router.projection, **options)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import zlib
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from ..kernels import exact_linear
 from ..types import Context, Routing
 from .balanced import BalancedRouter
 
+Choice = Literal["magnitude", "signed", "shifted"]
+
 
 class ProjectionRouter(BalancedRouter):
-    """Projects the row onto E frozen sparse directions, keeps the k largest magnitudes, weights them by their sign.
+    """Projects the row onto E frozen sparse directions, keeps the k largest, weights them by their signed projection.
 
     y = A x;  chosen = top-k of |y_e| + d_e;  weight_e = y_e
+
+    | choice | the k largest of | where |
+    |---|---|---|
+    | "magnitude" | abs(y) + d | the paper's text, and monotone in d |
+    | "signed" | y + d | eq. 10, and the released fork of peft that the experiments ran |
+    | "shifted" | abs(y + d) | the released flylora.py |
 
     | buffer | shape | start |
     |---|---|---|
@@ -33,14 +42,17 @@ class ProjectionRouter(BalancedRouter):
         nonzeros: p, entries per direction; None is i · k / E, the paper's density.
         seed: of this layer's projection; the same seed gives the same one on every machine.
         bias_rate: u; 0 for no bias.
+        choice: what the bias is added to, see the table.
 
     Raises:
-        ConfigError: bad k, or nonzeros outside 1 … d_in.
+        ConfigError: bad k, nonzeros outside 1 … d_in, or an unknown choice.
     Source: arXiv 2510.08396, eq. 7-11.
-    Differs: eq. 10 takes the largest signed y + d, the text and one released version |y + d|; with the latter,
-        raising d of an idle direction lowers |y + d| where y < 0, so that balancing may push the wrong way. Here
-        |y| + d, which follows the text and is monotone in d. The released fork cuts the gradient to x at A; here it
-        is kept. Its bias moves on every forward, evaluation and recompute included; here once per optimizer step.
+    Differs: paper and released code have three rules; the default follows the paper's text. With "shifted", raising d
+        of an idle direction lowers |y + d| where y < 0, so that balancing may push the wrong way. Every rule moves d
+        by u · sign(mean(c) − c), as released, but once per optimizer step, on the counts of all its micro-batches
+        without padding: the released fork moves d on every forward, evaluation and recompute included, flylora.py on
+        every training forward. (Its first version compared the counts with k/E, a frequency, so that d only fell.)
+        The released fork cuts the gradient to x at A; here it is kept.
     """
 
     projection: Tensor
@@ -54,21 +66,27 @@ class ProjectionRouter(BalancedRouter):
         nonzeros: int | None = None,
         seed: int = 0,
         bias_rate: float = 1e-3,
+        choice: Choice = "magnitude",
     ) -> None:
         super().__init__(d_in, n_experts, k, bias_rate)
+        check_choice(choice)
+        self.choice = choice
         self.nonzeros = max(1, d_in * k // n_experts) if nonzeros is None else nonzeros
         self.seed = seed
         self.register_buffer("projection", sparse_projection(n_experts, d_in, self.nonzeros, seed), persistent=False)
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i): signed weights and indices (*rows, K)."""
-        y = exact_linear(x, self.projection)
-        magnitude = y.abs()
-        reach = magnitude.detach()
-        if self.selection_bias is not None:
-            reach = reach + self.selection_bias
-        indices = reach.topk(self.k, -1).indices
-        return Routing(y.gather(-1, indices), indices, self.n_experts, y, magnitude)
+        y = exact_linear(x, self.projection)  # (*rows, E)
+        indices = self._reach(y.detach()).topk(self.k, -1).indices  # (*rows, K)
+        return Routing(y.gather(-1, indices), indices, self.n_experts, y, y.abs())
+
+    def _reach(self, y: Tensor) -> Tensor:
+        """Return what the k largest are chosen of, (*rows, E)."""
+        bias = 0 if self.selection_bias is None else self.selection_bias
+        if self.choice == "shifted":
+            return (y + bias).abs()
+        return (y if self.choice == "signed" else y.abs()) + bias
 
     def pinned(self, x: Tensor, expert: int) -> Routing:
         """Return the routing that uses one expert alone on x (*rows, i), with its own product as weight (*rows, 1).
@@ -84,6 +102,16 @@ class ProjectionRouter(BalancedRouter):
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, seed={self.seed}"
+
+
+def check_choice(choice: str) -> None:
+    """Check that there is a rule of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if choice not in get_args(Choice):
+        raise ConfigError(unknown_name("choice", choice, get_args(Choice)))
 
 
 def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tensor:

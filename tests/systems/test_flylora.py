@@ -104,6 +104,51 @@ def test_raising_the_bias_never_unselects() -> None:
         assert bool((after | ~before).all()) and after.sum() > before.sum()
 
 
+def released(rows: list[Array], a: Array, b: Array, k: int, alpha: float, u: float, signed: bool) -> list[Array]:
+    """Return the outputs of one training forward after another, d moving after each, as the released code has it."""
+    r, d, outputs = len(a), np.zeros(len(a)), []
+    for x in rows:
+        y = x @ a.T
+        key = y + d if signed else np.abs(y + d)  # the fork of peft; flylora.py
+        chosen = np.argpartition(-key, k - 1, axis=1)[:, :k]
+        mask = np.zeros_like(y)
+        np.put_along_axis(mask, chosen, 1.0, axis=1)
+        outputs.append((y * mask) @ b.T * (alpha / r))
+        count = mask.sum(0)
+        d = d + u * np.sign(count.mean() - count)
+    return [*outputs, d]
+
+
+@pytest.mark.parametrize(("choice", "signed"), [("signed", True), ("shifted", False)])
+def test_the_released_rules_step_by_step(choice: str, signed: bool) -> None:
+    """One forward per optimizer step: choices, outputs and bias are those of the released code."""
+    mixture = make(choice=choice, bias_rate=0.02)
+    router, bank = mixture.branches[0].router, mixture.branches[0].bank
+    batches = [torch.randn(30, 20, dtype=torch.float64) for _ in range(25)]
+    a, b = router.projection.numpy(), bank.up.detach().numpy().T
+    *expected, bias = released([x.numpy() for x in batches], a, b, 3, 16.0, 0.02, signed)
+    for x, right in zip(batches, expected, strict=True):
+        routing = router(x, moa.Context())
+        assert_close(bank(x, routing), torch.from_numpy(right))
+        router.observe(routing, None)
+        router.step()
+    assert_close(router.selection_bias, torch.from_numpy(bias), 1e-6)
+    for rate, rule in ((0.0, signed), (0.02, not signed)):  # another rate and another rule are another answer
+        *other, _ = released([x.numpy() for x in batches], a, b, 3, 16.0, rate, rule)
+        assert not np.allclose(other[-1], expected[-1])
+
+
+def test_the_rules_differ_by_what_the_bias_is_added_to() -> None:
+    y = torch.tensor([[-0.5, 0.4, -0.3, 0.1]], dtype=torch.float64)
+    chosen = {}
+    for choice in ("magnitude", "signed", "shifted"):
+        router = ProjectionRouter(4, 4, 1, nonzeros=1, choice=choice).double()
+        router.projection.copy_(torch.eye(4))
+        router.selection_bias.copy_(torch.tensor([0.0, 0.0, 0.25, 0.35]))
+        chosen[choice] = router(y, moa.Context()).indices.item()
+    assert chosen == {"magnitude": 2, "signed": 3, "shifted": 0}  # 0.55, 0.45, 0.5 are the largest
+
+
 def test_the_bias_evens_out_the_load_once_per_optimizer_step() -> None:
     model = moa.build(models.llama(), "flylora", rank=8, k=2, bias_rate=0.01)
     models.randomise(model)
@@ -154,6 +199,7 @@ def test_bad_inputs() -> None:
         ({"rank": 8, "n_experts": 4, "k": 2}, "rank is the number of experts"),
         ({"rank": 4}, "k=8 with n_experts=4"),
         ({"expert": "lora2"}, "unknown expert"),
+        ({"choice": "sign"}, "unknown choice 'sign'.*signed"),
     ):
         with pytest.raises(ConfigError, match=text):
             moa.make_recipe("flylora", **options)
