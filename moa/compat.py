@@ -23,3 +23,14 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def next_node() -> int:
+    """Return the number that autograd gives to the next node which this thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def working_node() -> int | None:
+    """Return the number of the autograd node whose backward runs in this thread, or None outside of a backward."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()

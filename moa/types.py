@@ -72,6 +72,13 @@ class Recorder(Protocol):
         """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count."""
 
 
+class Draws(Protocol):
+    """What a context's draws slot accepts: see `moa.model.selections.Selections`."""
+
+    def current(self) -> tuple[int, int] | None:
+        """Return (m, M) where the forward that runs is one of M which are compared, else None."""
+
+
 @dataclass
 class Context:
     """What a layer cannot see in x; one object shared by the mixtures of one model.
@@ -84,6 +91,7 @@ class Context:
         masks: (B, S) bool masks, True on real tokens; the first whose size fits a layer's rows is used.
         routing_masks: (B, S) bool masks of what a pooled (sequence-level) router may look at: the prompt.
         trace: where mixtures record their routings; None records nothing.
+        draws: which of a step's M forwards runs, for routers that sample; None where each forward is by itself.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it.
         enabled: False makes every mixture its base layer.
@@ -94,6 +102,7 @@ class Context:
     masks: Sequence[Tensor] = ()
     routing_masks: Sequence[Tensor] = ()
     trace: Recorder | None = None
+    draws: Draws | None = field(default=None, repr=False)
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     preview: Tensor | None = field(default=None, repr=False)
     enabled: bool = True

@@ -12,6 +12,7 @@ from ..errors import ContextError
 from ..objective import Objective, Trace
 from .host import Host
 from .outputs import logits_of
+from .selections import Selections
 
 
 class Learned(Host):
@@ -22,6 +23,7 @@ class Learned(Host):
         last_losses: name -> scalar of the last training forward, detached.
         observers: called after each training forward with the list of its traces.
         loss_type: transformers' name of the base's loss function.
+        selections: the M forwards of a step.
     """
 
     objective: Objective
@@ -30,14 +32,15 @@ class Learned(Host):
     loss_type: str | None
     config: Any
     can_generate: Callable[[], bool]
+    selections: Selections
     _in_closure: bool
 
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
-        """Run every selection and return the first's outputs with the whole training loss ()."""
+        """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
         samples = self.samples
         passes, traces = [], []
-        for _ in range(samples):
-            with self.tracing() as trace:
+        for selected in self.selections.of(samples):
+            with selected, self.tracing() as trace:
                 passes.append(run())
             traces.append(trace)
             if samples > 1 and passes[-1][1] is None:
@@ -60,7 +63,8 @@ class Learned(Host):
         """Return the training loss of any closure, the routers' own losses included, scalar.
 
         For loops whose loss the model does not compute: `closure` calls the model and returns the loss, () or per
-        example (B,), which gives a sampling router a finer signal. It is called M times for a sampling recipe.
+        example (B,), which gives a sampling router a finer signal. It is called M times for a sampling recipe,
+        each time from the same random state: dropout and what the closure draws are the same in all M.
 
         Args:
             closure: calls `model(...)` and returns a loss () or (B,).
@@ -72,8 +76,8 @@ class Learned(Host):
         values: list[Tensor] = []
         self._in_closure = True
         try:
-            for _ in range(self.samples if self.training else 1):
-                with self.tracing() as trace:
+            for selected in self.selections.of(self.samples if self.training else 1):
+                with selected, self.tracing() as trace:
                     values.append(closure())
                 traces.append(trace)
         finally:
@@ -89,6 +93,11 @@ class Learned(Host):
         self.objective.diagnose(total, traces, labels, self._kind() == "decoder")
         self._notice(traces)
         return total
+
+    def optimizer_step_done(self) -> None:
+        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
+        super().optimizer_step_done()
+        self.selections.forget()
 
     def _shifts(self) -> bool:
         """Whether Trainer leaves the first label of a row out of its count: the share must follow its rule."""

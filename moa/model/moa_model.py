@@ -24,6 +24,7 @@ from .learned import Learned
 from .load import load_host
 from .outputs import loss_of, with_loss
 from .recompute import Recomputed
+from .selections import Selections
 from .signature import joint_signature
 from .stepping import watch
 
@@ -52,8 +53,9 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
         config = getattr(base, "config", None)
         super().__init__(config if isinstance(config, PreTrainedConfig) else PreTrainedConfig())
         self.base = base
-        self.context = Context()
-        self.encoder_context = Context()
+        self.selections = Selections()
+        self.context = Context(draws=self.selections)
+        self.encoder_context = Context(draws=self.selections)
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
         self.shared_by_experts = nn.ModuleDict()

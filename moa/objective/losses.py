@@ -154,7 +154,8 @@ def rloo(losses: Tensor, log_probs: Tensor) -> Tensor:
             "gradient checkpointing does this: pass gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
     losses = losses.detach().to(log_probs.dtype)
-    advantage = (losses - losses.mean(0)) / (losses.shape[0] - 1)
+    # as differences of pairs: equal losses then give exactly 0, which three of them less their rounded mean may not
+    advantage = (losses.unsqueeze(1) - losses.unsqueeze(0)).mean(1) / (losses.shape[0] - 1)  # (M, B)
     return (advantage * log_probs).sum()
 
 

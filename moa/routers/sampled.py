@@ -26,6 +26,10 @@ class SampledRouter(Router):
     The constant ω of the paper is the bank's scaling. The router sees x detached: the policy term can move the
     router alone, never the experts of earlier layers.
 
+    The M forwards of a step start from the same random state, so that they have the same dropout. Each draws from it
+    the noise of all M selections and takes its own, so that the selections are independent all the same, and the
+    stream is in the same place after each of the M. In any other forward the router draws the noise of one.
+
     Args:
         d_in: i.
         n_experts: E.
@@ -66,24 +70,27 @@ class SampledRouter(Router):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i); rows are (B, 1) at sequence granularity, log_prob only in training."""
+        draw = None if context.draws is None else context.draws.current()
         if self.granularity == "token":
-            return self._decide(x.detach())
+            return self._decide(x.detach(), draw)
         kept = frozen_while_decoding(self, context, x.shape[0])
         if kept is not None:
             return kept
-        routing = self._decide(pool(x.detach(), context.routing_masks))
+        routing = self._decide(pool(x.detach(), context.routing_masks), draw)
         if context.frozen_routings is not None:
             context.frozen_routings[id(self)] = routing
         return routing
 
-    def _decide(self, x: Tensor) -> Routing:
+    def _decide(self, x: Tensor, draw: tuple[int, int] | None) -> Routing:
         logits = exact_linear(x, self.weight)
         scores = logits.softmax(-1)
         if not self.training:
             indices = logits.topk(self.k, -1).indices
             return Routing(torch.ones_like(indices, dtype=logits.dtype), indices, self.n_experts, logits, scores)
         # top k of log q + Gumbel noise, in descending order, is a draw without replacement
-        gumbel = -torch.empty_like(logits).exponential_().log()
+        number, samples = draw or (0, 1)
+        noise = logits.new_empty(samples, *logits.shape).exponential_()  # (M, *rows, E), equal in all M forwards
+        gumbel = -noise[number].log()
         indices = (logits.detach() + gumbel).topk(self.k, -1).indices
         weights = torch.ones_like(indices, dtype=logits.dtype)
         return Routing(weights, indices, self.n_experts, logits, scores, plackett_luce(logits, indices))

@@ -139,7 +139,7 @@ class Forced:
 
     @staticmethod
     def decide(router, choice):
-        def forced(x):
+        def forced(x, draw):
             logits = F.linear(x, router.weight)
             weights = torch.ones_like(choice, dtype=logits.dtype)
             return Routing(weights, choice, 3, logits, logits.softmax(-1), plackett_luce(logits, choice))

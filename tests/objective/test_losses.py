@@ -147,6 +147,12 @@ def test_rloo_is_the_leave_one_out_form():
             assert_close(log_probs.grad[m, b], (losses[m, b] - sum(others) / 4) / 5)
 
 
+def test_rloo_of_equal_losses_is_exactly_zero():
+    log_probs = torch.randn(3, 50, requires_grad=True)
+    rloo(torch.rand(50).expand(3, -1), log_probs).backward()
+    assert not log_probs.grad.any()
+
+
 def test_rloo_bad_input():
     ones = torch.ones(2, 3, requires_grad=True)
     with pytest.raises(ConfigError, match="at least 2"):
