@@ -70,6 +70,7 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
             alpha=scale * (max(rank, plain_rank) if plain else rank),
             dropout=config.get("lora_dropout", 0.0),
             balance=balance,
+            balance_over="model",
             jitter=config.get("jitter_noise", 0.0),
             targets=tuple(names.values()),
         )

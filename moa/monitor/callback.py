@@ -314,10 +314,13 @@ class Window:
     def advice(self, name: str) -> str:
         """Return what to try against the collapse of a layer, by what its router has."""
         router = self._routers[name.partition("#")[0]]
-        loss = next((which for which in ("balance", "importance") if router.loss_weights.get(which)), None)
+        loss = next(
+            (which for which in ("balance", "model_balance", "importance") if router.loss_weights.get(which)), None
+        )
         if loss is not None:
             weight = router.loss_weights[loss]
-            return f"Try a larger {loss}= (now {weight:g}), router='sigmoid', or a lower learning rate."
+            keyword = loss.removeprefix("model_")
+            return f"Try a larger {keyword}= (now {weight:g}), router='sigmoid', or a lower learning rate."
         if getattr(router, "bias_rate", 0):
             return f"Try a larger bias_rate= (now {router.bias_rate:g}), or a lower learning rate."
         if router.stochastic:

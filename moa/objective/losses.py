@@ -29,7 +29,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
-    """Return how uneven the load is: E/k · Σ_e f_e P_e, 1 when uniform, scalar.
+    """Return how uneven the load of one layer is: E/k · Σ_e f_e P_e, 1 when uniform, scalar.
 
     f_e is the fraction of counted rows that chose expert e, k = Σ_e f_e the mean number of experts per row, P_e the
     mean score normalised per row.
@@ -37,14 +37,37 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Raises:
         ContextError: the routing carries no scores.
     Source: Fedus et al. 2021 (Switch), arXiv 2101.03961, eq. 4-6.
-    Differs: divided by k, so that the minimum is 1 for every k; transformers' Mixtral loss is k times this one.
+    Differs: divided by k, so that the minimum is 1 for every k; transformers' Mixtral loss is k times this one, on the
+        rows of all layers together (see `MODEL_LOSSES`).
+    """
+    return balance_of(balance_sums(routing, mask))
+
+
+def balance_sums(routing: Routing, mask: Tensor | None = None) -> Tensor:
+    """Return what the balance loss is made of, (2, E): over counted rows, how many chose e, and the sum of its scores.
+
+    Sums of several layers add up to those of their rows together.
+
+    Raises:
+        ContextError: the routing carries no scores.
     """
     if routing.scores is None:
         raise ContextError("balance loss needs the router's scores, and this routing has none: set balance=0.")
     scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    fraction = masked_mean(routing.selected().to(scores.dtype), mask)
-    per_row = fraction.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return routing.n_experts * (fraction * masked_mean(scores, mask)).sum() / per_row
+    both = torch.stack([routing.selected().to(scores.dtype), scores], -2)  # (*rows, 2, E)
+    if mask is not None and both.shape[: mask.ndim] == mask.shape:
+        both = both * mask.to(both.dtype).reshape(*mask.shape, *([1] * (both.ndim - mask.ndim)))
+    return both.sum(tuple(range(both.ndim - 2))) if both.ndim > 2 else both
+
+
+def balance_of(sums: Tensor) -> Tensor:
+    """Return the balance loss E · Σ_e c_e s_e / (Σ_e c_e · Σ_e s_e) of counts and summed scores (2, E), scalar.
+
+    With T rows, f = c / T, P = s / T, k = Σ c / T and Σ s = T it is E/k · Σ_e f_e P_e.
+    """
+    counts, scores = sums
+    total = (counts.sum() * scores.sum().detach()).clamp(min=torch.finfo(torch.float32).tiny)
+    return counts.shape[-1] * (counts * scores).sum() / total
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -124,6 +147,12 @@ LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
     "load": load_loss,
     "localized": localized_loss,
 }
+"""Losses of one layer's routing; the training loss has their mean over layers."""
+
+MODEL_LOSSES: dict[str, tuple[Callable[[Routing, Tensor | None], Tensor], Callable[[Tensor], Tensor]]] = {
+    "model_balance": (balance_sums, balance_of),
+}
+"""Losses of all layers together: what is summed over layers with equally many experts, and the loss of the sum."""
 
 
 def rloo(losses: Tensor, log_probs: Tensor) -> Tensor:

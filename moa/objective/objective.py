@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ContextError, NumericsError
 from ..types import Routing
-from .losses import LOSSES, example_losses, rloo
+from .losses import LOSSES, MODEL_LOSSES, example_losses, rloo
 from .trace import Record, Trace
 
 
@@ -20,7 +20,8 @@ class Objective:
 
     L = mean_m L_m + mean over layers of Σ coefficient · auxiliary loss + policy term
 
-    Auxiliary losses are means over layers, so that a coefficient means the same in deep and shallow models. Under
+    Auxiliary losses are means over layers, so that a coefficient means the same in deep and shallow models; those of
+    the model, `MODEL_LOSSES`, take the rows of all layers together, and are one value whatever the depth. Under
     gradient accumulation and data parallelism the whole sum is weighted by the batch's share of the labelled items:
     nothing in it is multiplied by the number of processes or of micro-batches.
 
@@ -118,22 +119,48 @@ class Objective:
 def auxiliary_losses(traces: list[Trace]) -> dict[str, Tensor]:
     """Return name -> mean over selections and layers of coefficient · loss, each ().
 
+    In a loss of the model, a layer has the value of the layers that it shares a selection, a coefficient and a number
+    of experts with.
+
     Raises:
         ContextError: a routing carries no gradient to a router that should learn from it.
     """
     terms: dict[str, list[Tensor]] = {}
     for alike in _alike([record for trace in traces for record in trace]):
-        weights: dict[str, float] = getattr(alike[0].router, "loss_weights", {})
-        for name, coefficient in weights.items():
-            values = _of_layers(LOSSES[name], alike)
+        for name, coefficient, values in _terms(LOSSES, alike):
+            terms.setdefault(name, []).append(coefficient * values)
+    sums = {name: statistic for name, (statistic, _) in MODEL_LOSSES.items()}
+    for trace in traces:
+        groups: dict[tuple[str, float, int], list[Tensor]] = {}
+        for alike in _alike(list(trace)):
+            for name, coefficient, values in _terms(sums, alike):  # (L, …)
+                groups.setdefault((name, coefficient, alike[0].routing.n_experts), []).append(values)
+        for (name, coefficient, _), parts in groups.items():
+            layers = torch.cat(parts)
+            value = MODEL_LOSSES[name][1](layers.sum(0))
+            terms.setdefault(name, []).append(coefficient * value.expand(len(layers)))
+    return {name: torch.cat(values).mean() for name, values in terms.items()}
+
+
+def _terms(
+    losses: dict[str, Callable[[Routing, Tensor | None], Tensor]], alike: list[Record]
+) -> Iterator[tuple[str, float, Tensor]]:
+    """Yield (name, coefficient, values (L, …)) of those losses that the router of L alike records asks for.
+
+    Raises:
+        ContextError: one carries no gradient to a router that should learn from it.
+    """
+    weights: dict[str, float] = getattr(alike[0].router, "loss_weights", {})
+    for name, coefficient in weights.items():
+        if name in losses:
+            values = _of_layers(losses[name], alike)
             if not values.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
                 raise ContextError(
                     f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
                     "it. Reentrant gradient checkpointing does this: use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            terms.setdefault(name, []).append(coefficient * values)
-    return {name: torch.cat(values).mean() for name, values in terms.items()}
+            yield name, coefficient, values
 
 
 def _alike(records: list[Record]) -> list[list[Record]]:
@@ -147,7 +174,7 @@ def _alike(records: list[Record]) -> list[list[Record]]:
 
 
 def _of_layers(loss: Callable[[Routing, Tensor | None], Tensor], records: list[Record]) -> Tensor:
-    """Return one loss of L records that are alike, (L,): formed at once, as L small losses cost 5 % of a step."""
+    """Return a loss of each of L records that are alike, (L, …): at once, as L small losses cost 5 % of a step."""
     first = records[0]
     if len(records) == 1:
         return loss(first.routing, first.mask).unsqueeze(0)

@@ -7,21 +7,21 @@ from typing import Literal
 
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
+from .balance import BalancedRecipe
 from .recipe import Recipe, register_recipe
 
 
 @register_recipe("topk", "MoLoRA, arXiv 2309.05444; gate of Mixtral, arXiv 2401.04088")
 @dataclass(frozen=True, kw_only=True)
-class TopK(Recipe):
+class TopK(BalancedRecipe):
     """Softmax gate per linear, the k best experts, their weights renormalised."""
 
-    balance: float = 0.01
     z_loss: float = 0.001
     jitter: float = 0.0
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i)."""
-        losses = {"balance": self.balance, "z": self.z_loss}
+        losses = self.losses(z=self.z_loss)
         router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter, losses=losses)
         return [Branch(router, self.bank(site))]
 
@@ -45,20 +45,19 @@ class Dense(Recipe):
 
 @register_recipe("switch", "Fedus et al. 2021, arXiv 2101.03961")
 @dataclass(frozen=True, kw_only=True)
-class Switch(Recipe):
+class Switch(BalancedRecipe):
     """The one best expert, weighted by its probability.
 
     Differs: no capacity limit, so no token is dropped and the routing stays causal and batch-invariant.
     """
 
     k: int = 1
-    balance: float = 0.01
     z_loss: float = 0.001
     jitter: float = 0.01
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), weights not renormalised."""
-        losses = {"balance": self.balance, "z": self.z_loss}
+        losses = self.losses(z=self.z_loss)
         router = LinearRouter(site.d_in, self.n_experts, self.k, renormalize=False, jitter=self.jitter, losses=losses)
         return [Branch(router, self.bank(site))]
 
@@ -109,7 +108,7 @@ class Fixed(Recipe):
 
 @register_recipe("adamole", "Liu and Luo 2024, arXiv 2405.00361")
 @dataclass(frozen=True, kw_only=True)
-class AdaMoLE(Recipe):
+class AdaMoLE(BalancedRecipe):
     """Softmax gate per linear; every expert whose probability passes a learned threshold; k is ignored.
 
     Args:
@@ -130,7 +129,7 @@ class AdaMoLE(Recipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a gate with a threshold on x (*rows, i)."""
-        losses = {"balance": self.balance}
+        losses = self.losses()
         router = ThresholdRouter(site.d_in, self.n_experts, max_threshold=self.max_threshold, losses=losses)
         return [Branch(router, self.bank(site))]
 

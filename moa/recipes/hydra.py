@@ -10,7 +10,8 @@ from ..errors import ConfigError
 from ..experts import Affine, ExpertBank
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, Router
-from .recipe import Recipe, register_recipe
+from .balance import BalancedRecipe
+from .recipe import register_recipe
 
 # names of the layers that write to the residual stream, where the paper puts its branches
 OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)"
@@ -18,7 +19,7 @@ OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dens
 
 @register_recipe("hydra", "Kim et al. 2023, arXiv 2309.06922")
 @dataclass(frozen=True, kw_only=True)
-class Hydra(Recipe):
+class Hydra(BalancedRecipe):
     """Two low-rank branches on a layer: one on its input, one on its frozen output; both fold exactly.
 
     y0 = W x + b;  y = y0 + s_p B_p A_p x + s_q B_q A_q y0
@@ -48,7 +49,6 @@ class Hydra(Recipe):
     sequential_rank: int | None = None
     biases: bool = False
     gate: Literal["branches", "experts"] | None = None
-    balance: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +72,7 @@ class Hydra(Recipe):
             return FixedRouter(d_in, 1)
         if self.gate == "branches":
             return LinearRouter(d_in, 1, 1, score="sigmoid", renormalize=False)
-        return LinearRouter(d_in, self.n_experts, self.k, losses={"balance": self.balance})
+        return LinearRouter(d_in, self.n_experts, self.k, losses=self.losses())
 
     def _bank(self, site: Site, rank: int) -> ExpertBank:
         family = Affine() if self.biases else self.family

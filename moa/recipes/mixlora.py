@@ -13,12 +13,13 @@ from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, li
 from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
 from ..types import Context
+from .balance import BalancedRecipe
 from .recipe import Recipe, register_recipe
 
 
 @register_recipe("mixlora", "Li et al. 2024, arXiv 2404.15159")
 @dataclass(frozen=True, kw_only=True)
-class MixLoRA(Recipe):
+class MixLoRA(BalancedRecipe):
     """One gate per feed-forward block; each expert is the frozen block with its own LoRA on every linear of it.
 
     y = Σ_{e in top-k} w_e FFN_e(x);  the target layers outside feed-forward blocks get one plain LoRA each
@@ -30,7 +31,8 @@ class MixLoRA(Recipe):
 
     Source: arXiv 2404.15159, eq. 3-7.
     Differs: the released code has a balance coefficient of 1e-3, the paper 1e-2; theirs is k times ours (see
-        `moa.objective.losses.balance_loss`), so 2e-3 here is the code's. Its gate starts from N(0, 0.02²). The frozen
+        `moa.objective.losses.balance_loss`), so 2e-3 here is the code's, on the rows of all layers together
+        (balance_over="model"). Its gate starts from N(0, 0.02²). The frozen
         products of a block run once per token, whatever k.
     """
 
@@ -77,7 +79,7 @@ class MixLoRA(Recipe):
                 "no feed-forward block (layers d -> f, then one f -> d) is complete among the target layers "
                 f"{', '.join(s.name for s in sites[:6])}: use targets='all-linear' or 'ffn'."
             )
-        losses = {"balance": self.balance, "z": self.z_loss}
+        losses = self.losses(z=self.z_loss)
         for block in blocks:
             members = []
             for site in block:

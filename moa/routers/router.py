@@ -24,7 +24,8 @@ class Router(nn.Module):
         needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
-        loss_weights: name in `moa.objective.losses.LOSSES` -> coefficient, added to the training loss.
+        loss_weights: name in `LOSSES` or `MODEL_LOSSES` of `moa.objective.losses` -> coefficient, added to the
+            training loss.
         known_tasks: the task ids it can route; None where it does not look at them or takes any.
         learning_rate: its parameters' own, for `MoAModel.optimizer_groups`; None is everyone's.
 

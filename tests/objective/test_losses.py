@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+import moa
 from moa.errors import ConfigError, ContextError, ShapeError
 from moa.objective.losses import (
     LOSSES,
@@ -21,8 +22,12 @@ from moa.objective.losses import (
     rloo,
     z_loss,
 )
+from moa.objective.objective import auxiliary_losses
+from moa.objective.trace import Trace
+from moa.recipes import RECIPES
 from moa.routers import LinearRouter
 from moa.types import Context, Routing
+from tests import models
 from tests.laws import assert_close
 
 
@@ -44,6 +49,82 @@ def test_balance_loss_times_k_is_that_of_transformers(n_experts, k, padded):
     theirs = load_balancing_loss_func((logits.reshape(21, -1),), n_experts, k, mask if padded else None)
     ours = balance_loss(routing_of(logits, k), mask.bool() if padded else None)
     assert_close(ours * k, theirs, 3e-7)  # theirs counts in fp32
+
+
+def traced(layers: list[torch.Tensor], k: int, mask: torch.Tensor | None, over: str) -> Trace:
+    """Return the trace of several layers' logits (B, S, E), whose gates ask for one form of the balance loss."""
+    trace = Trace()
+    for place, logits in enumerate(layers):
+        router = LinearRouter(2, logits.shape[-1], k, losses={over: 1.0})
+        trace.add(str(place), routing_of(logits.requires_grad_(), k), mask, router)
+    return trace
+
+
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (4, 1), (6, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_balance_loss_of_a_model_is_that_of_transformers(n_experts, k, padded):
+    """One function call over all layers, unevenly padded: values, and the gradient of every layer's logits."""
+    layers = [torch.randn(3, 7, n_experts, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    mask = torch.ones(3, 7, dtype=torch.long)
+    if padded:
+        mask[0, 4:] = 0
+        mask[2, 1:] = 0
+    flat = tuple(logits.reshape(21, -1) for logits in layers)
+    theirs = load_balancing_loss_func(flat, n_experts, k, mask if padded else None)
+    wanted = torch.autograd.grad(theirs, layers)
+    trace = traced(layers, k, mask.bool() if padded else None, "model_balance")
+    ours = auxiliary_losses([trace])["model_balance"]
+    assert_close(ours * k, theirs.double(), 3e-7)  # theirs counts in fp32
+    for got, right in zip(torch.autograd.grad(ours * k, layers), wanted, strict=True):
+        assert_close(got, right, 5e-6)  # small differences of theirs, in fp32
+    by_layer = auxiliary_losses([traced(layers, k, mask.bool() if padded else None, "balance")])["balance"]
+    one_by_one = [load_balancing_loss_func((x,), n_experts, k, mask if padded else None) for x in flat]
+    assert_close(by_layer * k, torch.stack(one_by_one).mean().double(), 3e-7)
+    assert abs(by_layer - ours) > 1e-3, "the two forms differ"
+
+
+def test_the_balance_loss_of_a_model_weighs_layers_by_their_rows():
+    """Layers of other sequences, as in an encoder-decoder: still one call on all rows; other sizes of E stay apart."""
+    torch.manual_seed(2)
+    long, short, wide = torch.randn(2, 9, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 6)
+    trace = traced([long, short], 2, None, "model_balance")
+    theirs = load_balancing_loss_func((long.reshape(18, 4), short.reshape(6, 4)), 4, 2)
+    assert_close(2 * auxiliary_losses([trace])["model_balance"], theirs, 1e-6)
+    three = traced([long, short, wide], 2, None, "model_balance")
+    other = load_balancing_loss_func((wide.reshape(6, 6),), 6, 2)
+    assert_close(2 * auxiliary_losses([three])["model_balance"], (2 * theirs + other) / 3, 1e-6)
+    both = auxiliary_losses([trace, traced([short, short], 2, None, "model_balance")])["model_balance"]
+    again = load_balancing_loss_func((short.reshape(6, 4),) * 2, 4, 2)
+    assert_close(2 * both, (theirs + again) / 2, 1e-6)  # a mean over selections
+
+
+def test_only_the_mean_over_layers_sees_layers_that_collapse_apart():
+    first = torch.tensor([9.0, 9.0, -9.0, -9.0]).repeat(1, 8, 1)
+    layers = [first, first.flip(-1)]
+    assert abs(auxiliary_losses([traced(layers, 2, None, "model_balance")])["model_balance"] - 1) < 1e-6
+    assert abs(auxiliary_losses([traced(layers, 2, None, "balance")])["balance"] - 2) < 1e-6
+
+
+BALANCED = [name for name, recipe in RECIPES.items() if "balance" in recipe.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("router", BALANCED)
+def test_every_recipe_with_a_balance_loss_offers_both_forms(router):
+    options = {"n_experts": 4, "targets": "all-linear", **({"gate": "experts"} if router == "hydra" else {})}
+    names = {}
+    for over in ("layers", "model"):
+        model = moa.build(models.llama(), router, balance=1.0, balance_over=over, **options)
+        models.randomise(model).train()
+        model(**models.lm_batch()).loss.backward()
+        names[over] = {name for name in model.last_losses if "balance" in name}
+        assert all(b.router.weight.grad.any() for _, b in model.branches() if hasattr(b.router, "weight"))
+    assert names == {"layers": {"balance"}, "model": {"model_balance"}}
+    with pytest.raises(ConfigError, match=r"unknown balance_over 'layer'.*layers"):
+        moa.make_recipe(router, balance_over="layer", **options)
+
+
+def test_the_recipes_with_a_balance_loss_are_known():
+    assert set(BALANCED) == {"topk", "switch", "adamole", "mixlora", "hydra"}
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
