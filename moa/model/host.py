@@ -140,6 +140,9 @@ class Host(nn.Module):
             factors = branch.bank.factors()
             if factors is not None:
                 branch.router.experts_changed(*factors)
+        mixtures = self.mixtures()
+        for recipe, names in self.recipes:
+            recipe.experts_changed([mixtures[name] for name in names])
 
     @property
     def preview(self) -> Preview | None:

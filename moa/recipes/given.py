@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
+from ..errors import ConfigError
 from ..mixture import Branch, Mixture, Site
 from ..mixture.preview import hidden_width
 from ..routers import PreviewRouter, PrototypeRouter
@@ -100,9 +101,14 @@ class Arrow(Recipe):
     Args:
         k: experts per token, 3 by default (all of them where there are fewer).
         temperature: of the softmax.
+        tied: names of layers that have one prototype together where they stand side by side, e.g.
+            ("q_proj", "k_proj", "v_proj"): they then choose alike. Empty: each layer has its own, as in peft.
 
     Source: arXiv 2405.11157, §4; see `PrototypeRouter` for what differs.
-    Differs: peft's subtraction of general knowledge from the adapters is a merge, not a routing: do it before.
+    Differs: the paper's experts have one A for q, k and v, and its code (microsoft/mttl, tie_params) one prototype:
+        `tied`, which does not need one A. Its tie_op="sum", which adds the changes up, is not here, as it needs
+        outputs of one size. peft's subtraction of general knowledge from the adapters is a merge, not a routing: do
+        it before.
     """
 
     wants_experts = True
@@ -110,9 +116,14 @@ class Arrow(Recipe):
 
     k: int = 3
     temperature: float = 1.0
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", min(self.k, self.n_experts))
+        if isinstance(self.tied, list):
+            object.__setattr__(self, "tied", tuple(self.tied))
+        if isinstance(self.tied, str) or len(self.tied) == 1:
+            raise ConfigError(f"tied must name at least two layers, e.g. ('q_proj', 'k_proj'), got {self.tied!r}.")
         super().__post_init__()
         PrototypeRouter(1, self.n_experts, self.k, temperature=self.temperature)
 
@@ -123,3 +134,48 @@ class Arrow(Recipe):
         assert factors is not None
         router.experts_changed(*factors)
         return [Branch(router, bank)]
+
+    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+        """Return the mixtures of the sites, (*rows, i) -> (*rows, o).
+
+        Raises:
+            ConfigError: no two layers side by side are tied, or two of them do not route rows of one size.
+        """
+        groups = self._side_by_side([site.name for site in sites])
+        if self.tied and not groups:
+            raise ConfigError(
+                f"tied={self.tied} names no two layers side by side among {_some(s.name for s in sites)}."
+            )
+        out = super().mixtures(sites, context)
+        sizes = {mixture.name: mixture.branches[0].router.d_in for mixture in out}
+        for names in groups:
+            if len({sizes[name] for name in names}) > 1:
+                given = ", ".join(f"{name} ({sizes[name]})" for name in names)
+                raise ConfigError(f"tied layers must route rows of one size, got {given}.")
+        self.experts_changed(out)
+        return out
+
+    def experts_changed(self, mixtures: Sequence[Mixture]) -> None:
+        """Find the prototypes of tied layers, (*rows, i) -> (*rows, o), again."""
+        branches = {mixture.name: mixture.branches[0] for mixture in mixtures}
+        for names in self._side_by_side(list(branches)):
+            found = [branches[name].bank.factors() for name in names]
+            factors = [pair for pair in found if pair is not None]
+            for name in names:
+                router = branches[name].router
+                assert isinstance(router, PrototypeRouter)
+                router.share(*factors)
+
+    def _side_by_side(self, names: Sequence[str]) -> list[list[str]]:
+        """Return the names of tied layers in groups of one parent, those of a single layer left out."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            if own in self.tied:
+                groups.setdefault(parent, []).append(name)
+        return [group for group in groups.values() if len(group) > 1]
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:6]) + (", …" if len(first) > 6 else "")

@@ -139,6 +139,13 @@ class Recipe:
         """
         return [mixture_on(site.module, self.branches(site), context, site.name) for site in sites]
 
+    def experts_changed(self, mixtures: Sequence[Mixture]) -> None:
+        """Take note of low-rank experts read in or trained, where layers (*rows, i) look at each other's.
+
+        Args:
+            mixtures: this recipe's, of one model.
+        """
+
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.
 

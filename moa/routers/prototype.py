@@ -17,6 +17,9 @@ class PrototypeRouter(Router):
 
     logit_e = |v_e · x| / T, v_e the first right singular vector of ΔW_e; softmax over the k largest
 
+    Layers that read the same row may have one prototype together (`share`), of their weight changes on top of each
+    other.
+
     | buffer | shape | start |
     |---|---|---|
     | prototypes (v) | (E, i), unit rows | zero; set by `experts_changed` |
@@ -46,7 +49,15 @@ class PrototypeRouter(Router):
 
     def experts_changed(self, down: Tensor, up: Tensor) -> None:
         """Find the prototypes of experts down (E, r, i), up (E, r, o)."""
-        self.prototypes.copy_(top_right_singular(down, up))
+        self.share((down, up))
+
+    def share(self, *layers: tuple[Tensor, Tensor]) -> None:
+        """Find the prototypes that this layer has together with others, each down (E, r, i), up (E, r, o).
+
+        Source: microsoft/mttl, ArrowTransform with tie_params and tie_op="concat".
+        Differs: there the layers must have one A; here each has its own, which with one A is the same.
+        """
+        self.prototypes.copy_(top_right_singular(*layers))
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i): weights and indices (*rows, K)."""
@@ -56,23 +67,26 @@ class PrototypeRouter(Router):
 
 
 @torch.no_grad()
-def top_right_singular(down: Tensor, up: Tensor) -> Tensor:
+def top_right_singular(*layers: tuple[Tensor, Tensor]) -> Tensor:
     """Return each expert's first right singular vector of up_e^T down_e, (E, i), unit length, sign undefined.
 
-    With down^T = Q R and G = up up^T, ΔW^T ΔW = Q (R G R^T) Q^T: an r × r eigenproblem in fp64. An expert whose up is
-    zero gets the direction that its down amplifies most; one that is zero altogether gets zero.
+    With down^T = Q R and G = up up^T, ΔW^T ΔW = Q (R G R^T) Q^T: an r × r eigenproblem in fp64. Of several layers,
+    ΔW is theirs on top of each other, and ΔW^T ΔW the sum of theirs. An expert whose up is zero gets the direction
+    that its down amplifies most; one that is zero altogether gets zero.
 
     Args:
-        down: (E, r, i).
-        up: (E, r, o).
+        layers: down (E, r, i) and up (E, r, o) of each; r and o may differ.
     """
-    wide_down, wide_up = down.double(), up.double()
-    q, r = torch.linalg.qr(wide_down.mT)  # (E, i, min(i, r)), (E, min(i, r), r)
-    gram = wide_up @ wide_up.mT
-    untrained = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
-    gram = torch.where(untrained, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), gram)
-    small = r @ gram @ r.mT
+    downs = [down.double() for down, _ in layers]
+    grams = [up.double() @ up.double().mT for _, up in layers]  # (E, r, r) each
+    q, r = torch.linalg.qr(torch.cat(downs, 1).mT)  # (E, i, R), (E, R, Σr), R = min(i, Σr)
+    energy = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)  # (E,)
+    untrained = (energy == 0)[:, None, None]  # (E, 1, 1)
+    small = torch.zeros_like(r[..., :1])  # (E, R, R), by broadcasting
+    for part, gram in zip(r.split([gram.shape[-1] for gram in grams], -1), grams, strict=True):
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        small = small + part @ torch.where(untrained, identity, gram) @ part.mT
     vectors = torch.linalg.eigh(small).eigenvectors[..., -1:]
     found = (q @ vectors).squeeze(-1)
     alive = small.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-    return torch.where(alive[:, None], found, 0).to(down.dtype)
+    return torch.where(alive[:, None], found, 0).to(layers[0][0].dtype)

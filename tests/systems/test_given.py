@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -199,14 +200,14 @@ def test_arrow_is_pefts(folders: list[Path], k: int, temperature: float) -> None
 
 def test_prototypes_are_the_first_right_singular_vectors() -> None:
     down, up = torch.randn(5, 3, 20, dtype=torch.float64), torch.randn(5, 3, 12, dtype=torch.float64)
-    found = top_right_singular(down, up)
+    found = top_right_singular((down, up))
     for e in range(5):
         vectors = torch.linalg.svd(up[e].T @ down[e]).Vh
         assert_close(found[e] * (found[e] @ vectors[0]).sign(), vectors[0], 1e-8)
-    untrained = top_right_singular(down, up * 0)
+    untrained = top_right_singular((down, up * 0))
     for e in range(5):
         assert abs(abs(untrained[e] @ torch.linalg.svd(down[e]).Vh[0]) - 1) < 1e-8
-    assert not top_right_singular(down * 0, up).any()
+    assert not top_right_singular((down * 0, up)).any()
 
 
 def test_arrow_needs_no_training_and_comes_back(folders: list[Path], tmp_path: Path) -> None:
@@ -223,6 +224,88 @@ def test_arrow_needs_no_training_and_comes_back(folders: list[Path], tmp_path: P
     assert not torch.allclose(models.outputs_of(model, ids), before, atol=1e-4)
     model.experts_changed()
     assert_close(models.outputs_of(model, ids), before, 1e-5)  # the same experts under other numbers
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def one_up_to_sign(found: Tensor, right: Tensor) -> None:
+    assert_close(found * (found @ right).sign(), right, 1e-5)
+
+
+def test_tied_prototypes_are_those_of_the_changes_on_top_of_each_other(tmp_path: Path) -> None:
+    """Against a dense singular value decomposition, and, for one A in q, k and v, against mttl's way written anew."""
+    folders = adapters.write(tmp_path, models.llama, targets=[*QKV, "down_proj"])
+    model = moa.build(models.llama(), "arrow", experts=folders, tied=QKV)
+    alone = moa.build(models.llama(), "arrow", experts=folders)
+    mixtures = {name: mixture.branches[0] for name, mixture in model.mixtures().items()}
+    own = {name: mixture.branches[0].router.prototypes for name, mixture in alone.mixtures().items()}
+
+    def check(with_one_a: bool) -> None:
+        for number in range(2):
+            names = [f"model.layers.{number}.self_attn.{name}" for name in QKV]
+            banks = [mixtures[name].bank for name in names]
+            for e in range(3):
+                changes = [bank.up[e].T.double() @ bank.down[e].double() for bank in banks]  # (o, i) each
+                if with_one_a:
+                    a = banks[0].down[e].T.numpy().astype(float)  # (i, r), mttl's lora_a
+                    b = np.concatenate([bank.up[e].numpy() for bank in banks], 1)  # (r, Σo), its lora_b side by side
+                    right = torch.from_numpy(np.linalg.svd(a @ b, full_matrices=False)[0][:, 0]).float()
+                else:
+                    right = torch.linalg.svd(torch.cat(changes)).Vh[0].float()
+                for name in names:
+                    one_up_to_sign(mixtures[name].router.prototypes[e], right)
+
+    check(with_one_a=False)
+    for name, branch in mixtures.items():
+        if name.endswith("down_proj"):
+            assert torch.equal(branch.router.prototypes, own[name]), "the others have their own"
+        else:
+            assert not torch.allclose(branch.router.prototypes.abs(), own[name].abs(), atol=1e-2)
+    with torch.no_grad():
+        for number in range(2):
+            first, *rest = (mixtures[f"model.layers.{number}.self_attn.{name}"].bank for name in QKV)
+            for bank in rest:
+                bank.down.copy_(first.down)
+    model.experts_changed()
+    check(with_one_a=True)
+
+
+def test_tied_layers_choose_alike_and_come_back(tmp_path: Path) -> None:
+    folders = adapters.write(tmp_path, models.llama, targets=QKV)
+    model = moa.build(models.llama(), "arrow", experts=folders, tied=list(QKV), k=1).eval()
+    with model.tracing() as trace:
+        models.outputs_of(model, {"input_ids": tokens()})
+    q, k, v, *_ = (record.routing.indices for record in trace)
+    assert torch.equal(q, k) and torch.equal(q, v)
+    model.save_pretrained(tmp_path / "saved")
+    again = moa.load(tmp_path / "saved", base=models.llama())
+    assert again.recipes[0][0].tied == QKV
+    ids = {"input_ids": tokens()}
+    assert torch.equal(models.outputs_of(again, ids), models.outputs_of(model, ids))
+    again.experts_changed()
+    assert torch.equal(models.outputs_of(again, ids), models.outputs_of(model, ids))
+
+
+def test_an_expert_untrained_in_some_tied_layers() -> None:
+    """Zero in one layer: the other decides; zero in all: what the downs amplify most; nothing at all: zero."""
+    down, up = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 5, dtype=torch.float64)
+    other = torch.randn(2, 2, 8, dtype=torch.float64), torch.zeros(2, 2, 6, dtype=torch.float64)
+    assert_close(top_right_singular((down, up), other).abs(), top_right_singular((down, up)).abs(), 1e-9)
+    both = torch.linalg.svd(torch.cat([down, other[0]], 1)).Vh[:, 0]
+    assert_close(top_right_singular((down, up * 0), other).abs(), both.abs(), 1e-9)
+    assert not top_right_singular((down * 0, up), (other[0] * 0, other[1])).any()
+
+
+def test_tied_names_that_fit_nothing(tmp_path: Path) -> None:
+    folders = adapters.write(tmp_path, models.llama, targets=["q_proj", "up_proj", "down_proj"])
+    with pytest.raises(ConfigError, match=r"tied=\('q_proj', 'k_proj'\) names no two layers.*self_attn.q_proj"):
+        moa.build(models.llama(), "arrow", experts=folders, tied=("q_proj", "k_proj"))
+    with pytest.raises(ConfigError, match=r"route rows of one size, got .*up_proj \(16\), .*down_proj \(24\)"):
+        moa.build(models.llama(), "arrow", experts=folders, tied=("up_proj", "down_proj"))
+    for tied in ("q_proj", ("q_proj",)):
+        with pytest.raises(ConfigError, match="at least two layers"):
+            moa.build(models.llama(), "arrow", experts=folders, tied=tied)
 
 
 # ------------------------------------------------------------------------------------------------ gates over adapters
