@@ -85,7 +85,7 @@ class MergeConfig:
     def _read(self, folder: Path) -> Deltas:
         whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
         if not whole:
-            return read_peft(folder)
+            return read_peft(folder, self.base)
         if self.base is None:
             raise ConfigError(
                 f"{folder} is a whole checkpoint: its change is what differs from the base, so name base."

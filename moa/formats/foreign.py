@@ -1,8 +1,7 @@
-"""Folders that MixLoRA's and peft's X-LoRA code write: read, and turned into moa's recipes. `moa.load` calls it."""
+"""Adapter folders of other libraries: their configuration and their tensors, read in one place."""
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .tensor_files import Checkpoint, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -47,21 +45,23 @@ def is_foreign(folder: Path) -> bool:
 def read_foreign(folder: Path) -> Foreign:
     """Return what a folder holds; a pickled .bin is read as tensors alone, nothing in it is run.
 
+    The tensors of a safetensors file are read when they are asked for.
+
     Raises:
         CheckpointError: a file is missing, damaged, or holds more than tensors.
     """
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} is not an adapter folder: {CONFIG} is missing in it.")
     file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if file is None or not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{folder} is no adapter folder: expected {CONFIG} and {' or '.join(WEIGHTS)} in it.")
+    if file is None:
+        raise CheckpointError(f"{folder} is not an adapter folder: {' or '.join(WEIGHTS)} is missing in it.")
+    config = read_json(folder / CONFIG)
+    if file.suffix == ".safetensors":
+        return Foreign(folder, config, Checkpoint(file))
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        tensors = (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    except (json.JSONDecodeError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(f"{file} holds {type(tensors).__name__}: expected a mapping name -> tensor.")
     return Foreign(folder, config, tensors)

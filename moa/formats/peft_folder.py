@@ -1,190 +1,298 @@
-"""A PEFT LoRA folder read as deltas: what it means is honoured, or refused by name.
+"""A PEFT LoRA folder read as deltas: what it means is honoured, or refused by name. The only reader of the format.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685), rsLoRA's scale (Kalajdzievski 2023, arXiv 2312.03732); layout of PEFT 0.21.
+LoRA (Hu et al. 2021, arXiv 2106.09685); layout of PEFT 0.21. What is refused and why: `peft_options`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..delta import Delta, LowRank, low_rank
-from ..errors import CheckpointError, ShapeError
+from ..delta import Delta, Dense, LowRank, low_rank, work_dtype
+from ..errors import CheckpointError
+from .foreign import read_foreign
 from .named_deltas import Deltas, listed
-from .tensor_files import Checkpoint, read_json
+from .peft_options import INITS, check_options, init_of, is_set, scale_of
+from .peft_start import STARTS, Base, base_of_files, dora, kasa, less
 
 PREFIX = "base_model.model."
-
-# Settings under which a folder is not "base weight + scale · up · down", with the reason shown to the user.
-REFUSED: dict[str, str] = {
-    "use_dora": "DoRA rescales the whole weight, so its change depends on the base and is no low-rank delta",
-    "lora_bias": "it trains a bias beside each factor, which a weight delta cannot hold",
-    "modules_to_save": "it replaces whole modules; take the difference of two full checkpoints instead",
-    "target_parameters": "its factors belong to fused expert parameters, not to linear layers",
-    "layer_replication": "it changes the layers of the base",
-    "alora_invocation_tokens": "it acts only after given tokens, so it is no constant change of the weight",
-    "use_qalora": "it pools the inputs of each group before the factors",
-    "use_bdlora": "its factors are block-diagonal shards",
-    "arrow_config": "it is a router over other adapters",
-    "kasa_config": "its factors stand beside a truncated base weight",
-    "monteclora_config": "its factors are random variables",
-    "trainable_token_indices": "it replaces rows of the embedding",
+COPY = ".base_layer.weight"  # PEFT writes an adapted head or embedding whole beside its factors
+# what belongs to a layer's adapter: ending of its key -> the part it is
+PARTS = {
+    r"\.lora_A(?:\.default)?\.weight": "A",
+    r"\.lora_B(?:\.default)?\.weight": "B",
+    r"\.lora_B(?:\.default)?\.bias": "bias",
+    r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?": "magnitude",
+    r"\.lora_diag(?:\.default)?": "diagonal",
+    r"\.lora_velora_embed(?:\.default)?": "velora",
 }
-# Mixtures behind a router, which are no one weight change, and what to do with them.
-ROUTED = {
-    "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those, or moa.load it.",
-    "MIXLORA": "Its experts are feed-forward blocks behind a gate: no weight change; moa.load reads it as a model.",
-    "POLY": "It mixes its experts by task, and its layout is not read.",
-}
-# Initialisations that move part of the base weight into the factors: the file is a change of another base.
-MOVED_BASE = ("pissa", "olora", "corda", "lora_ga")
+KEY = re.compile("(.+?)(?:" + "|".join(f"({ending})" for ending in PARTS) + ")")
+# the options without which PEFT writes no such part
+OPTION_OF = {"bias": "lora_bias", "magnitude": "use_dora", "diagonal": "kasa_config", "velora": "velora_config"}
 
 
-def read_peft(path: str | Path) -> Deltas:
+def read_peft(
+    path: str | Path, base: str | Path | Mapping[str, Tensor] | None = None, initial: str | Path | None = None
+) -> Deltas:
     """Return the deltas of a PEFT LoRA folder, ΔW = scale · B A with scale = alpha / r, or alpha / √r for rsLoRA.
 
     Args:
-        path: folder with adapter_config.json and adapter_model.safetensors.
+        path: folder with adapter_config.json and adapter_model.safetensors (or .bin, read as tensors only).
+        base: the base model's folder or state dict. PiSSA, OLoRA, KaSA, DoRA, trained biases and modules saved whole
+            are changes of it that only it tells.
+        initial: the folder of the same adapter before training, which tells what PiSSA, OLoRA, CorDA or LoRA-GA moved
+            from the base into the factors.
 
     Returns:
-        Low-rank deltas named as the base names its weights ("….q_proj.weight"): down (r, i), up (o, r) with the
-        scale, rank_pattern and alpha_pattern included; float32, or float64 if the file is. `base` is the id
-        written in the config. With fan_in_fan_out they are as such a base stores its weights, (i, o): the factors
-        change places.
+        Deltas named as the base names its weights ("….q_proj.weight"): low-rank ones, down (r, i), up (o, r) with the
+        scale, rank_pattern and alpha_pattern included; dense ones for convolutions, DoRA, biases and whole modules.
+        float32, or float64 if the file is. `base` is the id written in the config. With fan_in_fan_out they are as
+        such a base stores its weights, (i, o): the factors change places.
 
     Raises:
-        CheckpointError: a file is missing, truncated or damaged, is no LoRA, uses a setting that is not a plain
-            low-rank change (each refused by name), or its ranks are not those of its config.
-        ShapeError: a factor is not a matrix (convolution) or factors do not fit together.
+        CheckpointError: a file is missing, truncated or damaged, is no LoRA, uses an option that is no change of the
+            weights or that is unknown (each refused by name), needs the base and has none, or its ranks are not those
+            of its config.
+        ShapeError: factors do not fit together.
 
     Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for the scale of rsLoRA.
+    Differs: over a base of half precision PEFT rounds what PiSSA, OLoRA or KaSA leave of the weight to that precision;
+        here nothing is rounded before the merge.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: expected a PEFT LoRA folder (adapter_config.json inside).")
-    config = read_json(folder / "adapter_config.json")
-    file = folder / "adapter_model.safetensors"
-    if not file.exists():
-        pickled = " (adapter_model.bin is a pickle, which moa does not read)" if any(folder.glob("*.bin")) else ""
-        raise CheckpointError(f"{file} is missing{pickled}: save the adapter again as safetensors.")
-    return peft_deltas(Checkpoint(file), config, source=str(folder))
+    found = read_foreign(folder)
+    start = read_foreign(Path(initial)).tensors if initial is not None else None
+    return peft_deltas(found.tensors, found.config, source=str(folder), base=base, initial=start)
 
 
-def peft_deltas(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, source: str = "adapter") -> Deltas:
+def peft_deltas(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    source: str = "adapter",
+    base: str | Path | Mapping[str, Tensor] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+) -> Deltas:
     """Return the deltas of a PEFT LoRA state dict and its config: see `read_peft`.
 
     Args:
-        tensors: "base_model.model.<module>.lora_A.weight" (r, i) and "….lora_B.weight" (o, r).
+        tensors: "base_model.model.<module>.lora_A.weight" (r, i) and "….lora_B.weight" (o, r), convolutions with more
+            axes.
         config: the object of adapter_config.json.
         source: name used in errors.
+        base: the base's folder or state dict.
+        initial: the tensors before training.
 
     Returns:
-        Lazy low-rank deltas, down (r, i) and up (o, r) with the scale.
+        Lazy deltas in the shape of the base's weights.
 
     Raises:
-        CheckpointError: not a plain LoRA, or a rank differs from the config's.
-        ShapeError: a factor is not a matrix (convolution) or factors do not fit together.
+        CheckpointError: not a LoRA that is a change of weights, or a rank differs from the config's.
+        ShapeError: factors do not fit together.
     """
-    _check_config(config, source)
-    modules = _pairs(tensors, source)
-    for module, (down, up) in modules.items():
-        expected = _by_pattern(config.get("rank_pattern"), module, config["r"])
-        shapes = [_shape(tensors, down), _shape(tensors, up)]
-        if any(len(shape) != 2 for shape in shapes):
-            raise ShapeError(
-                f"{module!r} in {source} has factors {shapes[0]} and {shapes[1]}: only linear layers (matrices) are "
-                "read as LoRA; a convolution's change must come as a dense tensor."
-            )
-        if shapes[0][0] != expected:
-            raise CheckpointError(
-                f"{module!r} in {source} has rank {shapes[0][0]}, its config says {expected} (r or rank_pattern): "
-                "the scale alpha / r would be wrong; correct adapter_config.json."
-            )
+    transposed = bool(config.get("fan_in_fan_out"))
+    known = base_of_files(base, transposed) if base is not None else None
+    lora = Lora(tensors, config, source, known, initial)
 
     def load(name: str) -> Delta:
-        module = name.removesuffix(".weight")
-        down, up = modules[module]
-        delta = low_rank(tensors[down], tensors[up], _scale(config, module), where=module)
-        return LowRank(delta.up.T, delta.down.T) if transposed else delta
+        if name in lora.whole:
+            return lora.difference(name)
+        module, _, kind = name.rpartition(".")
+        if kind == "bias":
+            return lora.bias(module)
+        delta, kernel = lora.delta(module), lora.kernel(module)
+        if kernel:
+            return Dense(delta.dense().reshape(-1, *kernel))  # (o, C, *kernel)
+        if not transposed:
+            return delta
+        return LowRank(delta.up.T, delta.down.T) if isinstance(delta, LowRank) else Dense(delta.dense().T)
 
-    transposed = bool(config.get("fan_in_fan_out"))
-    names = [f"{module}.weight" for module in modules]
-    return Deltas(names, load, source, config.get("base_model_name_or_path") or None, transposed)
-
-
-def _check_config(config: Mapping[str, Any], source: str) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        hint = f" {ROUTED[kind]}" if kind in ROUTED else ""
-        raise CheckpointError(f"{source} has peft_type {kind!r}: expected 'LORA'.{hint}")
-    for key, reason in REFUSED.items():
-        if config.get(key):
-            raise CheckpointError(f"{source} sets {key}={config[key]!r}, and {reason}: it is refused.")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(
-            f"{source} sets bias={config['bias']!r}: its trained biases are no part of a low-rank delta and would be "
-            "lost; it is refused. Train with bias='none', or take the difference of two full checkpoints."
-        )
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(MOVED_BASE):
-        raise CheckpointError(
-            f"{source} sets init_lora_weights={init!r}, which moves part of the base into the factors: its product "
-            "is not a change of the original base. Save it with PEFT's path_initial_model_for_weight_conversion."
-        )
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise CheckpointError(f"{source} has r={config.get('r')!r}: expected a whole number ≥ 1.")
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise CheckpointError(f"{source} has lora_alpha={alpha!r}: expected a number.")
+    names = [f"{module}.weight" for module in lora.parts]
+    names += [f"{module}.bias" for module, parts in lora.parts.items() if "bias" in parts]
+    return Deltas([*names, *lora.whole], load, source, config.get("base_model_name_or_path") or None, transposed)
 
 
-def _pairs(tensors: Mapping[str, Tensor], source: str) -> dict[str, tuple[str, str]]:
-    """Return module -> (key of A, key of B); every other tensor of the file is refused by name."""
-    found: dict[str, dict[str, str]] = {}
-    for key in tensors:
-        if "lora_magnitude_vector" in key:
-            raise CheckpointError(f"{source} holds {key!r}: {REFUSED['use_dora']}; it is refused.")
+@dataclass(frozen=True)
+class Lora:
+    """A checked LoRA adapter: its layers' changes as rows see them, whatever way the base stores its weights.
+
+    Args:
+        tensors: the file's, factors (r, i) and (o, r).
+        config: the object of adapter_config.json.
+        source: name used in errors.
+        base: the base's weights, where they are known.
+        initial: the file's tensors before training, where they are known.
+
+    Raises:
+        CheckpointError: see `read_peft`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    source: str
+    base: Base | None = None
+    initial: Mapping[str, Tensor] | None = None
+    parts: dict[str, dict[str, str]] = field(default_factory=dict, init=False)  # module -> part -> key
+    whole: dict[str, str] = field(default_factory=dict, init=False)  # name -> key of a tensor saved whole
+
+    def __post_init__(self) -> None:
+        check_options(self.config, self.source)
+        for key in self.tensors:
+            self._sort(key)
+        self._check_parts()
+        self._check_start()
+        for module in self.parts:
+            self._check_rank(module)
+        for name in list(self.whole):
+            if self._is_the_bases(name):
+                del self.whole[name]
+
+    def _sort(self, key: str) -> None:
         if "lora_embedding_" in key:
             raise CheckpointError(
-                f"{source} holds {key!r}: LoRA on an embedding stores its factors transposed and is refused; take "
-                "the difference of two full checkpoints."
+                f"{self.source} holds {key!r}: LoRA on an embedding is no change of a linear layer, and is refused; "
+                "take the difference of two full checkpoints."
             )
-        match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", key)
+        match = KEY.fullmatch(key)
         if match is None:
+            self.whole[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = key
+            return
+        part = list(PARTS.values())[next(i for i, ending in enumerate(match.groups()[1:]) if ending is not None)]
+        option = OPTION_OF.get(part)
+        if option is not None and not is_set(self.config.get(option)):
+            raise CheckpointError(f"{self.source} holds {key!r}, and its config does not set {option}: it is refused.")
+        self.parts.setdefault(match[1].removeprefix(PREFIX), {})[part] = key
+
+    def _check_parts(self) -> None:
+        needed = {"A", "B"} | {part for part, o in OPTION_OF.items() if part != "velora" and is_set(self.config.get(o))}
+        for module, parts in self.parts.items():
+            if missing := sorted(needed - set(parts)):
+                said = f", though it sets {OPTION_OF[missing[0]]}" if missing[0] in OPTION_OF else ""
+                raise CheckpointError(
+                    f"{self.source} holds only {', '.join(sorted(parts))} of {module!r} and no {' or '.join(missing)}"
+                    f"{said}: it is incomplete."
+                )
+        if not self.parts:
+            raise CheckpointError(f"{self.source} holds no LoRA factors.")
+
+    def _check_start(self) -> None:
+        """Check that what this adapter's meaning depends on is there."""
+        init = init_of(self.config)
+        if self.initial is not None:
+            lost = [p[k] for p in self.parts.values() for k in "AB" if p[k] not in self.initial]
+            if lost:
+                raise CheckpointError(f"the initial adapter of {self.source} does not hold {listed(lost)}.")
+        elif INITS[init].verdict == "converted" and (self.base is None or init not in STARTS):
+            ways = "pass initial=, the folder of the adapter before training"
+            ways += ", or base=" if init in STARTS else ""
             raise CheckpointError(
-                f"{source} holds {key!r}, which is no LoRA factor (….lora_A.weight or ….lora_B.weight): a saved "
-                "module or bias would be lost by the merge, so the adapter is refused."
+                f"{self.source} sets init_lora_weights={self.config['init_lora_weights']!r}, which moves part of the "
+                f"base into the factors ({INITS[init].why}): {ways}, to moa.merge.read_peft, or save it with PEFT's "
+                "path_initial_model_for_weight_conversion."
             )
-        module = match[1].removeprefix(PREFIX)
-        found.setdefault(module, {})[match[2]] = key
-    lonely = [module for module, keys in found.items() if len(keys) != 2]
-    if lonely:
-        raise CheckpointError(f"{source} holds only one of the two factors of {listed(lonely)}: it is incomplete.")
-    if not found:
-        raise CheckpointError(f"{source} holds no LoRA factors.")
-    return {module: (keys["A"], keys["B"]) for module, keys in found.items()}
+        for option in ("use_dora", "kasa_config"):
+            if is_set(self.config.get(option)) and self.base is None:
+                raise CheckpointError(
+                    f"{self.source} sets {option}={self.config[option]!r}, and what it changes depends on the base: "
+                    "pass base= to moa.merge.read_peft."
+                )
 
+    def _check_rank(self, module: str) -> None:
+        expected, _ = scale_of(self.config, module, self.source)
+        rank = self._shape(self.parts[module]["A"])[0]
+        if rank != expected:
+            raise CheckpointError(
+                f"{module!r} in {self.source} has rank {rank}, its config says {expected} (r or rank_pattern): the "
+                "scale alpha / r would be wrong; correct adapter_config.json."
+            )
 
-def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """Return one tensor's shape, from the file's header where the mapping knows it."""
-    known = getattr(tensors, "shapes", None)
-    return tuple(known[key] if known is not None else tensors[key].shape)
+    def _is_the_bases(self, name: str) -> bool:
+        """Tell whether a tensor saved whole is only a copy of the base's; a changed one needs the base to be read."""
+        key = self.whole[name]
+        copy = key.endswith(COPY) and name.removesuffix(".weight") in self.parts
+        if self.base is None or name not in self.base.tensors:
+            if copy:
+                return True  # under a LoRA layer the weight is frozen
+            reason = "the base has no such tensor" if self.base is not None else "without base= its change is not known"
+            trained = [o for o in ("modules_to_save", "bias") if is_set(self.config.get(o))]
+            said = f" (it sets {', '.join(f'{o}={self.config[o]!r}' for o in trained)})" if trained else ""
+            raise CheckpointError(
+                f"{self.source} holds {key!r}, a tensor saved whole and no LoRA factor{said}: {reason}, and the "
+                "adapter is refused."
+            )
+        own = self.base.tensors[name]
+        same = own.shape == self.tensors[key].shape and torch.equal(own.cpu(), self.tensors[key].to(own.dtype).cpu())
+        if not same and (copy or own.shape != self.tensors[key].shape):
+            raise CheckpointError(
+                f"{self.source} holds {key!r}, {tuple(self.tensors[key].shape)}, which is not the base's, "
+                f"{tuple(own.shape)}: another base, or one whose vocabulary was resized."
+            )
+        return same
 
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """Return one tensor's shape, from the file's header where the mapping knows it."""
+        known = getattr(self.tensors, "shapes", None)
+        return tuple(known[key] if known is not None else self.tensors[key].shape)
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that fits the end of the module's path, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    def kernel(self, module: str) -> tuple[int, ...]:
+        """Return (C, *kernel) of a convolution's factor, () of a linear layer's."""
+        shape = self._shape(self.parts[module]["A"])
+        return shape[1:] if len(shape) > 2 else ()
 
+    def _change(self, module: str, tensors: Mapping[str, Tensor]) -> LowRank:
+        """Return scale · B A (o, i) of one layer's factors, block-diagonal ones written out."""
+        parts = self.parts[module]
+        down, up = tensors[parts["A"]].flatten(1), tensors[parts["B"]].flatten(1)
+        blocks = self.config.get("use_bdlora") or {}
+        if any(pattern in module for pattern in blocks.get("target_modules_bd_a") or ()):
+            down = torch.block_diag(*down.chunk(blocks["nblocks"]))
+        if any(pattern in module for pattern in blocks.get("target_modules_bd_b") or ()):
+            up = torch.block_diag(*up.chunk(blocks["nblocks"]))
+        if "diagonal" in parts:
+            up = up * self.tensors[parts["diagonal"]].to(up)
+        return low_rank(down, up, scale_of(self.config, module, self.source)[1], where=module)
 
-def _scale(config: Mapping[str, Any], module: str) -> float:
-    rank = _by_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    def delta(self, module: str) -> Delta:
+        """Return a layer's change (o, i) as rows see it: `LowRank`, or `Dense` with DoRA.
+
+        Raises:
+            CheckpointError: the base has no dense weight of a layer whose change depends on it.
+            ShapeError: factors do not fit together.
+        """
+        change: Delta = self._change(module, self.tensors)
+        init = init_of(self.config)
+        rank, scale = scale_of(self.config, module, self.source)
+        if INITS[init].verdict == "converted":
+            if self.initial is not None:
+                change = less(change, self._change(module, self.initial))
+            else:
+                change = less(change, STARTS[init](self._weight(module, f"init_lora_weights={init!r}"), rank, scale))
+        if "diagonal" in self.parts[module]:
+            change = less(change, kasa(self._weight(module, "kasa_config"), rank))
+        if "magnitude" not in self.parts[module]:
+            return change
+        return dora(self._weight(module, "use_dora"), change, self.tensors[self.parts[module]["magnitude"]])
+
+    def _weight(self, module: str, option: str) -> Tensor:
+        assert self.base is not None
+        return self.base.weight(module, f"{self.source} sets {option}, which takes its meaning from the base")
+
+    def bias(self, module: str) -> Dense:
+        """Return the change (o,) of a layer's bias."""
+        bias = self.tensors[self.parts[module]["bias"]]
+        return Dense(bias.to(work_dtype(bias.dtype)) * scale_of(self.config, module, self.source)[1])
+
+    def difference(self, name: str) -> Dense:
+        """Return what a tensor saved whole, of any shape, adds to the base's."""
+        assert self.base is not None
+        new, old = self.tensors[self.whole[name]], self.base.tensors[name]
+        dtype = work_dtype(torch.promote_types(new.dtype, old.dtype))
+        return Dense(new.to(dtype) - old.to(new.device, dtype))

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..delta import LowRank
 from ..errors import CheckpointError, ConfigError
 from ..mixture import Branch
 from ..recipes import make_recipe
 from ..routers import PreviewRouter
 from .foreign import CONFIG, Foreign, read_foreign
-from .peft_export import Adapter, load_experts
-from .peft_folder import peft_deltas
+from .named_deltas import Deltas, deltas
+from .peft_experts import expert_changes, largest_rank, load_experts
 
 CLASSIFIER = re.compile(r"(?:base_model\.)?internal_xlora_classifier\.layers\.(?:(\d+)\.)?(weight|bias)")
 FACTOR = re.compile(r"\.lora_[AB]\.weight$")
@@ -47,14 +46,14 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
     _check(found)
     folders = _adapter_folders(found)
     adapters = [_adapter(found, folder, len(folders)) for folder in folders]
-    layers = sorted({name for adapter in adapters for name in adapter.layers})
+    layers = sorted({name for adapter in adapters for name in adapter})
     raw = not config.get("enable_softmax", True)
     try:
         recipe = make_recipe(
             "xlora",
             n_experts=len(adapters),
             k=config.get("top_k_lora") or 0,
-            rank=max(adapter.max_rank for adapter in adapters),
+            rank=largest_rank(adapters),
             layerwise=config.get("layerwise_scalings", False),
             depth=config.get("xlora_depth", 1),
             width=config.get("xlora_size", 2048),
@@ -116,7 +115,11 @@ def _torn(adapter: Foreign) -> bool:
     return any(key.startswith(PREFIXES[0]) and not FACTOR.search(key) for key in adapter.tensors)
 
 
-def _adapter(found: Foreign, folder: Path, n_experts: int) -> Adapter:
+def _adapter(found: Foreign, folder: Path, n_experts: int) -> Deltas:
+    """Return one adapter's changes (o, i), which do not depend on how the base stores its weights.
+
+    An adapter that moved the base is refused: PEFT would move it once for each, under all of them.
+    """
     adapter = read_foreign(folder)
     torn = n_experts == 1 and _torn(adapter)  # one adapter has no other to be taken for
     tensors = {}
@@ -127,14 +130,9 @@ def _adapter(found: Foreign, folder: Path, n_experts: int) -> Adapter:
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
         tensors[f"{PREFIXES[1]}{name}"] = tensor
-    # experts run as factors on x, for which it is no matter how the base stores its weight
-    config = {**adapter.config, "fan_in_fan_out": False}
+    changes = expert_changes(Foreign(folder, adapter.config, tensors), base=None)
     weight = float(found.config.get("global_scaling_weight", 1.0))
-    layers = {}
-    for name, delta in peft_deltas(tensors, config, source=str(folder)).items():
-        assert isinstance(delta, LowRank)
-        layers[name.removesuffix(".weight")] = (delta.down, delta.up, weight)
-    return Adapter(folder, layers)
+    return deltas({name: delta.scaled(weight) for name, delta in changes.items()}, str(folder))
 
 
 def _classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:

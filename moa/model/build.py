@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
-from ..formats.peft_export import load_experts, read_adapters
+from ..formats.peft_experts import largest_rank, load_experts, read_adapters
 from ..mixture import backbone_prefix
 from ..recipes import Recipe, make_recipe, recipe_class
 from .moa_model import MoAModel
@@ -84,9 +84,10 @@ def build(
         options["targets"] = tuple(options["targets"])
     if experts is not None and not isinstance(router, str):
         raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
-    adapters = read_adapters(experts) if experts is not None else None
+    base = model.base if isinstance(model, MoAModel) else model
+    adapters = read_adapters(experts, base) if experts is not None else None
     if adapters is not None:
-        for name, value in (("n_experts", len(adapters)), ("rank", max(a.max_rank for a in adapters))):
+        for name, value in (("n_experts", len(adapters)), ("rank", largest_rank(adapters))):
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
         options.setdefault("train_experts", False)
@@ -107,7 +108,7 @@ def build(
             modules_to_save = _new_heads(model)
         out.train_whole(modules_to_save or ())
         for recipe in recipes:
-            sites = None if adapters is None else sorted({name for a in adapters for name in a.layers})
+            sites = None if adapters is None else sorted({name for a in adapters for name in a})
             names = out.add_recipe(recipe, sites)
             if adapters is not None:
                 load_experts(out.mixtures(), names, adapters)

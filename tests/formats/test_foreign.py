@@ -211,7 +211,7 @@ def test_damaged_mixlora_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         moa.load(cut, models.llama())
     (cut / "adapter_model.bin").unlink()
-    with pytest.raises(CheckpointError, match="expected adapter_config"):
+    with pytest.raises(CheckpointError, match=r"adapter_model.bin is missing"):
         moa.load(cut, models.llama())
     with pytest.raises(CheckpointError, match="names no base"):
         moa.load(tmp_path / "more")

@@ -407,7 +407,7 @@ def test_bad_inputs(folders: list[Path], tmp_path: Path) -> None:
         (ConfigError, "xlora", {"experts": folders, "depth": 0}, "depth must be at least 1"),
         (ConfigError, "arrow", {"experts": folders, "temperature": 0.0}, "temperature must be positive"),
         (CheckpointError, "arrow", {"experts": other}, "made for another base"),
-        (CheckpointError, "topk", {"experts": [tmp_path], "k": 1}, "not a PEFT adapter folder"),
+        (CheckpointError, "topk", {"experts": [tmp_path], "k": 1}, "not an adapter folder"),
     ):
         base = models.llama()
         with pytest.raises(error, match=text):

@@ -1,0 +1,117 @@
+"""PEFT LoRA adapters made the experts of a mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..delta import Delta, LowRank
+from ..errors import CheckpointError, ConfigError
+from ..experts import LoRABank
+from ..mixture import Branch, Mixture
+from .foreign import Foreign, read_foreign
+from .named_deltas import Deltas, check_finite, deltas
+from .peft_folder import Lora
+from .peft_start import Base, base_of_model
+
+LOW_RANK = "an expert is a low-rank change of linear layers; moa.merge.read_peft with base= reads it for merging"
+
+
+def read_adapters(paths: Sequence[str | Path], model: nn.Module) -> list[Deltas]:
+    """Return the adapters in PEFT LoRA folders as changes of a model's layers.
+
+    Args:
+        paths: folders, one per expert.
+        model: the base, whose weights (o, i) tell what PiSSA, OLoRA and KaSA mean.
+
+    Returns:
+        One set per folder: layer name -> low-rank change (o, i), its scale included.
+
+    Raises:
+        ConfigError: no path given.
+        CheckpointError: a folder that is no PEFT LoRA adapter, or whose change is not low-rank; the option is named.
+        NumericsError: NaN or infinity in a factor.
+    """
+    if not paths:
+        raise ConfigError("experts=[] names no adapter folder.")
+    base = base_of_model(model)
+    return [expert_changes(read_foreign(Path(path)), base) for path in paths]
+
+
+def expert_changes(found: Foreign, base: Base | None) -> Deltas:
+    """Return a folder's adapter as layer name -> low-rank change (o, i): see `read_adapters`.
+
+    Raises:
+        CheckpointError: an adapter whose change is not low-rank.
+        NumericsError: NaN or infinity in a factor.
+    """
+    source = str(found.path)
+    lora = Lora(found.tensors, found.config, source, base)
+    if lora.whole:
+        name, key = next(iter(lora.whole.items()))
+        said = [f"{o}={found.config[o]!r}" for o in ("modules_to_save", "bias") if found.config.get(o)]
+        raise CheckpointError(
+            f"{source} holds {key!r}, trained whole ({', '.join(said)}), and the base's {name!r} differs: {LOW_RANK}."
+        )
+    if found.config.get("lora_bias"):
+        raise CheckpointError(f"{source} sets lora_bias=True, which trains a bias behind the factors: {LOW_RANK}.")
+    changes: dict[str, Delta] = {}
+    for name in lora.parts:
+        delta = lora.delta(name)
+        if not isinstance(delta, LowRank):
+            raise CheckpointError(f"{source} sets use_dora=True, whose change of {name!r} is dense: {LOW_RANK}.")
+        changes[name] = check_finite(delta, name, source)
+    return deltas(changes, source)
+
+
+def largest_rank(adapters: Sequence[Deltas]) -> int:
+    """Return the largest rank over adapters and their layers, down (r, i)."""
+    return max(delta.rank for adapter in adapters for delta in adapter.values() if isinstance(delta, LowRank))
+
+
+@torch.no_grad()
+def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters: Sequence[Deltas]) -> None:
+    """Make adapter e expert e of the named mixtures; a layer it does not adapt keeps a zero expert.
+
+    Each adapter's own scale goes into its up factor, so that experts of unequal rank and alpha share one bank scale.
+
+    Args:
+        mixtures: name -> mixture, with banks of down (E, r, i) and up (E, r, o).
+        names: the layers to fill.
+        adapters: E of them, layer name -> low-rank change (o, i).
+
+    Raises:
+        ConfigError: a recipe whose experts are no LoRAs, or not as many as there are adapters.
+        CheckpointError: a factor of another shape than its layer: an adapter for another base.
+    """
+    for name in names:
+        branch = mixtures[name].branches[0]
+        assert isinstance(branch, Branch)
+        bank = branch.bank
+        if not isinstance(bank, LoRABank):
+            raise ConfigError(
+                f"experts=[…] are LoRA adapters whose outputs are mixed, this recipe's experts are "
+                f"{type(bank).__name__}: choose another, e.g. 'topk', 'dense', 'remix', 'xlora' or 'arrow'."
+            )
+        if bank.n_experts != len(adapters):
+            raise ConfigError(
+                f"{name} has {bank.n_experts} expert(s) in this recipe, and {len(adapters)} adapters were given: give "
+                "adapters of the layers that it routes alone, or choose another, e.g. 'topk', 'dense' or 'xlora'."
+            )
+        bank.down.zero_()
+        bank.up.zero_()
+        for e, adapter in enumerate(adapters):
+            if name not in adapter:
+                continue
+            delta = adapter[name]
+            assert isinstance(delta, LowRank)
+            if delta.shape != (bank.d_out, bank.d_in):
+                raise CheckpointError(
+                    f"{adapter.source}: the change of {name} is {tuple(delta.shape)}, the layer is {bank.d_in} -> "
+                    f"{bank.d_out}: this adapter was made for another base."
+                )
+            bank.down[e, : delta.rank] = delta.down.to(bank.down)
+            bank.up[e, : delta.rank] = (delta.up.T / bank.scaling).to(bank.up)
