@@ -12,18 +12,35 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from .tensor_files import DTYPES, Checkpoint
+from .tensor_files import DTYPES, Checkpoint, read_json
 
 TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What a folder must hold for overwrite=True to replace it: never someone's home folder by a slip of the keyboard.
+# What a folder must hold for overwrite=True to replace it, and a key of it that only a model's or an adapter's has:
+# never someone's home folder or project by a slip of the keyboard.
 MARKS = ("config.json", "adapter_config.json")
+MARK_KEYS = ("model_type", "architectures", "peft_type", "transformers_version")
+
+# A checkpoint's files beside its weights: replaced with it. What is none of them is somebody's, and stays.
+REST = (
+    *MARKS,
+    "generation_config.json",
+    "*token*.json",
+    "*processor_config.json",
+    "preprocessor_config.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "README.md",
+)
 
 # Weights in any format: never copied beside merged ones, where a loader could prefer them.
 WEIGHT_SUFFIXES = (
@@ -45,6 +62,7 @@ WEIGHT_SUFFIXES = (
 def staged(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
     """Give a new folder beside `out` to write into, and rename it to `out` when the block ends without an error.
 
+    Files in an `out` that is replaced which are no part of a checkpoint go along, unless the new one has them.
     Until then `out` is untouched. A block that raises leaves nothing behind; a killed process leaves a hidden folder
     ending in ".partial", never a half-written `out`. When `out` is replaced, the old folder is moved aside, the new one
     moved in, and the old one deleted last: a kill between the two moves leaves the old one whole beside `out`,
@@ -71,6 +89,7 @@ def staged(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | P
         yield partial
         _sync(partial)
         if target.exists():
+            _keep_foreign(target, partial)
             os.rename(target, replaced)
             try:
                 os.rename(partial, target)
@@ -106,14 +125,33 @@ def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[s
             )
         if target.is_symlink() or not target.is_dir() or not _replaceable(target):
             raise CheckpointError(
-                f"{target} is no folder with a checkpoint ({' or '.join(MARKS)} in it), so overwrite=True does not "
-                "replace it: remove it yourself or choose another output folder."
+                f"{target} is no folder with a checkpoint (a model's {' or '.join(MARKS)} in it), so overwrite=True "
+                "does not replace it: remove it yourself or choose another output folder."
             )
     return target
 
 
 def _replaceable(folder: Path) -> bool:
-    return not any(folder.iterdir()) or any((folder / mark).is_file() for mark in MARKS)
+    return not any(folder.iterdir()) or any(_is_mark(folder / mark) for mark in MARKS)
+
+
+def _is_mark(file: Path) -> bool:
+    """Tell whether a JSON file describes a model or an adapter; many programs have a config.json."""
+    try:
+        return any(key in read_json(file) for key in MARK_KEYS)
+    except CheckpointError:
+        return False
+
+
+def _keep_foreign(old: Path, new: Path) -> None:
+    """Copy what is no part of a checkpoint from an old folder into a new one that does not have it."""
+    for source in sorted(old.rglob("*")):
+        inside = source.relative_to(old)
+        own = source.name.endswith(WEIGHT_SUFFIXES) or any(fnmatch(source.name, pattern) for pattern in REST)
+        if (own and len(inside.parts) == 1) or (new / inside).exists() or (source.is_dir() and not source.is_symlink()):
+            continue
+        (new / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, new / inside, follow_symlinks=False)
 
 
 def _sync(folder: Path) -> None:

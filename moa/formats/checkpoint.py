@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .atomic import replacing
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+SIZE_NAMES = r"(n|d)_\w+|(\w+_)?rank|width|depth"  # options of recipes that are sizes of tensors
 
 
 def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -95,7 +97,29 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{file} has format version {description['format_version']}, this moa reads up to {FORMAT_VERSION}: "
             "upgrade moa."
         )
+    _check_claims(description, tensors, file)
     return description, tensors
+
+
+def _check_claims(description: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Check that recipes do not claim sizes that the file's tensors cannot have, before anything of such a size exists.
+
+    Every expert and every rank has at least one number in the file, so has every rank of every expert; where both
+    are equal they may be the same thing, experts of rank 1.
+    """
+    held = sum(tensor.numel() for tensor in tensors.values())
+    for recipe in description.get("recipes", ()):
+        sizes = {
+            key: value for key, value in recipe.items() if isinstance(value, int) and re.fullmatch(SIZE_NAMES, key)
+        }
+        n_experts, rank = sizes.get("n_experts", 0), sizes.get("rank", 0)
+        sizes["n_experts · rank"] = n_experts * rank if n_experts != rank else rank
+        for key, value in sizes.items():
+            if value > held:
+                raise CheckpointError(
+                    f"{file} claims {key}={value} for {recipe.get('router')!r}, and holds {held} numbers in all: it is "
+                    "damaged or was changed by hand."
+                )
 
 
 def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -30,24 +30,27 @@ def test_a_block_that_ends_makes_the_folder(tmp_path: Path) -> None:
     assert left(tmp_path / "deep") == ["out"]
 
 
+OLD = '{"model_type": "old"}'
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("boom")])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_block_that_raises_leaves_no_trace(tmp_path: Path, error: BaseException, old: bool) -> None:
     out = tmp_path / "out"
     if old:
         out.mkdir()
-        (out / "config.json").write_text("old")
+        (out / "config.json").write_text(OLD)
     with pytest.raises(type(error)), staged(out, overwrite=old) as partial:
         (partial / "half").write_text("x")
         raise error
     assert left(tmp_path) == (["out"] if old else [])
-    assert not old or snapshot(out) == {"config.json": b"old"}
+    assert not old or snapshot(out) == {"config.json": OLD.encode()}
 
 
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    (out / "config.json").write_text(OLD)
     (out / "stale.safetensors").write_text("old")
     with staged(out, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
@@ -60,7 +63,7 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: p
 
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    (out / "config.json").write_text(OLD)
     real = os.rename
 
     def rename(source: Path, target: Path) -> None:
@@ -71,7 +74,7 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("moa.formats.atomic.os.rename", rename)
     with pytest.raises(OSError, match="denied"), staged(out, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
-    assert snapshot(out) == {"config.json": b"old"}
+    assert snapshot(out) == {"config.json": OLD.encode()}
     assert left(tmp_path) == ["out"]
 
 
@@ -89,6 +92,38 @@ def test_what_exists_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no folder with"), staged(tmp_path / "link", overwrite=True):
         pass
     assert snapshot(out) == {"thesis.txt": b"years of work"}
+
+
+PROJECT = {"src/code.py": "x = 1", "notes.txt": "years", ".git/HEAD": "ref", "data/vocab.txt": "mine", "a.json": "{}"}
+
+
+def project(out: Path, config: str) -> None:
+    for name, text in {**PROJECT, "config.json": config}.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+
+
+@pytest.mark.parametrize("config", ['{"my": "app"}', "no JSON", "[1]"])
+def test_a_folder_with_another_programs_config_is_not_replaced(tmp_path: Path, config: str) -> None:
+    project(tmp_path / "out", config)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no folder with a checkpoint"), staged(tmp_path / "out", overwrite=True):
+        pass
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_what_is_no_part_of_a_checkpoint_outlives_it(tmp_path: Path) -> None:
+    """A project that holds a model: its code, notes and history stay; the old model's files go."""
+    out = tmp_path / "out"
+    project(out, OLD)
+    for stale in ("model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "adapter_model.bin"):
+        (out / stale).write_text("stale")
+    with staged(out, overwrite=True) as partial:
+        (partial / "config.json").write_text("new")
+        (partial / "a.json").write_text("new")
+    new = {"config.json": b"new", "a.json": b"new"}
+    assert snapshot(out) == {**{name: text.encode() for name, text in PROJECT.items()}, **new}
+    assert left(tmp_path) == ["out"]
 
 
 def test_inputs_are_never_replaced(tmp_path: Path) -> None:

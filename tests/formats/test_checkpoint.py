@@ -5,6 +5,7 @@ Run: pytest tests/formats/test_checkpoint.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from torch import nn
 import moa
 from moa.errors import CheckpointError, ConfigError, NumericsError
 from moa.formats import checkpoint
-from moa.recipes import make_recipe
+from moa.recipes import make_recipe, recipe_class
 from tests import models
 
 WEIGHTS = checkpoint.WEIGHTS
@@ -345,3 +346,36 @@ def test_fingerprints_see_the_same_values_with_and_without_mixtures():
     after = checkpoint.fingerprint(model.base)
     assert before == after == {} or all(before[key] == after[key] for key in before.keys() & after.keys())
     assert after and all(".branches." not in key and ".base." not in key for key in after)
+
+
+@pytest.mark.parametrize("key", ["rank", "n_experts"])
+def test_a_claim_that_the_tensors_cannot_hold_is_refused_before_anything_is_made(key, tmp_path, monkeypatch):
+    moa.build(models.llama(), "topk", n_experts=2, k=1, rank=2).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["moa"])
+    tensors = load_file(file)
+    held = sum(tensor.numel() for tensor in tensors.values())
+
+    def claim(value):
+        header["recipes"][0][key] = value
+        save_file(tensors, file, metadata={"format": "pt", "moa": json.dumps(header)})
+
+    monkeypatch.setattr("moa.model.load.make_recipe", lambda *_, **__: pytest.fail("it was made"))
+    for value in (10**9, held + 1, held // 2 + 1):  # the last one: E · r is too large
+        claim(value)
+        with pytest.raises(CheckpointError, match=rf"{key}.*={value * (2 if value <= held else 1)} .*holds {held}"):
+            moa.load(tmp_path, models.llama())
+
+
+@pytest.mark.parametrize("name", sorted(moa.RECIPES))
+def test_no_recipe_claims_more_than_it_saves(name, tmp_path):
+    """The bound on what a file may claim holds for every recipe at sizes that are large beside the layers'."""
+    if recipe_class(name).wants_experts:
+        pytest.skip("reads adapters")
+    own = {"hydra": {"gate": "experts"}, "flylora": {"n_experts": 24}}
+    options = {"n_experts": 7, "rank": 24, **own.get(name, {})}
+    known = {field.name for field in dataclasses.fields(recipe_class(name))}
+    model = moa.build(models.llama(), name, **{key: value for key, value in options.items() if key in known})
+    model.save_pretrained(tmp_path)
+    moa.load(tmp_path, models.llama())
