@@ -147,7 +147,7 @@ class Arrow(Recipe):
                 f"tied={self.tied} names no two layers side by side among {_some(s.name for s in sites)}."
             )
         out = super().mixtures(sites, context)
-        sizes = {mixture.name: mixture.branches[0].router.d_in for mixture in out}
+        sizes = {mixture.name: _branch(mixture).router.d_in for mixture in out}
         for names in groups:
             if len({sizes[name] for name in names}) > 1:
                 given = ", ".join(f"{name} ({sizes[name]})" for name in names)
@@ -157,7 +157,7 @@ class Arrow(Recipe):
 
     def experts_changed(self, mixtures: Sequence[Mixture]) -> None:
         """Find the prototypes of tied layers, (*rows, i) -> (*rows, o), again."""
-        branches = {mixture.name: mixture.branches[0] for mixture in mixtures}
+        branches = {mixture.name: _branch(mixture) for mixture in mixtures}
         for names in self._side_by_side(list(branches)):
             found = [branches[name].bank.factors() for name in names]
             factors = [pair for pair in found if pair is not None]
@@ -174,6 +174,12 @@ class Arrow(Recipe):
             if own in self.tied:
                 groups.setdefault(parent, []).append(name)
         return [group for group in groups.values() if len(group) > 1]
+
+
+def _branch(mixture: Mixture) -> Branch:
+    branch = mixture.branches[0]
+    assert isinstance(branch, Branch)
+    return branch
 
 
 def _some(names: Iterable[str]) -> str:
