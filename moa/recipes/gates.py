@@ -8,7 +8,7 @@ from typing import Literal
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
 from .balance import BalancedRecipe
-from .recipe import Recipe, register_recipe
+from .recipe import Folds, Recipe, register_recipe
 
 
 @register_recipe("topk", "MoLoRA, arXiv 2309.05444; gate of Mixtral, arXiv 2401.04088")
@@ -104,6 +104,11 @@ class Fixed(Recipe):
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: constant weights (E,)."""
         return [Branch(FixedRouter(site.d_in, self.n_experts), self.bank(site))]
+
+    @property
+    def folds(self) -> Folds:
+        """Every input of a layer (*rows, i) -> (*rows, o) has the same weights."""
+        return "always"
 
 
 @register_recipe("adamole", "Liu and Luo 2024, arXiv 2405.00361")
@@ -216,3 +221,8 @@ class MOELoRA(Recipe):
             site.d_in, self.n_experts, self.n_tasks, d_embedding=self.d_embedding, unknown=self.unknown_tasks
         )
         return [Branch(router, self.bank(site))]
+
+    @property
+    def folds(self) -> Folds:
+        """Every input of one task has the same weights in a layer (*rows, i) -> (*rows, o)."""
+        return "by task"

@@ -11,7 +11,7 @@ from ..experts import Affine, ExpertBank
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, Router
 from .balance import BalancedRecipe
-from .recipe import register_recipe
+from .recipe import Folds, register_recipe
 
 # names of the layers that write to the residual stream, where the paper puts its branches
 OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)"
@@ -66,6 +66,11 @@ class Hydra(BalancedRecipe):
         after = dataclasses.replace(site, d_in=site.d_out)
         sequential = Branch(self._router(site.d_out), self._bank(after, second), "output")
         return [parallel, sequential]
+
+    @property
+    def folds(self) -> Folds:
+        """Without a gate both branches of a layer (*rows, i) -> (*rows, o) are always on."""
+        return "always" if self.gate is None else "never"
 
     def _router(self, d_in: int) -> Router:
         if self.gate is None:

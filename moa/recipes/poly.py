@@ -17,7 +17,7 @@ from ..experts import ExpertBank, Headed
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, Router, TableRouter
 from .gates import Fixed
-from .recipe import Recipe, register_recipe
+from .recipe import Folds, Recipe, register_recipe
 
 MODES = ("full", "z", "mu")
 
@@ -81,6 +81,11 @@ class Poly(Recipe):
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: the table, or equal weights, over the skills of a layer on x (*rows, i)."""
         return [Branch(self._router(site), self.bank(site))]
+
+    @property
+    def folds(self) -> Folds:
+        """Every input of one task has the same skills in a layer (*rows, i) -> (*rows, o), in mode "mu" all inputs."""
+        return "always" if self.mode == "mu" else "by task"
 
     def _router(self, site: Site) -> Router:
         if self.mode == "mu":

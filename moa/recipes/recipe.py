@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -21,6 +21,8 @@ from ..mixture import Branch, Mixture, Site, mixture_on
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Context
+
+Folds = Literal["always", "by task", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,14 @@ class Recipe:
         Args:
             mixtures: this recipe's, of one model.
         """
+
+    @property
+    def folds(self) -> Folds:
+        """Whether a layer (*rows, i) -> (*rows, o) becomes one weight: "always", for one task, or "never".
+
+        It holds for experts that are weight changes, as LoRAs are; others do not fold behind any routing.
+        """
+        return "never"
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.
