@@ -38,6 +38,14 @@ class FoldError(MoaError, RuntimeError):
     """A mixture that has no exact meaning as one weight."""
 
 
+class MoaWarning(UserWarning):
+    """Base class of every warning that moa gives on purpose."""
+
+
+class UnusedKeywordWarning(MoaWarning):
+    """A keyword that changes nothing in a call that is meaningful without it."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "") -> str:
     """Return the message for a name that is not known: the nearest known one, and the list.
 

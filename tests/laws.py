@@ -43,7 +43,7 @@ ROUTER_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {}
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0}},
+    "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0, "n_tasks": 1}},
     "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
     "hydra": {
         "default": {"n_experts": 1, "k": 1, "alpha": 8.0, "targets": "all-linear"},
@@ -53,7 +53,7 @@ RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "xlora": {"default": {"k": 0}, "topk": {}, "layerwise": {"layerwise": True, "depth": 2, "width": 8}},
     "mixlora": {"default": {"dropout": 0.0}},
-    "xcross": {"default": {"n_experts": 2, "k": 1}},
+    "xcross": {"default": {"n_experts": 2}},
     "moelora": {"default": {"d_embedding": 5}},
     "flylora": {"default": {"rank": N_EXPERTS}},
     "remix": {"token": {}, "sequence": {"granularity": "sequence"}},

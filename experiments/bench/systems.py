@@ -34,9 +34,9 @@ N_TASKS, N_EXPERTS, RANK = 4, 4, 8
 OPTIONS: dict[str, dict[str, Any]] = {
     "flylora": {"n_experts": 32, "rank": 32, "k": 8},
     "hydra": {"n_experts": 1, "k": 1},
-    "fixed": {"n_experts": 1, "k": 1},
+    "fixed": {"n_experts": 1},
     "switch": {"k": 1},
-    "xcross": {"k": 1, "train_experts": False},
+    "xcross": {"train_experts": False},
     "xlora": {"k": 0, "train_experts": False},
     "arrow": {"k": 2, "train_experts": False},
 }

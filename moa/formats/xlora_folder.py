@@ -48,6 +48,8 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
     adapters = [_adapter(found, folder, len(folders)) for folder in folders]
     layers = sorted({name for adapter in adapters for name in adapter})
     raw = not config.get("enable_softmax", True)
+    depth = config.get("xlora_depth", 1)
+    inner = {"width": config.get("xlora_size", 2048), "classifier_dropout": config.get("xlora_dropout_p", 0.2)}
     try:
         recipe = make_recipe(
             "xlora",
@@ -55,9 +57,8 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
             k=config.get("top_k_lora") or 0,
             rank=largest_rank(adapters),
             layerwise=config.get("layerwise_scalings", False),
-            depth=config.get("xlora_depth", 1),
-            width=config.get("xlora_size", 2048),
-            classifier_dropout=config.get("xlora_dropout_p", 0.2),
+            depth=depth,
+            **(inner if depth > 1 else {}),
             temperature=1.0 if raw else config.get("softmax_temperature", 1.0),  # peft divides in the softmax alone
             score="raw" if raw else "softmax",
             renormalize=config.get("enable_softmax_topk", False),

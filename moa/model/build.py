@@ -90,6 +90,9 @@ def build(
         for name, value in (("n_experts", len(adapters)), ("rank", largest_rank(adapters))):
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
+        for name, why in (("targets", "on which layers they sit"), ("alpha", "their scale")):
+            if name in options:
+                raise ConfigError(f"{name}={options[name]!r} changes nothing: the adapters given say {why}.")
         options.setdefault("train_experts", False)
     if isinstance(router, str):
         if adapters is None and recipe_class(router).wants_experts:

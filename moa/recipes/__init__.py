@@ -3,12 +3,13 @@
 from ..mixture import Site
 from . import encoder_gates as choice
 from . import flylora, gates, given, hydra, mixlora, poly, remix, xcross
-from .recipe import RECIPES, Recipe, make_recipe, recipe_class, register_recipe
+from .recipe import RECIPES, Recipe, TopKRecipe, make_recipe, recipe_class, register_recipe
 
 __all__ = [
     "RECIPES",
     "Recipe",
     "Site",
+    "TopKRecipe",
     "choice",
     "flylora",
     "gates",

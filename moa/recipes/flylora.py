@@ -8,13 +8,14 @@ from ..errors import ConfigError
 from ..experts import VectorBank
 from ..mixture import Branch, Site
 from ..routers import ProjectionRouter
-from ..routers.projection import Choice, check_choice, layer_seed
-from .recipe import Recipe, register_recipe
+from ..routers.balanced import check_bias_rate
+from ..routers.projection import Choice, check_choice, check_nonzeros, layer_seed
+from .recipe import TopKRecipe, register_recipe
 
 
 @register_recipe("flylora", "FlyLoRA, arXiv 2510.08396")
 @dataclass(frozen=True, kw_only=True)
-class FlyLoRA(Recipe):
+class FlyLoRA(TopKRecipe):
     """A LoRA of rank r whose frozen sparse A picks k of its r directions per row; only B is trained.
 
     f(x) = W x + alpha/r · Σ_{e in top-k(|A x| + d)} b_e (A x)_e
@@ -58,6 +59,10 @@ class FlyLoRA(Recipe):
         object.__setattr__(self, "rank", size)
         super().__post_init__()
         check_choice(self.choice)
+        self.check_unused("a low-rank kernel, which columns of B do not have", "engine")
+        check_bias_rate(self.bias_rate)
+        if self.nonzeros is not None:
+            check_nonzeros(self.nonzeros)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: the frozen projection of x (*rows, i) routes and weighs."""
@@ -70,6 +75,6 @@ class FlyLoRA(Recipe):
             bias_rate=self.bias_rate,
             choice=self.choice,
         )
-        options = {"scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        options = {"scaling": self.scaling(), "dropout": self.dropout}
         bank = VectorBank(site.d_in, site.d_out, self.n_experts, directions=router.projection, **options)
         return [Branch(router, bank)]

@@ -7,17 +7,26 @@ from typing import Literal
 
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
+from ..routers.balanced import check_bias_rate
+from ..routers.linear import check_jitter
+from ..routers.localized import check_kinds
+from ..routers.table import check_size, check_tasks
+from ..routers.threshold import check_threshold
 from .balance import BalancedRecipe
-from .recipe import Folds, Recipe, register_recipe
+from .recipe import Folds, Recipe, TopKRecipe, register_recipe
 
 
 @register_recipe("topk", "MoLoRA, arXiv 2309.05444; gate of Mixtral, arXiv 2401.04088")
 @dataclass(frozen=True, kw_only=True)
-class TopK(BalancedRecipe):
+class TopK(TopKRecipe, BalancedRecipe):
     """Softmax gate per linear, the k best experts, their weights renormalised."""
 
     z_loss: float = 0.001
     jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_jitter(self.jitter)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i)."""
@@ -29,13 +38,9 @@ class TopK(BalancedRecipe):
 @register_recipe("dense", "soft mixture of LoRAs; gate of HydraLoRA, arXiv 2404.19245")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Recipe):
-    """Softmax gate per linear over all experts; k is ignored and set to n_experts."""
+    """Softmax gate per linear over all experts."""
 
     z_loss: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
-        super().__post_init__()
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), all experts."""
@@ -45,7 +50,7 @@ class Dense(Recipe):
 
 @register_recipe("switch", "Fedus et al. 2021, arXiv 2101.03961")
 @dataclass(frozen=True, kw_only=True)
-class Switch(BalancedRecipe):
+class Switch(TopKRecipe, BalancedRecipe):
     """The one best expert, weighted by its probability.
 
     Differs: no capacity limit, so no token is dropped and the routing stays causal and batch-invariant.
@@ -54,6 +59,10 @@ class Switch(BalancedRecipe):
     k: int = 1
     z_loss: float = 0.001
     jitter: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_jitter(self.jitter)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), weights not renormalised."""
@@ -64,7 +73,7 @@ class Switch(BalancedRecipe):
 
 @register_recipe("noisy_topk", "Shazeer et al. 2017, arXiv 1701.06538")
 @dataclass(frozen=True, kw_only=True)
-class NoisyTopK(Recipe):
+class NoisyTopK(TopKRecipe):
     """Learned noise on the logits in training, softmax over the k kept, importance and load losses."""
 
     importance: float = 0.01
@@ -79,10 +88,14 @@ class NoisyTopK(Recipe):
 
 @register_recipe("sigmoid", "DeepSeek-V3, arXiv 2412.19437; Wang et al. 2024, arXiv 2408.15664")
 @dataclass(frozen=True, kw_only=True)
-class Sigmoid(Recipe):
+class Sigmoid(TopKRecipe):
     """Sigmoid scores, balanced by a selection bias that moves once per optimizer step; no auxiliary loss."""
 
     bias_rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bias_rate(self.bias_rate)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i) with a selection bias (E,)."""
@@ -93,13 +106,9 @@ class Sigmoid(Recipe):
 @register_recipe("fixed", "plain LoRA (n_experts=1) or the average of experts")
 @dataclass(frozen=True, kw_only=True)
 class Fixed(Recipe):
-    """Every expert with the same weight 1/E on every row; k is ignored and set to n_experts."""
+    """Every expert with the same weight 1/E on every row."""
 
     n_experts: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
-        super().__post_init__()
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: constant weights (E,)."""
@@ -114,7 +123,7 @@ class Fixed(Recipe):
 @register_recipe("adamole", "Liu and Luo 2024, arXiv 2405.00361")
 @dataclass(frozen=True, kw_only=True)
 class AdaMoLE(BalancedRecipe):
-    """Softmax gate per linear; every expert whose probability passes a learned threshold; k is ignored.
+    """Softmax gate per linear; every expert whose probability passes a learned threshold.
 
     Args:
         max_threshold: the largest threshold; None is 1/E, with which at least one expert always passes.
@@ -129,8 +138,8 @@ class AdaMoLE(BalancedRecipe):
     balance: float = 0.001
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
         super().__post_init__()
+        check_threshold(self.max_threshold)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a gate with a threshold on x (*rows, i)."""
@@ -178,10 +187,11 @@ class LoRAMoE(Recipe):
     localized: float = 0.1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
         object.__setattr__(self, "task_kinds", tuple(self.task_kinds))
         super().__post_init__()
-        LocalizedRouter(1, self.n_experts, task_kinds=self.task_kinds, delta=self.delta)
+        check_kinds(self.task_kinds, self.delta)
+        if not self.task_kinds:
+            self.check_unused("task_kinds", "delta")
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a dense gate on x (*rows, i) that knows which expert is meant for which kind."""
@@ -193,7 +203,7 @@ class LoRAMoE(Recipe):
 @register_recipe("moelora", "Liu et al. 2023, arXiv 2310.18339")
 @dataclass(frozen=True, kw_only=True)
 class MOELoRA(Recipe):
-    """Softmax gate on an embedding of the task: each task has one mixture of LoRAs, which folds; k is ignored.
+    """Softmax gate on an embedding of the task: each task has one mixture of LoRAs, which folds.
 
     Args:
         n_tasks: how many tasks.
@@ -211,9 +221,9 @@ class MOELoRA(Recipe):
     unknown_tasks: Literal["error", "uniform"] = "error"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
         super().__post_init__()
-        TaskEmbeddingRouter(1, self.n_experts, self.n_tasks, d_embedding=self.d_embedding, unknown=self.unknown_tasks)
+        check_tasks(self.n_tasks, self.unknown_tasks)
+        check_size("d_embedding", self.d_embedding)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a gate that looks at the task of x (*rows, i) alone."""

@@ -13,13 +13,15 @@ from ..errors import ConfigError
 from ..mixture import Branch, Mixture, Site
 from ..mixture.preview import hidden_width
 from ..routers import PreviewRouter, PrototypeRouter
+from ..routers.first_pass import check_classifier
+from ..routers.prototype import check_temperature
 from ..types import Context
-from .recipe import Recipe, register_recipe
+from .recipe import Recipe, TopKRecipe, register_recipe
 
 
 @register_recipe("xlora", "Buehler and Buehler 2024, arXiv 2402.07148")
 @dataclass(frozen=True, kw_only=True)
-class XLoRA(Recipe):
+class XLoRA(TopKRecipe):
     """A classifier on the frozen base's last hidden state weighs the frozen adapters, for every token.
 
     Args:
@@ -30,7 +32,7 @@ class XLoRA(Recipe):
         classifier_dropout: between them.
         temperature: of the softmax.
         score: "softmax" or "raw".
-        renormalize: with k, a second softmax over the kept weights.
+        renormalize: a second softmax over the kept weights.
         d_hidden: width of the base's last hidden state; filled in by `build`.
 
     Source: arXiv 2402.07148, §2; peft's X-LoRA.
@@ -54,7 +56,9 @@ class XLoRA(Recipe):
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", self.k or self.n_experts)
         super().__post_init__()
-        self._router(Site("", nn.Identity(), 1, 1))
+        check_classifier(self.depth, self.temperature, self.score)
+        if self.depth == 1:
+            self.check_unused("inner layers of the classifier, depth > 1", "width", "classifier_dropout")
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with d_hidden set to the base's.
@@ -66,20 +70,7 @@ class XLoRA(Recipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a router with its own classifier, for x (*rows, i)."""
-        return [Branch(self._router(site), self.bank(site))]
-
-    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
-        """Return the mixtures of the sites, (*rows, i) -> (*rows, o), with one classifier unless layerwise."""
-        out = super().mixtures(sites, context)
-        routers = [mixture.branches[0].router for mixture in out]
-        for router in routers[1:]:
-            if not self.layerwise:
-                assert isinstance(router, PreviewRouter) and isinstance(routers[0], PreviewRouter)
-                router.follow(routers[0])
-        return out
-
-    def _router(self, site: Site) -> PreviewRouter:
-        return PreviewRouter(
+        router = PreviewRouter(
             site.d_in,
             self.n_experts,
             self.k,
@@ -91,15 +82,26 @@ class XLoRA(Recipe):
             score=self.score,
             renormalize=self.renormalize,
         )
+        return [Branch(router, self.bank(site))]
+
+    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+        """Return the mixtures of the sites, (*rows, i) -> (*rows, o), with one classifier unless layerwise."""
+        out = super().mixtures(sites, context)
+        routers = [mixture.branches[0].router for mixture in out]
+        for router in routers[1:]:
+            if not self.layerwise:
+                assert isinstance(router, PreviewRouter) and isinstance(routers[0], PreviewRouter)
+                router.follow(routers[0])
+        return out
 
 
 @register_recipe("arrow", "Ostapenko et al. 2024, arXiv 2405.11157")
 @dataclass(frozen=True, kw_only=True)
-class Arrow(Recipe):
+class Arrow(TopKRecipe):
     """Each layer weighs the adapters by how much of a token lies along what they amplify most; nothing is trained.
 
     Args:
-        k: experts per token, 3 by default (all of them where there are fewer).
+        k: experts per token; 0 is 3, or all of them where there are fewer.
         temperature: of the softmax.
         tied: names of layers that have one prototype together where they stand side by side, e.g.
             ("q_proj", "k_proj", "v_proj"): they then choose alike. Empty: each layer has its own, as in peft.
@@ -114,18 +116,18 @@ class Arrow(Recipe):
     wants_experts = True
     families = ("lora",)
 
-    k: int = 3
+    k: int = 0
     temperature: float = 1.0
     tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", min(self.k, self.n_experts))
+        object.__setattr__(self, "k", self.k or min(3, self.n_experts))
         if isinstance(self.tied, list):
             object.__setattr__(self, "tied", tuple(self.tied))
         if isinstance(self.tied, str) or len(self.tied) == 1:
             raise ConfigError(f"tied must name at least two layers, e.g. ('q_proj', 'k_proj'), got {self.tied!r}.")
         super().__post_init__()
-        PrototypeRouter(1, self.n_experts, self.k, temperature=self.temperature)
+        check_temperature(self.temperature)
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: prototypes of the site's experts, for x (*rows, i)."""

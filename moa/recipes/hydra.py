@@ -11,7 +11,7 @@ from ..experts import Affine, ExpertBank
 from ..mixture import Branch, Site
 from ..routers import FixedRouter, LinearRouter, Router
 from .balance import BalancedRecipe
-from .recipe import Folds, register_recipe
+from .recipe import Folds, TopKRecipe, register_recipe
 
 # names of the layers that write to the residual stream, where the paper puts its branches
 OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dense|dense_4h_to_h)"
@@ -19,7 +19,7 @@ OUTPUT_PROJECTIONS = r".*\.(down_proj|fc2|c_proj|wo|w2|lin2|linear2|output\.dens
 
 @register_recipe("hydra", "Kim et al. 2023, arXiv 2309.06922")
 @dataclass(frozen=True, kw_only=True)
-class Hydra(BalancedRecipe):
+class Hydra(TopKRecipe, BalancedRecipe):
     """Two low-rank branches on a layer: one on its input, one on its frozen output; both fold exactly.
 
     y0 = W x + b;  y = y0 + s_p B_p A_p x + s_q B_q A_q y0
@@ -58,6 +58,8 @@ class Hydra(BalancedRecipe):
             raise ConfigError(
                 f"n_experts={self.n_experts} needs gate='experts': without it each branch is one pair of factors."
             )
+        if self.gate != "experts":
+            self.check_unused("gate='experts'", "balance", "balance_over")
 
     def build(self, site: Site) -> list[Branch]:
         """Return two branches: on the layer's input (*rows, i) and on its output (*rows, o)."""

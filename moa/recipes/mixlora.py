@@ -12,14 +12,15 @@ from ..experts import ExpertBank
 from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, linear_sites, mixture_on
 from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
+from ..routers.linear import check_jitter
 from ..types import Context
 from .balance import BalancedRecipe
-from .recipe import Recipe, register_recipe
+from .recipe import Recipe, TopKRecipe, register_recipe
 
 
 @register_recipe("mixlora", "Li et al. 2024, arXiv 2404.15159")
 @dataclass(frozen=True, kw_only=True)
-class MixLoRA(BalancedRecipe):
+class MixLoRA(TopKRecipe, BalancedRecipe):
     """One gate per feed-forward block; each expert is the frozen block with its own LoRA on every linear of it.
 
     y = Σ_{e in top-k} w_e FFN_e(x);  the target layers outside feed-forward blocks get one plain LoRA each
@@ -43,6 +44,10 @@ class MixLoRA(BalancedRecipe):
     balance: float = 0.002
     z_loss: float = 0.0
     jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_jitter(self.jitter)
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe.

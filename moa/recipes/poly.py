@@ -15,11 +15,13 @@ import torch
 from ..errors import ConfigError
 from ..experts import ExpertBank, Headed
 from ..mixture import Branch, Site
-from ..routers import FixedRouter, Router, TableRouter
+from ..routers import FixedRouter, TableRouter
+from ..routers.table import check_size, check_tasks
 from .gates import Fixed
 from .recipe import Folds, Recipe, register_recipe
 
 MODES = ("full", "z", "mu")
+TABLE = ("n_tasks", "relaxed", "table_lr", "first_task", "unknown_tasks")  # keywords of the table
 
 
 @register_recipe("poly", "Ponti et al. 2022, arXiv 2202.13914")
@@ -30,16 +32,16 @@ class Poly(Recipe):
     The table wants a larger learning rate than the skills: `model.optimizer_groups(lr=1e-3)` gives it its own.
 
     Args:
-        n_tasks: rows of the table.
         mode: "full" trains table and skills, "z" the table alone (for skills trained before), "mu" has no table:
-            equal weights, all skills trained.
+            equal weights, all skills trained; the keywords below are for the other two.
+        n_tasks: rows of the table.
         relaxed: relaxed Bernoulli gates in training; False for the plain sigmoid.
         table_lr: learning rate of the table in `MoAModel.optimizer_groups`.
         first_task: the lowest task id.
         unknown_tasks: "error", or "uniform" weights for tasks out of range.
 
     Source: arXiv 2202.13914, eq. 1-5; microsoft/mttl at mhr-camera-ready.
-    Differs: k is ignored, every skill is used. The released code rounds nothing in training by default, as here; its
+    Differs: the released code rounds nothing in training by default, as here; its
         options (straight-through rounding, L2 norm, shared skill) are left out. alpha = 1 as released: s = 1/r.
     """
 
@@ -53,11 +55,13 @@ class Poly(Recipe):
     unknown_tasks: Literal["error", "uniform"] = "error"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "k", self.n_experts)
         super().__post_init__()
         if self.mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(map(repr, MODES))}, got {self.mode!r}.")
-        self._router(Site("", torch.nn.Identity(), 1, 1))
+        check_tasks(self.n_tasks, self.unknown_tasks)
+        check_size("n_heads", self.heads)
+        if self.mode == "mu":
+            self.check_unused("a table, which mode='mu' does not have", *TABLE)
 
     @property
     def heads(self) -> int:
@@ -80,17 +84,9 @@ class Poly(Recipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: the table, or equal weights, over the skills of a layer on x (*rows, i)."""
-        return [Branch(self._router(site), self.bank(site))]
-
-    @property
-    def folds(self) -> Folds:
-        """Every input of one task has the same skills in a layer (*rows, i) -> (*rows, o), in mode "mu" all inputs."""
-        return "always" if self.mode == "mu" else "by task"
-
-    def _router(self, site: Site) -> Router:
         if self.mode == "mu":
-            return FixedRouter(site.d_in, self.n_experts)
-        return TableRouter(
+            return [Branch(FixedRouter(site.d_in, self.n_experts), self.bank(site))]
+        table = TableRouter(
             site.d_in,
             self.n_experts,
             self.n_tasks,
@@ -100,6 +96,12 @@ class Poly(Recipe):
             first_task=self.first_task,
             unknown=self.unknown_tasks,
         )
+        return [Branch(table, self.bank(site))]
+
+    @property
+    def folds(self) -> Folds:
+        """Every input of one task has the same skills in a layer (*rows, i) -> (*rows, o), in mode "mu" all inputs."""
+        return "always" if self.mode == "mu" else "by task"
 
     def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
         """Return the recipe that learns one new task from this one's skills.
@@ -109,6 +111,9 @@ class Poly(Recipe):
         """
         if mode not in MODES:
             raise ConfigError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}.")
+        if mode == "mu" and not collapse:  # without a table: its keywords are as they were by default
+            without = {field.name: field.default for field in dataclasses.fields(self) if field.name in TABLE}
+            return dataclasses.replace(self, mode=mode, **without)  # type: ignore[arg-type]
         if not collapse:
             return dataclasses.replace(self, n_tasks=1, first_task=new_task, mode=mode)  # type: ignore[arg-type]
         if mode != "mu":

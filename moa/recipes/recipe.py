@@ -6,14 +6,15 @@ A row is a frozen dataclass: its fields are the keywords `moa.build` accepts for
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
 from ..experts import ExpertBank, Family, family_class, make_family
 from ..experts.family import COMMON, PLACES
 from ..kernels import engines
@@ -21,6 +22,7 @@ from ..mixture import Branch, Mixture, Site, mixture_on
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Context
+from .keywords import unknown_keyword
 
 Folds = Literal["always", "by task", "never"]
 
@@ -31,7 +33,6 @@ class Recipe:
 
     Args:
         n_experts: E.
-        k: K, experts per row.
         expert: adapter family: a name in `moa.experts.FAMILIES`, or a `Family`. In `moa.build` the family's own
             keywords stand beside the recipe's.
         place: where the experts sit: on a layer's "input" or "output", or after a "block"; None is the family's usual
@@ -48,6 +49,8 @@ class Recipe:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
         families: names that `expert` may have; None is every family.
         places: that `place` may name.
+        unused: a keyword of other recipes that changes nothing here -> why; `make_recipe` warns where it is given.
+        refused: one that contradicts this recipe -> why; `make_recipe` raises.
 
     Raises:
         ConfigError: a value out of range, or a family or a place that does not fit this recipe.
@@ -58,9 +61,10 @@ class Recipe:
     wants_experts: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = None
     places: ClassVar[tuple[str, ...]] = PLACES
+    unused: ClassVar[Mapping[str, str]] = {"k": "every expert may act on every row"}
+    refused: ClassVar[Mapping[str, str]] = {}
 
     n_experts: int = 8
-    k: int = 2
     expert: str | Family = "lora"
     place: str | None = None
     rank: int = 8
@@ -73,7 +77,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
-        check_experts(self.n_experts, self.k)
+        check_experts(self.n_experts, 1)
         self._check_family()
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}.")
@@ -114,6 +118,26 @@ class Recipe:
     def where(self) -> str:
         """The place of the experts: "input", "output" or "block"."""
         return self.place or next(place for place in self.family.places if place in self.places)
+
+    @property
+    def k(self) -> int:
+        """K, the experts that may act on a row: all of them, unless the recipe has k as a keyword."""
+        return self.n_experts
+
+    def check_unused(self, needs: str, *keywords: str) -> None:
+        """Check that keywords which nothing reads in this recipe, as it is set, have their default.
+
+        Args:
+            needs: what would make them count.
+            keywords: their names.
+
+        Raises:
+            ConfigError: one of them was set.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in keywords and value != field.default:
+                raise ConfigError(f"{field.name}={value!r} changes nothing here: it needs {needs}.")
 
     def build(self, site: Site) -> list[Branch]:
         """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""
@@ -207,6 +231,24 @@ class Recipe:
         return {"router": self.name, **kept, "expert": self.family.name, **self.family.keywords()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TopKRecipe(Recipe):
+    """A row whose router chooses a fixed number of experts.
+
+    Args:
+        k: K, experts per row.
+
+    Raises:
+        ConfigError: k is not in 1 … n_experts.
+    """
+
+    k: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(self.n_experts, self.k)
+
+
 RECIPES: dict[str, type[Recipe]] = {}
 
 
@@ -247,7 +289,7 @@ def recipe_class(name: str) -> type[Recipe]:
 
 
 def make_recipe(router: str, **options: Any) -> Recipe:
-    """Return the recipe named by router with its keywords set.
+    """Return the recipe named by router with its keywords set; one that changes nothing there gets a warning.
 
     Raises:
         ConfigError: unknown name or keyword (the nearest known one is named), or a value out of range.
@@ -262,10 +304,15 @@ def make_recipe(router: str, **options: Any) -> Recipe:
             options["expert"] = make_family(family, own)
     else:
         theirs = []
-    for key in options:
-        if key not in known:
+    for key in [key for key in options if key not in known]:
+        value = options.pop(key)
+        if key in cls.refused:
+            raise ConfigError(f"{key}={value!r} cannot be chosen in the recipe {router!r}: {cls.refused[key]}.")
+        if key not in cls.unused:
             where = f"the recipe {router!r}" + (f" with expert={family!r}" if theirs else "")
-            raise ConfigError(unknown_name("keyword", key, [*known, *theirs], where))
+            raise ConfigError(unknown_keyword(key, [*known, *theirs], where))
+        message = f"{key}={value!r} changes nothing in the recipe {router!r}: {cls.unused[key]}."
+        warnings.warn(message, UnusedKeywordWarning, stacklevel=2)
     made = cls(**options)
     for key in COMMON:
         if key in options and key not in made.family.uses:

@@ -8,12 +8,13 @@ from typing import Literal
 from ..errors import ConfigError
 from ..mixture import Branch, Site
 from ..routers import SampledRouter
-from .recipe import Recipe, register_recipe
+from ..routers.sampled import check_sampling
+from .recipe import TopKRecipe, register_recipe
 
 
 @register_recipe("remix", "Qiu et al. 2026, arXiv 2603.10160")
 @dataclass(frozen=True, kw_only=True)
-class ReMix(Recipe):
+class ReMix(TopKRecipe):
     """k experts sampled without replacement, constant weight ω, router trained by RLOO over M selections.
 
     ω = alpha / (k · rank) with scale="lora", alpha / √(k · rank) with "rslora"; alpha = 2 as in the paper.
@@ -34,7 +35,7 @@ class ReMix(Recipe):
         super().__post_init__()
         if self.scale not in ("lora", "rslora"):
             raise ConfigError(f"scale must be 'lora' or 'rslora', got {self.scale!r}.")
-        SampledRouter(1, self.n_experts, self.k, samples=self.samples, granularity=self.granularity)
+        check_sampling(self.samples, self.granularity)
 
     def scaling(self) -> float:
         """Return ω."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
-from ..errors import ConfigError
 from ..mixture import Branch, Site
 from ..mixture.preview import hidden_width
 from ..mixture.streams import Streams, find_body
@@ -34,10 +34,16 @@ class XCross(Recipe):
 
     wants_experts = True
     places = ("input", "output")
+    unused: ClassVar[Mapping[str, str]] = {}
+    refused: ClassVar[Mapping[str, str]] = {"k": "a stream has one expert"}
 
-    k: int = 1
     beta: float = 1.0
     gamma: float = 1.0
+
+    @property
+    def k(self) -> int:
+        """K: one expert for each stream."""
+        return 1
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: expert m for the rows (n · B, …) of stream m."""
@@ -50,8 +56,6 @@ class XCross(Recipe):
             ConfigError: an encoder-decoder, or a model whose width is not known.
         """
         hidden_width(base)
-        if self.k != 1:
-            raise ConfigError(f"a stream has one expert: k must be 1, got {self.k}.")
         return self
 
     def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams:

@@ -33,8 +33,7 @@ class BalancedRouter(Router):
 
     def __init__(self, d_in: int, n_experts: int, k: int, bias_rate: float = 0.0) -> None:
         super().__init__(d_in, n_experts, k)
-        if bias_rate < 0:
-            raise ConfigError(f"bias_rate must not be negative, got {bias_rate}.")
+        check_bias_rate(bias_rate)
         self.bias_rate = bias_rate
         self.register_buffer("selection_bias", torch.zeros(n_experts) if bias_rate else None)
         self.register_buffer("counts", torch.zeros(n_experts) if bias_rate else None, persistent=False)
@@ -61,3 +60,13 @@ class BalancedRouter(Router):
             torch.distributed.all_reduce(self.counts)
         self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
         self.counts.zero_()
+
+
+def check_bias_rate(bias_rate: float) -> None:
+    """Check the rate at which a selection bias (E,) moves.
+
+    Raises:
+        ConfigError: it is negative.
+    """
+    if bias_rate < 0:
+        raise ConfigError(f"bias_rate must not be negative, got {bias_rate}.")

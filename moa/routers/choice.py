@@ -40,8 +40,7 @@ class ExpertChoiceRouter(Router):
 
     def __init__(self, d_in: int, n_experts: int, *, capacity: float = 2.0) -> None:
         super().__init__(d_in, n_experts, n_experts)
-        if capacity <= 0:
-            raise ConfigError(f"capacity must be positive, got {capacity}.")
+        check_capacity(capacity)
         self.capacity = capacity
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.reset_parameters()
@@ -89,8 +88,7 @@ class SoftRouter(Router):
 
     def __init__(self, d_in: int, n_experts: int, *, n_slots: int = 1) -> None:
         super().__init__(d_in, n_experts, n_experts)
-        if n_slots < 1:
-            raise ConfigError(f"n_slots must be at least 1, got {n_slots}.")
+        check_slots(n_slots)
         self.n_slots = n_slots
         self.slots = nn.Parameter(torch.empty(n_experts * n_slots, d_in))
         self.scale = nn.Parameter(torch.empty(()))
@@ -111,6 +109,26 @@ class SoftRouter(Router):
         share = logits.softmax(-1)
         weights = share.unflatten(-1, (self.n_experts, self.n_slots)).sum(-1)
         return Routing(weights, None, self.n_experts, logits, weights)
+
+
+def check_capacity(capacity: float) -> None:
+    """Check that a capacity is positive.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if capacity <= 0:
+        raise ConfigError(f"capacity must be positive, got {capacity}.")
+
+
+def check_slots(n_slots: int) -> None:
+    """Check that each expert has a slot.
+
+    Raises:
+        ConfigError: n_slots < 1.
+    """
+    if n_slots < 1:
+        raise ConfigError(f"n_slots must be at least 1, got {n_slots}.")
 
 
 def sequence_rows(values: Tensor, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class PreviewRouter(Router):
         dropout: between them, in training.
         temperature: T.
         score: "softmax", or "raw" for the logits themselves.
-        renormalize: with k < E, make the kept weights sum to one.
+        renormalize: a second softmax over the kept weights.
 
     Raises:
         ConfigError: a depth, temperature or score that cannot be.
@@ -60,11 +60,7 @@ class PreviewRouter(Router):
         renormalize: bool = False,
     ) -> None:
         super().__init__(d_in, n_experts, k)
-        if depth < 1 or temperature <= 0 or score not in ("softmax", "raw"):
-            raise ConfigError(
-                f"depth must be at least 1, temperature positive and score 'softmax' or 'raw', got {depth}, "
-                f"{temperature} and {score!r}."
-            )
+        check_classifier(depth, temperature, score)
         self.temperature, self.score, self.renormalize, self.dropout = temperature, score, renormalize, dropout
         sizes = [d_hidden, *[width] * (depth - 1), n_experts]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
@@ -96,7 +92,7 @@ class PreviewRouter(Router):
         logits = (self._leader[0] if self._leader else self).classify(hidden) / self.temperature
         scores = logits.softmax(-1)
         values = scores if self.score == "softmax" else logits
-        if self.k == self.n_experts:
+        if self.k == self.n_experts and not self.renormalize:
             return Routing(values, None, self.n_experts, logits, scores)
         kept, indices = values.topk(self.k, -1)
         if self.renormalize:
@@ -127,3 +123,16 @@ class PreviewRouter(Router):
             hidden = exact_linear(hidden, layer.weight)
             hidden = hidden + layer.bias.to(hidden.dtype)
         return hidden
+
+
+def check_classifier(depth: int, temperature: float, score: str) -> None:
+    """Check how many layers a classifier has, and what becomes of its logits.
+
+    Raises:
+        ConfigError: a depth, temperature or score that cannot be.
+    """
+    if depth < 1 or temperature <= 0 or score not in ("softmax", "raw"):
+        raise ConfigError(
+            f"depth must be at least 1, temperature positive and score 'softmax' or 'raw', got {depth}, "
+            f"{temperature} and {score!r}."
+        )

@@ -60,8 +60,7 @@ class LinearRouter(BalancedRouter):
         super().__init__(d_in, n_experts, k, bias_rate)
         if noisy and (score != "softmax" or bias_rate):
             raise ConfigError("noisy gates use softmax scores and no selection bias.")
-        if not 0 <= jitter < 1:
-            raise ConfigError(f"jitter must be in [0, 1), got {jitter}.")
+        check_jitter(jitter)
         self.score, self.renormalize, self.jitter = score, renormalize, jitter
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
@@ -113,3 +112,13 @@ class LinearRouter(BalancedRouter):
             usage = select.selection_probability(clean, logits, std, self.k)
         weights, indices = select.softmax_top_k(logits, self.k)
         return Routing(weights, indices, self.n_experts, clean, clean.softmax(-1), usage=usage)
+
+
+def check_jitter(jitter: float) -> None:
+    """Check how far a factor on x may lie from 1.
+
+    Raises:
+        ConfigError: outside [0, 1).
+    """
+    if not 0 <= jitter < 1:
+        raise ConfigError(f"jitter must be in [0, 1), got {jitter}.")

@@ -40,10 +40,7 @@ class LocalizedRouter(LinearRouter):
         self, d_in: int, n_experts: int, *, task_kinds: tuple[int, ...] = (), delta: float = 0.1, **options: Any
     ) -> None:
         super().__init__(d_in, n_experts, n_experts, **options)
-        if not 0 <= delta < 1:
-            raise ConfigError(f"delta must be in [0, 1), got {delta}.")
-        if not set(task_kinds) <= {0, 1}:
-            raise ConfigError(f"task_kinds must hold 0 or 1 for each task, got {task_kinds}.")
+        check_kinds(task_kinds, delta)
         self.delta = delta
         self.register_buffer("kinds", torch.tensor(task_kinds, dtype=torch.long), persistent=False)
 
@@ -59,3 +56,15 @@ class LocalizedRouter(LinearRouter):
         meant_for = (torch.arange(self.n_experts, device=x.device) >= self.n_experts / 2).long()
         fits = kind.unsqueeze(-1) == meant_for
         return replace(routing, usage=weights * torch.where(fits, 1 - self.delta, 1 + self.delta))
+
+
+def check_kinds(task_kinds: tuple[int, ...], delta: float) -> None:
+    """Check the kind of each task, and δ.
+
+    Raises:
+        ConfigError: δ outside [0, 1), or a kind that is neither 0 nor 1.
+    """
+    if not 0 <= delta < 1:
+        raise ConfigError(f"delta must be in [0, 1), got {delta}.")
+    if not set(task_kinds) <= {0, 1}:
+        raise ConfigError(f"task_kinds must hold 0 or 1 for each task, got {task_kinds}.")

@@ -127,8 +127,7 @@ def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tenso
         ConfigError: nonzeros outside 1 … d_in.
     Source: arXiv 2510.08396, eq. 7.
     """
-    if not 1 <= nonzeros <= d_in:
-        raise ConfigError(f"nonzeros must be in 1 … d_in={d_in}, got {nonzeros}.")
+    check_nonzeros(nonzeros, d_in)
     rng = np.random.RandomState(
         seed
     )  # its stream is frozen by promise, unlike torch's: checkpoints hold the seed alone
@@ -137,6 +136,17 @@ def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tenso
     dense = np.zeros((n_rows, d_in), dtype=np.float32)
     np.put_along_axis(dense, places, np.where(values == 0, 1 / n_rows, values).astype(np.float32), 1)
     return torch.from_numpy(dense)
+
+
+def check_nonzeros(nonzeros: int, d_in: int | None = None) -> None:
+    """Check the entries of a direction (i,); d_in is None where the layer is not known yet.
+
+    Raises:
+        ConfigError: outside 1 … d_in.
+    """
+    if nonzeros < 1 or (d_in is not None and nonzeros > d_in):
+        limit = "" if d_in is None else f"={d_in}"
+        raise ConfigError(f"nonzeros must be in 1 … d_in{limit}, got {nonzeros}.")
 
 
 def layer_seed(seed: int, name: str) -> int:

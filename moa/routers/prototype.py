@@ -42,8 +42,7 @@ class PrototypeRouter(Router):
 
     def __init__(self, d_in: int, n_experts: int, k: int, *, temperature: float = 1.0) -> None:
         super().__init__(d_in, n_experts, k)
-        if temperature <= 0:
-            raise ConfigError(f"temperature must be positive, got {temperature}.")
+        check_temperature(temperature)
         self.temperature = temperature
         self.register_buffer("prototypes", torch.zeros(n_experts, d_in))
 
@@ -64,6 +63,16 @@ class PrototypeRouter(Router):
         logits = exact_linear(x, self.prototypes).abs() / self.temperature
         weights, indices = select.softmax_top_k(logits, self.k)
         return Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
+
+
+def check_temperature(temperature: float) -> None:
+    """Check the temperature of a softmax.
+
+    Raises:
+        ConfigError: it is not positive.
+    """
+    if temperature <= 0:
+        raise ConfigError(f"temperature must be positive, got {temperature}.")
 
 
 @torch.no_grad()

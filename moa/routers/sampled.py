@@ -55,10 +55,7 @@ class SampledRouter(Router):
         granularity: Literal["token", "sequence"] = "token",
     ) -> None:
         super().__init__(d_in, n_experts, k)
-        if samples < 2:
-            raise ConfigError(f"ReMix compares selections with each other: samples must be at least 2, got {samples}.")
-        if granularity not in ("token", "sequence"):
-            raise ConfigError(f"granularity must be 'token' or 'sequence', got {granularity!r}.")
+        check_sampling(samples, granularity)
         self.samples, self.granularity = samples, granularity
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.reset_parameters()
@@ -115,3 +112,15 @@ def plackett_luce(logits: Tensor, indices: Tensor) -> Tensor:
         total = total + logits.gather(-1, chosen).squeeze(-1) - rest.logsumexp(-1)
         rest = rest.scatter(-1, chosen, float("-inf"))
     return total
+
+
+def check_sampling(samples: int, granularity: str) -> None:
+    """Check M, and what a selection is made for.
+
+    Raises:
+        ConfigError: samples < 2, or an unknown granularity.
+    """
+    if samples < 2:
+        raise ConfigError(f"ReMix compares selections with each other: samples must be at least 2, got {samples}.")
+    if granularity not in ("token", "sequence"):
+        raise ConfigError(f"granularity must be 'token' or 'sequence', got {granularity!r}.")

@@ -42,10 +42,7 @@ class TaskRouter(Router):
         unknown: Literal["error", "uniform"] = "error",
     ) -> None:
         super().__init__(d_in, n_experts, n_experts)
-        if n_tasks < 1:
-            raise ConfigError(f"n_tasks must be at least 1, got {n_tasks}.")
-        if unknown not in ("error", "uniform"):
-            raise ConfigError(f"unknown must be 'error' or 'uniform', got {unknown!r}.")
+        check_tasks(n_tasks, unknown)
         self.n_tasks, self.first_task, self.unknown = n_tasks, first_task, unknown
         self.tasks = range(first_task, first_task + n_tasks)
         self.known_tasks = self.tasks if unknown == "error" else None
@@ -122,8 +119,7 @@ class TableRouter(TaskRouter):
         unknown: Literal["error", "uniform"] = "error",
     ) -> None:
         super().__init__(d_in, n_experts, n_tasks, first_task=first_task, unknown=unknown)
-        if n_heads < 1:
-            raise ConfigError(f"n_heads must be at least 1, got {n_heads}.")
+        check_size("n_heads", n_heads)
         self.n_heads, self.relaxed, self.learning_rate = n_heads, relaxed, learning_rate
         self.table = nn.Parameter(torch.empty(n_tasks, n_heads, n_experts))
         self.reset_parameters()
@@ -180,8 +176,7 @@ class TaskEmbeddingRouter(TaskRouter):
         unknown: Literal["error", "uniform"] = "error",
     ) -> None:
         super().__init__(d_in, n_experts, n_tasks, first_task=first_task, unknown=unknown)
-        if d_embedding < 1:
-            raise ConfigError(f"d_embedding must be at least 1, got {d_embedding}.")
+        check_size("d_embedding", d_embedding)
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.embedding = nn.Parameter(torch.empty(n_tasks, d_embedding))
         self.weight = nn.Parameter(torch.empty(n_experts, d_embedding))
@@ -202,3 +197,24 @@ class TaskEmbeddingRouter(TaskRouter):
     def weigh(self, logits: Tensor, training: bool) -> Tensor:
         """Return the softmax (*rows, E)."""
         return logits.softmax(-1)
+
+
+def check_tasks(n_tasks: int, unknown: str) -> None:
+    """Check how many tasks there are, and what the others get.
+
+    Raises:
+        ConfigError: n_tasks < 1, or an unknown fallback.
+    """
+    check_size("n_tasks", n_tasks)
+    if unknown not in ("error", "uniform"):
+        raise ConfigError(f"unknown must be 'error' or 'uniform', got {unknown!r}.")
+
+
+def check_size(name: str, value: int) -> None:
+    """Check that a number of heads, tasks or features is at least 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}.")

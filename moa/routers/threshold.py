@@ -46,9 +46,8 @@ class ThresholdRouter(Router):
         losses: dict[str, float] | None = None,
     ) -> None:
         super().__init__(d_in, n_experts, n_experts)
+        check_threshold(max_threshold)
         self.max_threshold = 1.0 / n_experts if max_threshold is None else max_threshold
-        if not 0 < self.max_threshold <= 1:
-            raise ConfigError(f"max_threshold must be in (0, 1], got {max_threshold}.")
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.threshold_weight = nn.Parameter(torch.empty(1, d_in))
@@ -70,3 +69,13 @@ class ThresholdRouter(Router):
         total = excess.sum(-1, keepdim=True)
         weights = excess / torch.where(total > 0, total, 1)
         return Routing(weights, None, self.n_experts, logits, scores)
+
+
+def check_threshold(max_threshold: float | None) -> None:
+    """Check the largest threshold of a probability; None is 1/E.
+
+    Raises:
+        ConfigError: outside (0, 1].
+    """
+    if max_threshold is not None and not 0 < max_threshold <= 1:
+        raise ConfigError(f"max_threshold must be in (0, 1], got {max_threshold}.")

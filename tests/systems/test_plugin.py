@@ -55,10 +55,6 @@ class ScaleBank(ExpertBank):
 class NormScale(Recipe):
     """The two together."""
 
-    def __post_init__(self):
-        object.__setattr__(self, "k", self.n_experts)
-        super().__post_init__()
-
     def build(self, site):
         return [Branch(NormRouter(site.d_in, self.n_experts), ScaleBank(site.d_in, site.d_out, self.n_experts))]
 '''

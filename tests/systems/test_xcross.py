@@ -187,7 +187,11 @@ def test_bad_inputs(tmp_path: Path) -> None:
     for router, options, text in (
         ("xcross", {}, "is for adapters that exist already"),
         ("xcross", {"experts": folders, "n_experts": 4}, "n_experts=4 was asked for, but the adapters given have 3"),
-        ("xcross", {"experts": folders, "k": 2}, "k must be 1, got 2"),
+        (
+            "xcross",
+            {"experts": folders, "k": 2},
+            "k=2 cannot be chosen in the recipe 'xcross': a stream has one expert",
+        ),
     ):
         with pytest.raises(ConfigError, match=text):
             moa.build(models.bert(), router, **options)

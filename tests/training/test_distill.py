@@ -272,7 +272,7 @@ def test_what_cannot_be_distilled():
     batch = batch_of("llama")
     with pytest.raises(FoldError, match=r"q_proj: soft slots mix the rows"):
         moa.distill(build(router="soft"), 2, [batch])
-    streams = moa.build(models.llama(), moa.make_recipe("xcross", n_experts=2, k=1, rank=2))
+    streams = moa.build(models.llama(), moa.make_recipe("xcross", n_experts=2, rank=2))
     with pytest.raises(FoldError, match="several streams"):
         moa.distill(streams, 2, [batch])
     unloaded = build(router="fixed")

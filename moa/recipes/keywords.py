@@ -1,0 +1,36 @@
+"""Keywords that no recipe has: the nearest one that exists, or how what another library calls so is said here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..errors import unknown_name
+
+_LAYERS = "name the layers in targets, as a list of endings or a regex on the whole name"
+_RECIPES = "give router= a list of recipes, each with its own targets={} as a regex"
+
+# peft's keyword -> what to write instead
+ELSEWHERE = {
+    "exclude_modules": f"{_LAYERS}, e.g. targets=r'(?!.*o_proj).*_proj'",
+    "layers_to_transform": f"{_LAYERS}, e.g. targets=r'.*layers\\.(0|1)\\..*'",
+    "layers_pattern": f"{_LAYERS}, e.g. targets=r'.*layers\\.(0|1)\\..*'",
+    "rank_pattern": _RECIPES.format(" and rank"),
+    "alpha_pattern": _RECIPES.format(" and alpha"),
+    "use_rslora": "give alpha = lora_alpha · √rank; the recipe 'remix' has scale='rslora'",
+    "fan_in_fan_out": "how a layer stores its weight is found by itself; leave it out",
+    "task_type": "a model says by its class what it is for; leave it out",
+    "inference_mode": "use model.eval(), and train_experts=False to freeze the experts",
+}
+
+
+def unknown_keyword(key: str, known: Iterable[str], where: str) -> str:
+    """Return the message for a keyword that is not known.
+
+    Args:
+        key: what came.
+        known: the keywords that exist there.
+        where: the place, e.g. "the recipe 'topk'".
+    """
+    if key in ELSEWHERE:
+        return f"unknown keyword {key!r} in {where}. Instead: {ELSEWHERE[key]}."
+    return unknown_name("keyword", key, known, where)
