@@ -5,7 +5,7 @@ Shazeer et al. 2017 (noisy top-k), Fedus et al. 2021 (Switch), Jiang et al. 2024
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,22 @@ class LinearRouter(BalancedRouter):
         bias_rate: u, step of the selection bias after each optimizer step; 0 for no bias.
         losses: name -> coefficient, see `moa.objective.losses.LOSSES`.
 
+    Attributes:
+        fused_gate: `forward` is what the class says, so that `gate` may stand for it; False in a subclass that writes
+            its own `forward`, unless it says otherwise.
+
     Raises:
         ConfigError: bad k, a negative rate, or options that exclude each other.
     """
 
+    fused_gate: ClassVar[bool] = True
     weight: nn.Parameter
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        first = next(base for base in cls.__mro__ if {"forward", "fused_gate"} & vars(base).keys())
+        if "fused_gate" not in vars(first):  # a newer forward, of the class or of a mixin, that nothing vouches for
+            cls.fused_gate = False
 
     def __init__(
         self,
@@ -97,9 +108,9 @@ class LinearRouter(BalancedRouter):
 
     def gate(self) -> Tensor | None:
         """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
-        # A forward that was replaced, or that something watches, must run.
-        watched = self._forward_hooks or self._forward_pre_hooks or self.forward != LinearRouter.forward.__get__(self)
-        plain = self._plain and self.renormalize and not watched
+        # A forward that was replaced on this module, or that something watches, must run.
+        watched = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        plain = self.fused_gate and self._plain and self.renormalize and not watched
         return self.weight if plain and not (self.training and self.jitter) else None
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:

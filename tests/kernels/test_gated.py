@@ -179,7 +179,28 @@ def test_who_decides_otherwise_is_asked():
         def forward(self, x, context):
             return super().forward(-x, context)
 
-    assert Other(6, 4, 2).gate() is None
+    class Before:
+        def forward(self, x, context):
+            return LinearRouter.forward(self, 2 * x, context)
+
+    class Mixed(Before, LinearRouter):
+        pass
+
+    class Plain(LinearRouter):
+        pass
+
+    class Vouched(Other):
+        fused_gate = True
+
+    class Again(Vouched):
+        def forward(self, x, context):
+            return super().forward(3 * x, context)
+
+    given = {cls: cls(6, 4, 2).gate() is not None for cls in (Other, Mixed, Plain, Vouched, Again)}
+    assert given == {Other: False, Mixed: False, Plain: True, Vouched: True, Again: False}
+    replaced = LinearRouter(6, 4, 2)
+    replaced.forward = Other(6, 4, 2).forward
+    assert replaced.gate() is None
     hooked = LinearRouter(6, 4, 2)
     hooked.register_forward_hook(lambda *a: None)
     assert hooked.gate() is None
