@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -13,16 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError
 from ..types import Context
-
-# what a cache does to its rows or positions besides growing; the first pass's own cache must do the same
-CACHE_METHODS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
-
+from .caches import JointCache, is_cache, with_follower
 
 class Preview:
     """Runs the base without experts on a batch first, and leaves its last hidden state (B, S, d) in a context.
 
     The pass has no gradient, no dropout and no head. While decoding it has a key-value cache of its own, which follows
-    the model's through beam search: each pass sees the new tokens alone.
+    the model's through beam search (`moa.mixture.caches`): each pass sees only the new tokens.
 
     Args:
         base: a model of one stack whose body returns `last_hidden_state`.
@@ -36,7 +32,6 @@ class Preview:
         hidden_width(base)
         self.base, self.context = base, context
         self._running = False
-        self._caches: tuple[Any, Any] | None = None
 
     @contextlib.contextmanager
     def before_each_forward(self) -> Iterator[None]:
@@ -46,25 +41,29 @@ class Preview:
             yield
         finally:
             hook.remove()
-            self._caches = None
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Leave the last hidden state (B, S, d) of these inputs of the base in the context.
 
         Args:
             args: positional inputs.
-            kwargs: the others; labels and what the head alone needs are left out.
+            kwargs: the others; labels and what only the head needs are left out.
+
+        Returns:
+            The inputs for the base itself: the same, but for a key-value cache that the first pass's own follows.
 
         Raises:
-            ContextError: a key-value cache that began without a first pass.
+            ContextError: a key-value cache that began without a first pass, or that the first pass has not followed.
         """
         if self._running or not self.context.enabled or self.context.pinned is not None:
-            return
+            return args, kwargs
+        args, kwargs = (_with_followers(args), _with_followers(kwargs))
         bound = inspect.signature(self.base.forward).bind_partial(*args, **kwargs)
         inputs = {**bound.arguments}
         for extra in [p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
             inputs.update(inputs.pop(extra, {}))
         self.context.preview = self._hidden(inputs)
+        return args, kwargs
 
     @torch.no_grad()
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
@@ -75,7 +74,7 @@ class Preview:
         if "use_cache" in names:
             inputs["use_cache"] = cache is not None
         if cache is not None:
-            inputs["past_key_values"] = self._own_cache(cache)
+            inputs["past_key_values"] = cache.follower
         training = [m for m in body.modules() if m.training]
         self._running, self.context.enabled = True, False
         try:
@@ -89,28 +88,28 @@ class Preview:
         assert isinstance(hidden, Tensor)
         return hidden
 
-    def _own_cache(self, cache: Any) -> Any:
-        if self._caches is not None and self._caches[0] is cache:
-            return self._caches[1]
+
+def _with_followers(inputs: Any) -> Any:
+    """Return inputs by place or by name with a cache that the first pass follows in the place of one it does not."""
+    if isinstance(inputs, dict):
+        return {name: _followed(value) if is_cache(value) else value for name, value in inputs.items()}
+    return tuple(_followed(value) if is_cache(value) else value for value in inputs)
+
+
+def _followed(cache: Any) -> Any:
+    if not isinstance(cache, JointCache) or cache.follower is None:
         if int(cache.get_seq_length()) > 0:
             raise ContextError(
                 "the first pass has not seen what this cache holds: routers that look at one need the whole prompt. "
-                "Start from an empty cache, as generate does."
+                "Start from an empty cache, as generate does, and go on with the past_key_values of the outputs."
             )
-        own = copy.deepcopy(cache)  # still empty: another of its kind
-        for name in CACHE_METHODS:
-            if hasattr(cache, name):
-                setattr(cache, name, _both(getattr(cache, name), getattr(own, name)))
-        self._caches = (cache, own)
-        return own
-
-
-def _both(one: Any, other: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        other(*args, **kwargs)
-        return one(*args, **kwargs)
-
-    return call
+        return with_follower(cache)
+    if not cache.is_compileable and cache.get_seq_length() != cache.follower.get_seq_length():  # static: on the device
+        raise ContextError(
+            f"this cache holds {cache.get_seq_length()} positions and its first pass {cache.follower.get_seq_length()}: "
+            "a forward between them ran without the experts, or another cache was cropped. Start from an empty one."
+        )
+    return cache
 
 
 def hidden_width(base: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..types import Context
+from .caches import in_streams, is_cache
 
 FIRST_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
@@ -135,18 +136,7 @@ class Fold:
             return {name: self._repeat(item, size) for name, item in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(self._repeat(item, size) for item in value)
-        if hasattr(value, "reorder_cache") and "reorder_cache" not in vars(value):
-            value.reorder_cache = self._reordering(value.reorder_cache)  # beam search moves whole examples
-        return value
-
-    def _reordering(self, original: Any) -> Any:
-        def reorder(order: Tensor) -> None:
-            if self.streams.running:
-                steps = torch.arange(self.streams.n, device=order.device)[:, None] * order.numel()
-                order = (steps + order).flatten()
-            original(order)
-
-        return reorder
+        return in_streams(value, self.streams.n, size) if is_cache(value) else value
 
 
 class Cross:

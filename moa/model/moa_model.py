@@ -119,7 +119,7 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
 
         preview = self.preview
         if preview is not None:
-            preview.run(args, kwargs)
+            args, kwargs = preview.run(args, kwargs)
 
         def run() -> tuple[Any, Tensor | None]:
             outputs = self.base(*args, **kwargs)
