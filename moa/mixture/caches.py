@@ -95,12 +95,14 @@ def is_cache(value: Any) -> bool:
 
 
 def _joint(cache: Any) -> Any:
-    kind = type(cache) if isinstance(cache, JointCache) else _class(type(cache))
+    kind: Any = type(cache)
+    if not isinstance(cache, JointCache):
+        kind = _class(kind)
     joint = kind.__new__(kind)
     vars(joint).update(vars(cache))
     return joint
 
 
 @functools.cache
-def _class(kind: type) -> type:
+def _class(kind: Any) -> Any:
     return type(f"Joint{kind.__name__}", (JointCache, kind), {"__module__": __name__, "__doc__": JointCache.__doc__})

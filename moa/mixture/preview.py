@@ -14,6 +14,7 @@ from ..errors import ConfigError, ContextError
 from ..types import Context
 from .caches import JointCache, is_cache, with_follower
 
+
 class Preview:
     """Runs the base without experts on a batch first, and leaves its last hidden state (B, S, d) in a context.
 
@@ -104,11 +105,14 @@ def _followed(cache: Any) -> Any:
                 "Start from an empty cache, as generate does, and go on with the past_key_values of the outputs."
             )
         return with_follower(cache)
-    if not cache.is_compileable and cache.get_seq_length() != cache.follower.get_seq_length():  # static: on the device
-        raise ContextError(
-            f"this cache holds {cache.get_seq_length()} positions and its first pass {cache.follower.get_seq_length()}: "
-            "a forward between them ran without the experts, or another cache was cropped. Start from an empty one."
-        )
+    pair: tuple[Any, Any] = cache, cache.follower
+    if not pair[0].is_compileable:  # the length of a static cache lies on the device
+        here, there = (one.get_seq_length() for one in pair)
+        if here != there:
+            raise ContextError(
+                f"this cache holds {here} positions and its first pass {there}: a forward between them ran without "
+                "the experts, or one of the two was cropped alone. Start from an empty cache."
+            )
     return cache
 
 

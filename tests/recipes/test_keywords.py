@@ -136,7 +136,7 @@ def test_build_and_by_depth_warn_of_k() -> None:
 # ------------------------------------------------------------------------------------------------ every other keyword
 
 HOST = {"targets", "train_experts"}  # read by who puts the recipe into a model
-OTHER: dict[str, Any] = {"expert": "shared", "engine": "concat", "alpha": 3.0, "dropout": 0.25}
+OTHER: dict[str, Any] = {"expert": "shared", "place": "output", "engine": "concat", "alpha": 3.0, "dropout": 0.25}
 
 
 def another(recipe: Recipe, keyword: str) -> Any:
