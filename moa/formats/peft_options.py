@@ -6,7 +6,7 @@ Layout of PEFT 0.21. A test compares the list with `peft.LoraConfig`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,18 +139,10 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
     if kind != "LORA":
         hint = f" {ROUTED[kind]}" if kind in ROUTED else ""
         raise CheckpointError(f"{source} has peft_type {kind!r}: expected 'LORA'.{hint}")
+    check_known(config, OPTIONS, source)
     for key, value in config.items():
-        if not is_set(value):
-            continue
-        option = OPTIONS.get(key)
-        if option is None:
-            raise CheckpointError(
-                f"{source} sets {key}={value!r}, an option that this version of moa does not know (it knows PEFT "
-                "0.21's): what it changes would be lost, so it is refused. If it changes nothing in the saved adapter, "
-                "take it out of adapter_config.json."
-            )
-        if option.verdict == "refused":
-            raise CheckpointError(f"{source} sets {key}={value!r}, and {option.why}: it is refused.")
+        if is_set(value) and OPTIONS[key].verdict == "refused":
+            raise CheckpointError(f"{source} sets {key}={value!r}, and {OPTIONS[key].why}: it is refused.")
     init = init_of(config)
     if init not in INITS or INITS[init].verdict == "refused":
         why = INITS[init].why if init in INITS else "this version of moa does not know what it does to the base"
@@ -161,6 +153,21 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
         what = "init_lora_weights='olora'" if init == "olora" else "kasa_config"
         raise CheckpointError(f"{source} sets {what} on layers that store weights (i, o), which PEFT does not support.")
     _check_numbers(config, source)
+
+
+def check_known(config: Mapping[str, Any], known: Collection[str], source: str) -> None:
+    """Check that a configuration sets no option but known ones; null, false and empty values are harmless; no tensors.
+
+    Raises:
+        CheckpointError: an option that is unknown and set; it is named.
+    """
+    for key, value in config.items():
+        if key not in known and is_set(value):
+            raise CheckpointError(
+                f"{source} sets {key}={value!r}, an option that this version of moa does not know (it knows PEFT "
+                "0.21's): what it changes would be lost, so it is refused. If it changes nothing in the saved adapter, "
+                "take it out of adapter_config.json."
+            )
 
 
 def init_of(config: Mapping[str, Any]) -> str:

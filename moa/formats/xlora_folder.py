@@ -16,9 +16,17 @@ from ..routers import PreviewRouter
 from .foreign import CONFIG, Foreign, read_foreign
 from .named_deltas import Deltas, deltas
 from .peft_experts import expert_changes, largest_rank, load_experts
+from .peft_options import check_known
 
 CLASSIFIER = re.compile(r"(?:base_model\.)?internal_xlora_classifier\.layers\.(?:(\d+)\.)?(weight|bias)")
 FACTOR = re.compile(r"\.lora_[AB]\.weight$")
+# options of peft's XLoraConfig: those of the classifier, and those that say nothing of the outputs
+OPTIONS = (
+    *("adapters", "enable_softmax", "enable_softmax_topk", "layerwise_scalings", "xlora_depth", "xlora_size"),
+    *("xlora_dropout_p", "use_trainable_adapters", "softmax_temperature", "top_k_lora", "scaling_pass_value"),
+    *("global_scaling_weight", "hidden_size", "base_model_name_or_path", "peft_type"),
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+)
 PREFIXES = ("base_model.lora_model.model.", "base_model.model.")
 
 
@@ -74,6 +82,7 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
 
 def _check(found: Foreign) -> None:
     config = found.config
+    check_known(config, OPTIONS, str(found.path))
     if config.get("scaling_pass_value"):
         raise CheckpointError(
             f"{found.path} sets scaling_pass_value={config['scaling_pass_value']}: the recipe's first pass runs the "

@@ -5,6 +5,7 @@ Run: pytest tests/formats/test_foreign.py
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 import moa
 from moa.errors import CheckpointError
+from moa.formats.xlora_folder import OPTIONS as XLORA_OPTIONS
 from tests import models
 from tests.laws import assert_close
 from tests.systems import adapters
@@ -319,6 +321,7 @@ def test_torn_xlora_folders_are_refused(tmp_path: Path) -> None:
         ({"layerwise_scalings": True}, "classifier"),
         ({"softmax_temperature": 0.0}, "temperature"),
         ({"top_k_lora": 7}, "does not become an xlora recipe"),
+        ({"use_tomorrow": 0.5}, "use_tomorrow=0.5, an option that this version of moa does not know"),
     ],
 )
 def test_what_xlora_options_have_no_counterpart_is_named(tmp_path: Path, change: Any, message: str) -> None:
@@ -326,6 +329,20 @@ def test_what_xlora_options_have_no_counterpart_is_named(tmp_path: Path, change:
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=message):
+        moa.load(saved)
+
+
+def test_every_option_of_pefts_xlora_is_known() -> None:
+    assert set(XLORA_OPTIONS) == {field.name for field in dataclasses.fields(peft.XLoraConfig)}
+
+
+@pytest.mark.parametrize(("option", "value"), [("alora_invocation_tokens", [5]), ("init_lora_weights", "pissa")])
+def test_an_adapter_is_read_by_the_same_list_as_everywhere(tmp_path: Path, option: str, value: Any) -> None:
+    """PEFT moves the base once for each PiSSA adapter, under all of them: no mixture of experts on this base."""
+    _, saved = pefts_xlora(tmp_path)
+    file = tmp_path / "adapter1" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
+    with pytest.raises(CheckpointError, match=f"adapter1 sets {option}="):
         moa.load(saved)
 
 

@@ -19,6 +19,7 @@ from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
 from torch import Tensor, nn
 
 import moa
+from moa.cli.merge_config import read_merge
 from moa.errors import CheckpointError, NumericsError
 from moa.merge import merge, read_peft, write_peft
 from tests import models
@@ -164,6 +165,18 @@ def test_the_base_can_be_a_folder(tmp_path: Path) -> None:
     from_state = read_peft(tmp_path / "a", models.llama().state_dict())
     for name in from_state:
         assert torch.equal(from_folder[name].dense(), from_state[name].dense())
+
+
+def test_a_merge_in_a_file_hands_its_base_over(tmp_path: Path) -> None:
+    trained("llama", tmp_path / "a", **LOW_RANK["pissa"][1])
+    models.llama().save_pretrained(tmp_path / "base")
+    values = {"adapters": [str(tmp_path / "a")], "out": str(tmp_path / "out")}
+    with pytest.raises(CheckpointError, match="init_lora_weights='pissa'"):
+        read_merge(values, "here").read()
+    (got,) = read_merge({**values, "base": str(tmp_path / "base")}, "here").read()
+    expected = change_of("llama", PeftModel.from_pretrained(models.llama(), tmp_path / "a"))
+    for tensor in expected:
+        assert_close(got[tensor].dense(), expected[tensor], 2e-5, tensor)
 
 
 # ------------------------------------------------------------------------------------------ the initial adapter
