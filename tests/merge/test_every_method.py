@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moa.delta import Sparse
 from moa.errors import ConfigError, MoaError, NumericsError, ShapeError
 from moa.merge import METHODS, Dense, LowRank, gram, merge
 
@@ -29,7 +30,7 @@ ROWS = [(name, {}) for name in METHODS] + [
     for choice in row.options["definition"].choices
 ]
 SUMS = [row for row in ROWS if row[0] not in JOIN_FACTORS]  # those that take dense changes
-FORMS = ("tensor", "Dense", "factors", "LowRank")
+FORMS = ("tensor", "Dense", "Sparse", "factors", "LowRank")
 
 
 def names(rows: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -83,6 +84,10 @@ def adapters_of(dtype: torch.dtype, form: str) -> list[dict[str, Any]]:
                 adapter[name] = (down, up) if form == "factors" else LowRank(down, up)
             else:
                 weight = torch.randn(shape, generator=g).to(dtype)
+                if form == "Sparse":
+                    places = torch.randperm(weight.numel(), generator=g)[: max(1, weight.numel() // 2)]
+                    adapter[name] = Sparse(places, weight.flatten()[places], weight.shape)
+                    continue
                 adapter[name] = weight if form == "tensor" else Dense(weight)
         out.append(adapter)
     return out
@@ -102,7 +107,7 @@ def in_float64(value: Any) -> Any:
 @pytest.mark.parametrize(("method", "options"), ROWS, ids=names(ROWS))
 def test_every_type_gives_what_float64_gives(method: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     options = {**needed(method, SHAPES, dtype), **options}
-    for form in FORMS[2:] if method in JOIN_FACTORS else FORMS:
+    for form in FORMS[3:] if method in JOIN_FACTORS else FORMS:
         adapters = adapters_of(dtype, form)
         exact = [{name: in_float64(value) for name, value in adapter.items()} for adapter in adapters]
         got, truth = run(method, adapters, options), run(method, exact, options)
