@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_transformed() -> bool:
@@ -34,3 +36,21 @@ def working_node() -> int | None:
     """Return the number of the autograd node whose backward runs in this thread, or None outside of a backward."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
+
+
+def padding_of(conv: nn.Module) -> list[int]:
+    """Return a convolution's padding of x (B, C, *size) as `F.pad` takes it: before and after, last axis first."""
+    padding: Any = conv._reversed_padding_repeated_twice
+    return list(padding)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Return whether hooks look at a module's inputs, outputs or gradients, so that its forward must run as a call."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, by its own `compile()` or by `torch.compile`."""
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .compat import padding_of
 from .errors import ConfigError, ShapeError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -90,9 +91,10 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
             f"a {type(conv).__name__} with experts needs x with a batch axis, {n_axes + 2} axes in all, got "
             f"{tuple(x.shape)}."
         )
-    if any(conv._reversed_padding_repeated_twice):
+    padding = padding_of(conv)
+    if any(padding):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        x = F.pad(x, padding, mode=mode)
     for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
     places = x.shape[2 : 2 + n_axes].numel()  # x is (B, C, *places, *kernel), still a view

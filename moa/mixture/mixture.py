@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..compat import is_watched
 from ..errors import ConfigError, ShapeError
 from ..experts import ExpertBank
 from ..layers import features, is_conv1d, is_convolution, is_dense, patches
@@ -217,7 +218,7 @@ def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
     A quantised, hooked, offloaded or trainable base is not plain: it runs its own forward.
     """
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+    if is_watched(base):
         return None
     if "forward" in vars(base):  # replaced on the instance, as accelerate does to move weights in and out
         return None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ContextError
 from ..types import Context
 from .caches import JointCache, is_cache, with_follower
+from .hooks import check_hooks_run
 
 
 class Preview:
@@ -36,7 +37,12 @@ class Preview:
 
     @contextlib.contextmanager
     def before_each_forward(self) -> Iterator[None]:
-        """Run the first pass before every forward of the base inside the block, as generation needs it."""
+        """Run the first pass before every forward of the base inside the block, as generation needs it.
+
+        Raises:
+            ConfigError: the base is compiled, so that the first pass would be left out.
+        """
+        check_hooks_run(self.base, [self.base])
         hook = self.base.register_forward_pre_hook(lambda _, args, kwargs: self.run(args, kwargs), with_kwargs=True)
         try:
             yield

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..mixture import Branch, Site
+from ..mixture.hooks import check_hooks_run
 from ..mixture.preview import hidden_width
 from ..mixture.streams import Streams, find_body
 from ..routers import IdRouter
@@ -59,7 +60,12 @@ class XCross(Recipe):
         return self
 
     def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams:
-        """Return the streams of the base, whose crossings have weights (2 n (n − 1), n · d)."""
+        """Return the streams of the base, whose crossings have weights (2 n (n − 1), n · d).
+
+        Raises:
+            ConfigError: layers outside one stack of blocks, or a body that is compiled already.
+        """
         body, blocks = find_body(base, names)
         width = hidden_width(base)
+        check_hooks_run(base, [body, *blocks])
         return Streams(self.n_experts, width, body, blocks, context, beta=self.beta, gamma=self.gamma)

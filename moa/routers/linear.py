@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat import is_watched
 from ..errors import ConfigError
 from ..kernels import exact_linear
 from ..types import Context, Routing
@@ -109,7 +110,7 @@ class LinearRouter(BalancedRouter):
     def gate(self) -> Tensor | None:
         """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
         # A forward that was replaced on this module, or that something watches, must run.
-        watched = self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self)
+        watched = is_watched(self) or "forward" in vars(self)
         plain = self.fused_gate and self._plain and self.renormalize and not watched
         return self.weight if plain and not (self.training and self.jitter) else None
 
