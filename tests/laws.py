@@ -1,24 +1,27 @@
-"""What must hold for every registered router, bank and recipe: plain functions that raise AssertionError.
+"""What the laws run over: every router and bank of the package, found by walking it, and every registered recipe.
 
-`test_laws.py` runs them over the registries, so that a new row is covered by being registered. A row that needs more
-than the common keywords has an entry in `ROUTER_OPTIONS`, `BANK_OPTIONS` or `RECIPE_OPTIONS`.
+The laws are in `experts/bank_laws.py`, `routers/router_laws.py` and `recipes/recipe_laws.py`. A class or row that needs
+more than the common keywords has an entry in `ROUTER_OPTIONS`, `BANK_OPTIONS`, `OTHER_BANKS` or `RECIPE_OPTIONS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from moa.experts import FAMILIES, ExpertBank, make_family
+import moa
+from moa.experts import FAMILIES, ExpertBank, LoRABank, SlotBank, VectorBank, make_family
 from moa.layers import Site
 from moa.recipes import RECIPES, Recipe, make_recipe
-from moa.routers import ROUTERS, Router
+from moa.routers import Router
 from moa.types import Context, Routing
 
 M = TypeVar("M", bound=nn.Module)
@@ -28,20 +31,36 @@ TOLERANCE = 1e-9  # relative, fp64
 
 # name -> variants of the constructor's own keywords; a router that is not named runs with its defaults
 ROUTER_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "linear": {
+    "LinearRouter": {
         "softmax": {},
         "not-renormalised": {"renormalize": False},
         "sigmoid-bias": {"score": "sigmoid", "bias_rate": 0.01},
         "noisy": {"noisy": True, "losses": {"load": 0.01, "importance": 0.01}},
         "jitter": {"jitter": 0.1},
     },
-    "sampled": {"token": {}, "sequence": {"granularity": "sequence"}},
-    "table": {"one-head": {}, "heads": {"n_heads": 3}, "uniform": {"unknown": "uniform"}, "plain": {"relaxed": False}},
-    "threshold": {"default": {}, "loss": {"losses": {"balance": 0.1}}},
-    "localized": {"default": {}, "tasks": {"task_kinds": (0, 1, 1), "losses": {"localized": 0.1}}},
-    "task_embedding": {"default": {"d_embedding": 5}},
+    "SampledRouter": {"token": {}, "sequence": {"granularity": "sequence"}},
+    "TableRouter": {
+        "one-head": {},
+        "heads": {"n_heads": 3},
+        "uniform": {"unknown": "uniform"},
+        "plain": {"relaxed": False},
+    },
+    "ThresholdRouter": {"default": {}, "loss": {"losses": {"balance": 0.1}}},
+    "LocalizedRouter": {"default": {}, "tasks": {"task_kinds": (0, 1, 1), "losses": {"localized": 0.1}}},
+    "PreviewRouter": {
+        "default": {},
+        "renormalised": {"renormalize": True},
+        "raw": {"score": "raw"},
+        "deep": {"depth": 2, "width": 16},
+    },
+    "TaskEmbeddingRouter": {"default": {"d_embedding": 5}},
 }
-BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {}
+# classes that no router law is run on, and why; a recipe's laws must reach them
+FOLLOWING = {"FollowRouter": "it decides nothing: it gives the routing of its block's first layer"}
+# routers whose rows are E streams of the batch, one after the other
+STREAMED = {"IdRouter"}
+# name of a family -> variants of its own keywords
+BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {"headed": {"default": {}, "heads": {"n_heads": 3}}}
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0, "n_tasks": 1}},
     "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
@@ -68,16 +87,55 @@ REFUSED: dict[tuple[str, str], str] = {
     ("xcross", "bert"): "lie outside",
 }
 UNNORMALISED = {
-    "expert_choice",
-    "sampled",
-    "projection",
-    "linear-not-renormalised",
+    "ExpertChoiceRouter",
+    "SampledRouter",
+    "ProjectionRouter",
+    "LinearRouter-not-renormalised",
+    "PreviewRouter-default",
+    "PreviewRouter-raw",
+    "PreviewRouter-deep",
 }  # rows need not sum to one: (router, or router-variant)
 
 
 def accepted(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the options that a class's constructor names."""
     return {name: value for name, value in options.items() if name in inspect.signature(cls).parameters}
+
+
+def _slots(d_in: int, d_out: int, n_experts: int, **options: Any) -> ExpertBank:
+    return SlotBank(LoRABank(d_in, d_out, n_experts, **options))
+
+
+def _vectors(d_in: int, d_out: int, n_experts: int, **options: Any) -> ExpertBank:
+    return VectorBank(d_in, d_out, n_experts, directions=torch.randn(n_experts, d_in), **options)
+
+
+OTHER_BANKS: dict[str, Callable[..., ExpertBank]] = {"slots": _slots, "vector": _vectors}  # no family makes them
+
+
+def classes_below(root: type[M]) -> list[type[M]]:
+    """Return every class below root that can be made, in whatever file of the package moa it stands."""
+    for info in pkgutil.walk_packages(moa.__path__, "moa."):
+        if info.name.endswith("__main__"):
+            continue
+        try:
+            importlib.import_module(info.name)
+        except ModuleNotFoundError as error:
+            assert error.name in {"megablocks", "triton"}, error
+    found, left = [], [root]
+    while left:
+        cls = left.pop(0)
+        left += cls.__subclasses__()
+        if cls.__module__.startswith("moa.") and cls not in found and not is_abstract(cls):
+            found.append(cls)
+    return found
+
+
+def is_abstract(cls: type) -> bool:
+    """Tell whether a method of the class is still to be written: it raises NotImplementedError."""
+    methods = (getattr(getattr(cls, name), "__code__", None) for name in dir(cls))
+    own = [code for code in methods if code is not None and "moa" in code.co_filename]
+    return any("NotImplementedError" in code.co_names for code in own)
 
 
 def variants(names: Sequence[str], table: Mapping[str, Mapping[str, dict[str, Any]]]) -> list[tuple[str, str]]:
@@ -91,26 +149,39 @@ def parametrize(cases: list[tuple[str, str]]) -> Any:
     return pytest.mark.parametrize(("name", "variant"), cases, ids=ids)
 
 
-ROUTER_CASES = variants(list(ROUTERS), ROUTER_OPTIONS)
-BANK_CASES = variants(list(FAMILIES), BANK_OPTIONS)
+ROUTER_CLASSES = {cls.__name__: cls for cls in classes_below(Router) if cls.__name__ not in FOLLOWING}
+ROUTER_CASES = variants(list(ROUTER_CLASSES), ROUTER_OPTIONS)
+BANK_CASES = variants([*FAMILIES, *OTHER_BANKS], BANK_OPTIONS)
 RECIPE_CASES = variants(list(RECIPES), RECIPE_OPTIONS)
 
 
 def make_router(name: str, variant: str, d_in: int, n_experts: int, k: int) -> Router:
-    """Return a registered router in fp64 with every parameter drawn at random."""
-    cls = ROUTERS[name]
-    common = {"d_in": d_in, "n_experts": n_experts, "k": k, "n_tasks": N_TASKS}
+    """Return a router of a class in fp64 with every parameter, and the experts it looks at, drawn at random."""
+    cls = ROUTER_CLASSES[name]
+    common = {"d_in": d_in, "n_experts": n_experts, "k": k, "n_tasks": N_TASKS, "d_hidden": d_in}
     own = ROUTER_OPTIONS.get(name, {}).get(variant, {})
-    return randomised(cls(**accepted(cls, common), **own).double())
+    router = randomised(cls(**accepted(cls, common), **own).double())
+    router.experts_changed(*(torch.randn(n_experts, 2, d, dtype=torch.float64) for d in (d_in, 3)))
+    return router
 
 
 def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, rank: int, **options: Any) -> ExpertBank:
-    """Return a registered bank in fp64 with every parameter drawn at random."""
-    family = make_family(name, BANK_OPTIONS.get(name, {}).get(variant, {}))
+    """Return a bank in fp64 with every parameter drawn at random: a registered family's, or one of `OTHER_BANKS`."""
+    options = {"rank": rank, "scaling": 0.7, **options}
+    if name in OTHER_BANKS:
+        return randomised(OTHER_BANKS[name](d_in, d_out, n_experts, **options).double())
+    own = BANK_OPTIONS.get(name, {}).get(variant, {})
+    heads = own.get("n_heads", 1)
+    d_in, d_out = d_in * heads, d_out * heads
+    family = make_family(name, own)
     site = Site("layer", nn.Linear(d_in, d_out).double(), d_in, d_out)
     shared = family.shared([site])
-    bank = family.build(site, n_experts, shared, **{"rank": rank, "scaling": 0.7, **options})
-    return randomised(bank.double())
+    return randomised(family.build(site, n_experts, shared, **options).double())
+
+
+def uses(name: str, option: str) -> bool:
+    """Tell whether a bank looks at an option of every bank, "dropout" or "engine"."""
+    return option in (FAMILIES[name].uses if name in FAMILIES else ("dropout",))
 
 
 def recipe_options(name: str, variant: str) -> dict[str, Any]:
@@ -141,11 +212,11 @@ def randomised(module: M) -> M:
     return module
 
 
-def make_context(rows: tuple[int, ...], mask: Tensor | None = None) -> Context:
-    """Return a context with task ids for the first of the rows."""
+def make_context(rows: tuple[int, ...], mask: Tensor | None = None, preview: Tensor | None = None) -> Context:
+    """Return a context with task ids for the first of the rows, and a first pass (*rows, d) where one is given."""
     n = rows[0] if rows else 1
     masks = () if mask is None else (mask,)
-    return Context(task_ids=torch.arange(n) % N_TASKS, masks=masks, routing_masks=masks)
+    return Context(task_ids=torch.arange(n) % N_TASKS, masks=masks, routing_masks=masks, preview=preview)
 
 
 # ------------------------------------------------------------------------------------------------ comparing
@@ -175,273 +246,3 @@ def gradients(module: nn.Module, *extra: Tensor) -> list[Tensor]:
     """Return the gradients of a module's trainable parameters (zeros where there is none), then those of extra."""
     leaves = [p for p in module.parameters() if p.requires_grad] + list(extra)
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in leaves]
-
-
-# ------------------------------------------------------------------------------------------------ banks
-
-
-def random_routing(rows: tuple[int, ...], n_experts: int, k: int, dense: bool = False) -> Routing:
-    """Return a random fp64 routing of the given rows; dense gives weights of any sign to all experts."""
-    if dense:
-        return Routing(torch.randn(*rows, n_experts, dtype=torch.float64), None, n_experts)
-    indices = torch.rand(*rows, n_experts).argsort(-1)[..., :k]
-    return Routing(torch.randn(*rows, k, dtype=torch.float64), indices, n_experts)
-
-
-def one_hot(rows: tuple[int, ...], expert: int, n_experts: int) -> Routing:
-    """Return the routing that gives one expert the weight 1 on every row."""
-    return Routing(torch.ones(*rows, 1, dtype=torch.float64), torch.full((*rows, 1), expert), n_experts)
-
-
-def bank_selects(bank: ExpertBank, x: Tensor) -> None:
-    """One-hot routing is that expert alone, with indices and without."""
-    rows = x.shape[:-1]
-    for expert in range(bank.n_experts):
-        expected = bank.expert_forward(x, expert)
-        routing = one_hot(rows, expert, bank.n_experts)
-        assert_close(bank(x, routing), expected, what=f"expert {expert}")
-        assert_close(bank(x, Routing(routing.dense(), None, bank.n_experts)), expected, what=f"expert {expert}, dense")
-
-
-def bank_is_linear(bank: ExpertBank, x: Tensor) -> None:
-    """Outputs are linear in the weights where the bank mixes outputs."""
-    if bank.mixes != "outputs":
-        return
-    one, two = (random_routing(x.shape[:-1], bank.n_experts, 1, dense=True) for _ in range(2))
-    both = Routing(2 * one.weights - 3 * two.weights, None, bank.n_experts)
-    assert_close(bank(x, both), 2 * bank(x, one) - 3 * bank(x, two))
-
-
-def bank_broadcasts(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """A routing of rows (B, 1) or () is the same as the one expanded to x's rows (B, S)."""
-    assert x.ndim == 3
-    for rows in ((x.shape[0], 1), ()):
-        short = random_routing(rows, bank.n_experts, k)
-        assert short.indices is not None
-        wide = Routing(
-            short.weights.expand(*x.shape[:2], k).contiguous(),
-            short.indices.expand(*x.shape[:2], k).contiguous(),
-            bank.n_experts,
-        )
-        assert_close(bank(x, short), bank(x, wide), what=f"rows {rows}")
-
-
-def bank_relabels(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """Numbering the experts otherwise, in the bank and in the routing, changes nothing."""
-    routing = random_routing(x.shape[:-1], bank.n_experts, k)
-    assert routing.indices is not None
-    before = bank(x, routing)
-    order = torch.randperm(bank.n_experts)  # new expert j is old expert order[j]
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            if parameter.shape[0] == bank.n_experts:
-                parameter.copy_(parameter[order].clone())
-    renamed = Routing(routing.weights, order.argsort()[routing.indices], bank.n_experts)
-    assert_close(bank(x, renamed), before)
-
-
-def bank_ignores_slot_order(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """The order of the chosen experts within a row changes nothing."""
-    routing = random_routing(x.shape[:-1], bank.n_experts, k)
-    assert routing.indices is not None
-    turned = Routing(routing.weights.flip(-1), routing.indices.flip(-1), bank.n_experts)
-    assert_close(bank(x, turned), bank(x, routing))
-
-
-def bank_is_local(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """A row's output depends on that row alone, even when another row holds NaN."""
-    flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] < 2:
-        return
-    routing = random_routing(flat.shape[:1], bank.n_experts, k)
-    before = bank(flat, routing)
-    changed = flat.clone()
-    changed[-1] = float("nan")
-    assert_close(bank(changed, routing)[:-1], before[:-1])
-
-
-def bank_delta_is_expert(bank: ExpertBank, x: Tensor) -> None:
-    """`delta` is the expert as one weight change, where the family has one."""
-    if type(bank).delta is ExpertBank.delta:
-        return
-    for expert in range(bank.n_experts):
-        assert_close(x @ bank.delta(expert).dense().T, bank.expert_forward(x, expert))
-
-
-def bank_adds_no_constant(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """A bank that is a weight change maps zero to zero, in training with dropout, too: the mixture adds constants."""
-    if type(bank).delta is ExpertBank.delta or bank.carries_input:
-        return
-    zero, dropout = torch.zeros_like(x), bank.dropout
-    weight = torch.zeros(bank.d_out, bank.d_in, dtype=x.dtype)
-    routing = random_routing(x.shape[:-1], bank.n_experts, k)
-    for bank.dropout in (0.0, 0.5):
-        assert not bool(bank.train()(zero, routing).any()), "forward adds a constant"
-        assert not bool(bank.fused.add_linear(zero, routing, weight, None).any()), "add_linear adds a constant"
-    bank.dropout = dropout
-    assert not any(bool(bank.expert_forward(zero, e).any()) for e in range(bank.n_experts)), "an expert adds one"
-
-
-def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool) -> None:
-    """The family's own forward, and the one that adds the base, equal the definition with every gradient."""
-    if bank.mixes != "outputs":
-        return
-    weight = torch.randn(bank.d_out, bank.d_in, dtype=x.dtype)
-    bias = torch.randn(bank.d_out, dtype=x.dtype)
-    routing = random_routing(x.shape[:-1], bank.n_experts, k, dense)
-    upstream = torch.randn(*x.shape[:-1], bank.d_out, dtype=x.dtype)
-    base = torch.nn.functional.linear(x, weight, bias)
-
-    def results(run: Any) -> list[Tensor]:
-        bank.zero_grad()
-        leaf, w = x.clone().requires_grad_(), routing.weights.clone().requires_grad_()
-        y = run(leaf, Routing(w, routing.indices, bank.n_experts))
-        (y * upstream).sum().backward()
-        return [y.detach(), *gradients(bank, leaf, w)]
-
-    generic = results(lambda a, r: ExpertBank.forward(bank, a, r))
-    fast = results(lambda a, r: bank(a, r))
-    fused = results(lambda a, r: bank.fused.add_linear(a, r, weight, bias))
-    fused[0] = fused[0] - base
-    n_parameters = len(list(bank.parameters()))
-    fused[1 + n_parameters] = fused[1 + n_parameters] - upstream @ weight  # x's gradient through the base
-    for number, (definition, one, other) in enumerate(zip(generic, fast, fused, strict=True)):
-        assert_close(one, definition, what=f"fast result {number}")
-        assert_close(other, definition, 1e-8, what=f"fused result {number}")  # a difference of larger numbers
-
-
-def bank_gated_is_apart(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """A gate and its mixture in one call, with gradients and without, equal the routing and then `add_linear`."""
-    weight, gate = (torch.randn(size, bank.d_in, dtype=x.dtype) for size in (bank.d_out, bank.n_experts))
-    bias = torch.randn(bank.d_out, dtype=x.dtype)
-    kept, indices = (x @ gate.T).topk(k, -1)
-    expected = bank.fused.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
-    for graded in (True, False):
-        with torch.set_grad_enabled(graded):
-            found = bank.fused.add_gated(x, gate, k, weight, bias)
-        if found is not None:
-            assert_close(found[0], expected, what=f"with gradients {graded}")
-
-
-def bank_starts_as_declared(bank: ExpertBank, x: Tensor) -> None:
-    """A fresh bank is exactly zero where it says so, its experts differ, and drawing anew draws anew."""
-    bank.reset_parameters()
-    out = bank(x, one_hot(x.shape[:-1], 0, bank.n_experts))
-    if bank.zero_at_init:
-        assert not bool(out.any()), "a fresh bank is not zero"
-    before = [p.detach().clone() for p in bank.parameters()]
-    stacked = [p for p in before if bank.n_experts > 1 and p.shape[0] == bank.n_experts]
-    if stacked:
-        different = [bool((p[0] != p[1]).any()) for p in stacked]
-        assert any(different) != bank.equal_at_init, (
-            "all experts start equal: identical experts get identical gradients"
-        )
-    bank.reset_parameters()
-    assert any(bool((a != b).any()) for a, b in zip(before, bank.parameters(), strict=True))
-
-
-# ------------------------------------------------------------------------------------------------ routers
-
-
-def router_routing_is_valid(router: Router, x: Tensor, context: Context, normalised: bool) -> None:
-    """Indices are distinct and in range; rows broadcast against x's; weights are finite, and sum to one per row."""
-    routing = router(x, context)
-    assert routing.n_experts == router.n_experts
-    rows = routing.weights.shape[:-1]
-    torch.broadcast_shapes(rows[:-1] if len(rows) == x.ndim else rows, x.shape[:-1])  # one axis more is the heads
-    assert bool(routing.weights.isfinite().all())
-    if routing.indices is not None:
-        assert routing.indices.dtype == torch.int64 and routing.indices.shape == routing.weights.shape
-        assert bool(((routing.indices >= 0) & (routing.indices < router.n_experts)).all())
-        assert bool((routing.selected().sum(-1) == routing.k).all()), "an expert is chosen twice in a row"
-    else:
-        assert routing.k == router.n_experts
-    for name in ("logits", "scores", "usage"):
-        value = getattr(routing, name)
-        if value is not None:
-            assert value.shape == (*routing.weights.shape[:-1], router.n_experts), name
-            assert value.dtype in (torch.float32, torch.float64), f"{name} must not be in a 16-bit dtype"
-    if routing.log_prob is not None:
-        assert routing.log_prob.shape == routing.weights.shape[:-1]
-        assert bool((routing.log_prob <= 1e-12).all())
-    if normalised:
-        one = torch.ones_like(routing.weights[..., 0])
-        assert_close(routing.weights.sum(-1), one, 1e-6, "row sums")  # constant weights are kept in fp32
-
-
-def router_is_deterministic_in_eval(router: Router, x: Tensor, context: Context) -> None:
-    """Two calls in eval agree, and leave every buffer and the random state as they were."""
-    router.eval()
-    before = {name: value.clone() for name, value in router.state_dict().items()}
-    random_state = torch.get_rng_state()
-    one, two = router(x, context), router(x, context)
-    assert_same_routing(one, two)
-    assert bool((torch.get_rng_state() == random_state).all()), "eval drew random numbers"
-    assert all(bool((router.state_dict()[name] == value).all()) for name, value in before.items())
-
-
-def router_parameters_are_reached(router: Router, x: Tensor, context: Context) -> None:
-    """In training every trainable parameter gets a gradient through weights, log_prob or one of its losses."""
-    from moa.objective.losses import LOSSES
-
-    router.train()
-    routing = router(x, context)
-    value = (routing.weights * torch.randn_like(routing.weights)).sum()
-    if routing.log_prob is not None:
-        value = value + (routing.log_prob * torch.randn_like(routing.log_prob)).sum()
-    for name in router.loss_weights:
-        value = value + LOSSES[name](routing, None)
-    parameters = [p for p in router.parameters() if p.requires_grad]
-    if not parameters:
-        return
-    for parameter, grad in zip(parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
-        assert grad is not None and bool(grad.isfinite().all()), tuple(parameter.shape)
-        assert bool(grad.any()), f"no gradient reaches a parameter of shape {tuple(parameter.shape)}"
-
-
-def router_is_batch_invariant(router: Router, x: Tensor, mask: Tensor) -> None:
-    """An example's routing is the same alone, with others, and in another order."""
-    router.eval()
-    together = router(x, make_context(x.shape[:-1], mask))
-    if together.weights.ndim < 2:  # constant rows
-        return
-    tasks = torch.arange(x.shape[0]) % N_TASKS
-    order = torch.randperm(x.shape[0])
-    for rows in (order, torch.tensor([x.shape[0] - 1])):
-        context = Context(task_ids=tasks[rows], masks=(mask[rows],), routing_masks=(mask[rows],))
-        part = router(x[rows], context)
-        assert_close(part.dense(), together.dense()[rows], what="weights")
-        assert bool((part.selected() == together.selected()[rows]).all())
-
-
-def router_is_causal(router: Router, x: Tensor, prompt: int) -> None:
-    """A row's routing does not change with later rows; a pooled one looks at the prompt alone."""
-    if not router.causal:
-        return
-    router.eval()
-    mask = torch.zeros(x.shape[:2], dtype=torch.bool)
-    mask[:, :prompt] = True
-    context = make_context(x.shape[:-1], torch.ones_like(mask))
-    context.routing_masks = (mask,)
-    before = router(x, context)
-    later = x.clone()
-    later[:, prompt:] = torch.randn_like(later[:, prompt:]) * 10
-    after = router(later, context)
-    if before.weights.ndim < 2:
-        assert_same_routing(after, before)
-        return
-    seen = slice(0, prompt)
-    assert_close(after.dense()[:, seen], before.dense()[:, seen])
-    assert bool((after.selected()[:, seen] == before.selected()[:, seen]).all())
-
-
-def router_state_round_trip(router: Router, other: Router, x: Tensor, context: Context) -> None:
-    """Another router of the same sizes with this one's state routes the same, also after it has balanced."""
-    router.train()
-    for _ in range(3):
-        router.observe(router(x, context), None)
-        router.step()
-    router.eval()
-    other.eval()
-    other.load_state_dict(router.state_dict())
-    assert_same_routing(other(x, context), router(x, context))

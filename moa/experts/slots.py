@@ -25,6 +25,11 @@ class SlotBank(ExpertBank):
         super().__init__(inner.d_in, inner.d_out, inner.n_experts)
         self.inner = inner
 
+    @property
+    def per_expert(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the inner bank's tensors (E, …)."""
+        return tuple(f"inner.{name}" for name in self.inner.per_expert)
+
     def reset_parameters(self) -> None:
         """Draw the experts anew, e.g. down (E, r, i)."""
         self.inner.reset_parameters()

@@ -39,6 +39,8 @@ class NormRouter(Router):
 class ScaleBank(ExpertBank):
     """E_e(x) = v_e · (x W), W frozen: (IA)3 on a random projection."""
 
+    per_expert = ("v",)
+
     def __init__(self, d_in, d_out, n_experts, **options):
         super().__init__(d_in, d_out, n_experts, **options)
         self.v = nn.Parameter(torch.zeros(n_experts, d_out))
@@ -65,6 +67,8 @@ import torch
 import moa
 from moa.recipes import RECIPES, recipe_class
 from tests import laws, models
+from tests.experts import bank_laws
+from tests.routers import router_laws
 
 recipe_class("norm_scale")
 assert "norm_scale" in RECIPES and RECIPES["norm_scale"].__module__ == "norm_scale_plugin"
@@ -72,18 +76,18 @@ import norm_scale_plugin as plugin
 
 router = laws.randomised(plugin.NormRouter(5, 4).double())
 x, context = torch.randn(3, 7, 5).double(), laws.make_context((3, 7))
-laws.router_routing_is_valid(router, x, context, normalised=True)
-laws.router_parameters_are_reached(router, x, context)
-laws.router_is_deterministic_in_eval(router, x, context)
-laws.router_is_batch_invariant(router, x, torch.ones(3, 7, dtype=torch.bool))
-laws.router_is_causal(router, x, 3)
+router_laws.router_routing_is_valid(router, x, context, normalised=True)
+router_laws.router_parameters_are_reached(router, x, context)
+router_laws.router_is_deterministic_in_eval(router, x, context)
+router_laws.router_is_batch_invariant(router, x, torch.ones(3, 7, dtype=torch.bool))
+router_laws.router_is_causal(router, x, 3)
 bank = laws.randomised(plugin.ScaleBank(5, 6, 4).double())
-laws.bank_selects(bank, x)
-laws.bank_is_linear(bank, x)
-laws.bank_broadcasts(bank, x, 2)
-laws.bank_relabels(bank, x, 2)
-laws.bank_is_local(bank, x, 2)
-laws.bank_fast_is_generic(bank, x, 2, False)
+bank_laws.bank_selects(bank, x)
+bank_laws.bank_is_linear(bank, x)
+bank_laws.bank_broadcasts(bank, x, 2)
+bank_laws.bank_relabels(bank, x, 2)
+bank_laws.bank_is_local(bank, x, 2)
+bank_laws.bank_fast_is_generic(bank, x, 2, False)
 
 model = models.randomise(moa.build(models.llama(), router="norm_scale", n_experts=4))
 batch = models.lm_batch()
