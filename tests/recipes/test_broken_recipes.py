@@ -6,7 +6,7 @@ Run: pytest tests/recipes/test_broken_recipes.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ both = pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def twin(base: type[Recipe] = TopK, **members: Any) -> Recipe:
     """Return a recipe like another one but for some members."""
     cls = dataclass(frozen=True, kw_only=True)(type("Twin", (base,), {"__annotations__": {}, **members}))
-    return cls(**{**SIZES, **({"n_tasks": laws.N_TASKS} if base is MOELoRA else {})})
+    known = {field.name for field in fields(cls)}
+    return cls(**{name: value for name, value in {**SIZES, "n_tasks": laws.N_TASKS}.items() if name in known})
 
 
 def with_router(router: type[LinearRouter]) -> Recipe:
