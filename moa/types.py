@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,21 @@ class Draws(Protocol):
 
 
 @dataclass
+class Decision:
+    """What one router has decided for several layers in the forward that runs, and what they have computed together.
+
+    Args:
+        routing: weights and indices (*rows, K).
+        source: x (*rows, i), the input of what follows; None where there is nothing left of it.
+        hidden: by bank, its hidden values (*rows, K, r) of source, until it takes them.
+    """
+
+    routing: Routing
+    source: Tensor | None = None
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Context:
     """What a layer cannot see in x; one object shared by the mixtures of one model.
 
@@ -94,6 +109,8 @@ class Context:
         draws: which of a step's M forwards runs, for routers that sample; None where each forward is by itself.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it.
+        decisions: what a router has decided for layers that follow it, by the name of its layer; the latest of them
+            takes it out, and a new forward of the model forgets what one that failed has left.
         enabled: False makes every mixture its base layer.
         pinned: an expert that every mixture uses alone with weight 1, in place of its router; None lets routers decide.
     """
@@ -105,10 +122,25 @@ class Context:
     draws: Draws | None = field(default=None, repr=False)
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     preview: Tensor | None = field(default=None, repr=False)
+    decisions: dict[str, Decision] = field(default_factory=dict, repr=False)
     enabled: bool = True
     pinned: int | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _known: range | None = field(default=None, init=False, repr=False, compare=False)
+
+    def decided(self, name: str) -> Decision:
+        """Return what the router of a layer has decided, weights and indices (*rows, K).
+
+        Raises:
+            ContextError: that layer has not run in this forward.
+        """
+        decision = self.decisions.get(name)
+        if decision is None:
+            raise ContextError(f"{name} decides for its block and has not run before it, so there is no routing.")
+        return decision
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "decisions": {}}  # they belong to a forward, with its graph: a copy has run none
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""

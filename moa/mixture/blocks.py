@@ -6,53 +6,46 @@ Feng et al. 2024 and Li et al. 2024 (experts that are whole feed-forward blocks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ContextError, ShapeError
+from ..errors import ShapeError
 from ..routers import Router
-from ..types import Context, Routing
+from ..types import Context, Decision, Routing
 from .mixture import Branch, Mixture, add_constants
 
 
-class BlockRouting:
-    """What the layers of one block share: the routing, set by its first layer, and one product with their input.
+@dataclass(frozen=True)
+class Block:
+    """Which layers belong together; what they share in one forward is a `Decision` in the context.
 
     Args:
+        name: of the first layer, under which the decision lies.
         openers: branches of the layers that open the block.
     """
 
-    def __init__(self, openers: Sequence[Branch]) -> None:
-        self.banks = [branch.bank for branch in openers]
-        self.routing: Routing | None = None
-        self._source: Tensor | None = None
-        self._hidden: dict[int, Tensor] = {}
+    name: str
+    openers: tuple[Branch, ...]
 
-    def get(self, name: str) -> Routing:
-        """Return the routing, weights and indices (*rows, K).
-
-        Raises:
-            ContextError: the block's first layer has not run.
-        """
-        if self.routing is None:
-            raise ContextError(f"{name}: the first layer of its block has not run before it, so there is no routing.")
-        return self.routing
-
-    def hidden(self, branch: Branch, x: Tensor, indices: Tensor) -> Tensor | None:
-        """Return a branch's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them alone.
+    def hidden(self, decision: Decision, branch: Branch, x: Tensor) -> Tensor | None:
+        """Return a branch's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them itself.
 
         Layers that see the same x share one product: x is read, and its gradient written, once.
         """
-        if x is not self._source:
-            found = branch.bank.fused.shared_hidden([bank.fused for bank in self.banks], x, indices)
-            self._source = x
-            self._hidden = {id(bank): hidden for bank, hidden in zip(self.banks, found, strict=False)}
+        indices = decision.routing.indices
+        assert indices is not None
+        if x is not decision.source:
+            banks = [opener.bank for opener in self.openers]
+            found = branch.bank.fused.shared_hidden([bank.fused for bank in banks], x, indices)
+            decision.source = x
+            decision.hidden = {id(bank): hidden for bank, hidden in zip(banks, found, strict=False)}
         # Taken out: a recomputed forward may stop before the block's last layer, and must not keep activations alive.
-        hidden = self._hidden.pop(id(branch.bank), None)
-        if not self._hidden:
-            self._source = None
+        hidden = decision.hidden.pop(id(branch.bank), None)
+        if not decision.hidden:
+            decision.source = None
         return hidden
 
 
@@ -62,17 +55,17 @@ class FollowRouter(Router):
     Args:
         d_in: i of its own layer.
         leader: the router that decides.
-        shared: where the routing lies.
+        decided_as: the name under which it leaves its decision in the context.
     """
 
-    def __init__(self, d_in: int, leader: Router, shared: BlockRouting) -> None:
+    def __init__(self, d_in: int, leader: Router, decided_as: str) -> None:
         super().__init__(d_in, leader.n_experts, leader.k)
         self.causal = leader.causal
-        self.shared = shared
+        self.decided_as = decided_as
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the block's routing, weights (*rows, K)."""
-        return self.shared.get(type(self).__name__)
+        return context.decided(self.decided_as).routing
 
 
 class BlockLayer(Mixture):
@@ -86,16 +79,14 @@ class BlockLayer(Mixture):
         branches: one; the first layer's holds the router, the others a `FollowRouter`.
         context: shared by all mixtures of the model.
         name: dotted path of the layer.
-        shared: the block's routing.
+        block: which it belongs to.
     """
 
     why_not_fold = "it is a layer of a block whose experts are whole blocks"
 
-    def __init__(
-        self, base: nn.Module, branches: list[Branch], context: Context, name: str, shared: BlockRouting
-    ) -> None:
+    def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str, block: Block) -> None:
         super().__init__(base, branches, context, name)
-        self.shared = shared
+        self.block = block
 
     @property
     def branch(self) -> Branch:
@@ -119,15 +110,16 @@ class BlockEntry(BlockLayer):
         self.check_differentiable(x, base_out)
         branch = self.branch
         if not isinstance(branch.router, FollowRouter):
-            self.shared.routing = _on_rows(self.route(branch, x), x)
-        routing = self.shared.get(self.name)
+            self.context.decisions[self.block.name] = Decision(_on_rows(self.route(branch, x), x))
+        decision = self.context.decided(self.block.name)
+        routing = decision.routing
         if routing.weights.shape[:-1] != x.shape[:-1]:
             raise ShapeError(
                 f"{self.name} sees rows {tuple(x.shape[:-1])}, the first layer of its block saw "
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        hidden = self.shared.hidden(branch, x, routing.indices)
+        hidden = self.block.hidden(decision, branch, x)
         slots = branch.bank.fused.open_slots(x, routing.indices, base_out, hidden)  # (*rows, K, o)
         chosen = routing.indices.unsqueeze(-1)
         return add_constants(
@@ -146,8 +138,8 @@ class BlockExit(BlockLayer):
         if not self.context.enabled:
             out: Tensor = self.base(x, *args, **kwargs)
             return out
-        routing = self.shared.get(self.name)
-        self.shared.routing = None
+        routing = self.context.decided(self.block.name).routing
+        del self.context.decisions[self.block.name]  # what follows is another block's
         if x.shape[:-1] != routing.weights.shape:
             raise ShapeError(
                 f"{self.name} expected slots {(*routing.weights.shape, 'i')} and got {tuple(x.shape)}: every layer "
@@ -180,14 +172,14 @@ def routed_block(
     Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, §3.2.
     Differs: the paper's last layer multiplies once per active expert; here all frozen products run once per row.
     """
-    shared = BlockRouting([branch for _, _, branch in entries])
+    block = Block(entries[0][1], tuple(branch for _, _, branch in entries))
     leader = entries[0][2].router
     layers: list[Mixture] = []
     for kind, members in ((BlockEntry, entries), (BlockExit, [last])):
         for module, name, branch in members:
             if layers:
-                branch.router = FollowRouter(branch.bank.d_in, leader, shared)
-            layers.append(kind(module, [branch], context, name, shared))
+                branch.router = FollowRouter(branch.bank.d_in, leader, block.name)
+            layers.append(kind(module, [branch], context, name, block))
     return layers
 
 

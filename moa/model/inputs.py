@@ -33,6 +33,7 @@ def describe_batch(
         labels: (B, S) labels tell where a prompt ends.
     """
     attention = as_masks(inputs.get("attention_mask"))
+    context.decisions, encoder.decisions = {}, {}
     context.task_ids = encoder.task_ids = task_ids
     encoder.masks = encoder.routing_masks = attention
     context.masks = context.routing_masks = attention

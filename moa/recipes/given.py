@@ -91,7 +91,7 @@ class XLoRA(TopKRecipe):
         for router in routers[1:]:
             if not self.layerwise:
                 assert isinstance(router, PreviewRouter) and isinstance(routers[0], PreviewRouter)
-                router.follow(routers[0])
+                router.share(routers[0])
         return out
 
 

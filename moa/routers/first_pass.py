@@ -24,7 +24,7 @@ class PreviewRouter(Router):
     |---|---|---|
     | layers.0.weight … | (E, d), or a stack of widths d, width, …, E with ReLU between | as nn.Linear |
 
-    Several routers may `follow` one, whose classifier they then use: one set of weights for the whole model.
+    Several routers may `share` one's classifier: one set of weights for the whole model.
 
     Args:
         d_in: i, unused.
@@ -64,7 +64,6 @@ class PreviewRouter(Router):
         self.temperature, self.score, self.renormalize, self.dropout = temperature, score, renormalize, dropout
         sizes = [d_hidden, *[width] * (depth - 1), n_experts]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self._leader: tuple[PreviewRouter, ...] = ()
 
     def reset_parameters(self) -> None:
         """Draw every layer's weight, (E, d) for one layer, and bias anew."""
@@ -72,10 +71,9 @@ class PreviewRouter(Router):
             assert isinstance(layer, nn.Linear)
             layer.reset_parameters()
 
-    def follow(self, leader: PreviewRouter) -> None:
-        """Use another router's classifier, (E, d), from now on and hold none."""
-        del self.layers
-        self._leader = (leader,)  # in a tuple: not a submodule, the leader alone holds and saves the weights
+    def share(self, other: PreviewRouter) -> None:
+        """Have another router's classifier, (E, d), from now on: tied weights, which a checkpoint holds once."""
+        self.layers = other.layers
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing for the rows of x (*rows, i).
@@ -89,7 +87,7 @@ class PreviewRouter(Router):
                 "base inside it, not a layer alone."
             )
         hidden = self._rows(context.preview, x, context)
-        logits = (self._leader[0] if self._leader else self).classify(hidden) / self.temperature
+        logits = self.classify(hidden) / self.temperature
         scores = logits.softmax(-1)
         values = scores if self.score == "softmax" else logits
         if self.k == self.n_experts and not self.renormalize:

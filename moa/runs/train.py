@@ -136,7 +136,7 @@ def _describe(
 ) -> dict[str, Any]:
     trainable, total = model.get_nb_trainable_parameters()
     banks = sum(p.numel() for _, branch in model.branches() for p in branch.bank.parameters())
-    routers = sum(p.numel() for _, branch in model.branches() for p in branch.router.parameters())
+    routers = sum({p: p.numel() for _, branch in model.branches() for p in branch.router.parameters()}.values())
     return {
         "versions": {"moa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(model.device),

@@ -110,8 +110,7 @@ def test_gate_and_up_share_one_product_with_their_input(monkeypatch: pytest.Monk
     x = torch.randn(4, 6, dtype=torch.float64)
     expected = model(x)
     assert widths == [4, 2], "one product of rank 2 + 2 for gate and up, one for down"
-    shared = model.base.gate.shared
-    assert shared._source is None and not shared._hidden, "nothing is kept alive"
+    assert not model.context.decisions, "nothing is kept alive"
 
     model.base.up.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))  # no longer the same tensor
     assert_close(model(x), expected)
