@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..delta import Dense, low_rank
 from ..errors import CheckpointError, ConfigError
-from ..experts import LoRABank
+from ..experts import ExpertBank
 from ..mixture import Branch, Mixture, linear_sites
 from ..recipes import make_recipe
-from ..routers import LinearRouter
 from .foreign import Foreign, refuse
 
 LAYER = r"mixlora\.layers\.(?P<layer>\d+)\."
@@ -80,15 +80,14 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
     mixtures = model.mixtures()
     for place, name in names.items():
         bank = _bank(mixtures[name])
-        with torch.no_grad():
-            bank.down.zero_()
-            bank.up.zero_()
         for e in range(bank.n_experts):
             where = f"{found.path}: {name}, expert {e}"
             if (place, e) in experts:
                 _fill(bank, e, *experts[place, e], rank, scale, where)
             elif (place, e) in plain:
                 _fill(bank, e, *plain[place, e], plain_rank, plain_scale, where)
+            else:
+                bank.read(e, Dense(torch.zeros(bank.d_out, bank.d_in)).zeros())
     _fill_gates(found, mixtures, names, gates)
 
 
@@ -172,22 +171,20 @@ def _size(found: Foreign, inner: str) -> tuple[int, float]:
     return config["r"], config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
 
 
-def _bank(mixture: Mixture) -> LoRABank:
+def _bank(mixture: Mixture) -> ExpertBank:
     branch = mixture.branches[0]
-    assert isinstance(branch, Branch) and isinstance(branch.bank, LoRABank)
+    assert isinstance(branch, Branch)
     return branch.bank
 
 
-@torch.no_grad()
-def _fill(bank: LoRABank, e: int, a: Tensor, b: Tensor, rank: int, scale: float, where: str) -> None:
+def _fill(bank: ExpertBank, e: int, a: Tensor, b: Tensor, rank: int, scale: float, where: str) -> None:
     """Write factors (r, i) and (o, r) as expert e, the rest of a larger rank zero, the scale folded into up."""
     if a.shape != (rank, bank.d_in) or b.shape != (bank.d_out, rank):
         raise CheckpointError(
             f"{where}: the factors are {tuple(a.shape)} and {tuple(b.shape)}, expected {(rank, bank.d_in)} and "
             f"{(bank.d_out, rank)}: made for another base, or r in the configuration is not that of the file."
         )
-    bank.down[e, :rank] = a.to(bank.down)
-    bank.up[e, :rank] = b.T.to(bank.up) * (scale / bank.scaling)
+    bank.read(e, low_rank(a.double(), b.double(), scale, where))  # rounded once, to the type of the bank
 
 
 @torch.no_grad()
@@ -196,16 +193,17 @@ def _fill_gates(found: Foreign, mixtures: dict[str, Mixture], names: dict[str, s
     for place, name in names.items():
         branch = mixtures[name].branches[0]
         assert isinstance(branch, Branch)
-        if isinstance(branch.router, LinearRouter):
+        own = dict(branch.router.named_parameters()).get("weight")  # the first layer's gate; the others follow it
+        if own is not None:
             layer = int(place.split(".")[0])
             if layer not in gates:
                 raise CheckpointError(f"{found.path} has experts in layer {layer}, and no gate for it.")
-            if gates[layer].shape != branch.router.weight.shape:
+            if gates[layer].shape != own.shape:
                 raise CheckpointError(
                     f"{found.path}: the gate of layer {layer} is {tuple(gates[layer].shape)}, expected "
-                    f"{tuple(branch.router.weight.shape)}."
+                    f"{tuple(own.shape)}."
                 )
-            branch.router.weight.copy_(gates[layer])
+            own.copy_(gates[layer])
             filled.add(layer)
     lost = sorted(set(gates) - filled)
     if lost:

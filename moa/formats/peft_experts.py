@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..delta import Delta, LowRank
+from ..delta import Delta, Dense, LowRank
 from ..errors import CheckpointError, ConfigError
-from ..experts import LoRABank
 from ..mixture import Branch, Mixture
 from .foreign import Foreign, read_foreign
 from .named_deltas import Deltas, check_finite, deltas
@@ -91,7 +90,7 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
         branch = mixtures[name].branches[0]
         assert isinstance(branch, Branch)
         bank = branch.bank
-        if not isinstance(bank, LoRABank):
+        if bank.mixes != "outputs" or bank.factors() is None:
             raise ConfigError(
                 f"experts=[…] are LoRA adapters whose outputs are mixed, this recipe's experts are "
                 f"{type(bank).__name__}: choose another, e.g. 'topk', 'dense', 'remix', 'xlora' or 'arrow'."
@@ -101,17 +100,12 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
                 f"{name} has {bank.n_experts} expert(s) in this recipe, and {len(adapters)} adapters were given: give "
                 "adapters of the layers that it routes alone, or choose another, e.g. 'topk', 'dense' or 'xlora'."
             )
-        bank.down.zero_()
-        bank.up.zero_()
+        nothing = Dense(torch.zeros(bank.d_out, bank.d_in)).zeros()
         for e, adapter in enumerate(adapters):
-            if name not in adapter:
-                continue
-            delta = adapter[name]
-            assert isinstance(delta, LowRank)
+            delta = adapter.get(name, nothing)
             if delta.shape != (bank.d_out, bank.d_in):
                 raise CheckpointError(
                     f"{adapter.source}: the change of {name} is {tuple(delta.shape)}, the layer is {bank.d_in} -> "
                     f"{bank.d_out}: this adapter was made for another base."
                 )
-            bank.down[e, : delta.rank] = delta.down.to(bank.down)
-            bank.up[e, : delta.rank] = (delta.up.T / bank.scaling).to(bank.up)
+            bank.read(e, delta)

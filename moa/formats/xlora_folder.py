@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import CheckpointError, ConfigError
 from ..mixture import Branch
 from ..recipes import make_recipe
-from ..routers import PreviewRouter
 from .foreign import CONFIG, Foreign, read_foreign
 from .named_deltas import Deltas, deltas
 from .peft_experts import expert_changes, largest_rank, load_experts
@@ -175,9 +174,7 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
         raise CheckpointError(
             f"{found.path}: the classifier has layers {sorted(stack)}, expected {wanted}, weight and bias each."
         )
-    routers = [
-        b.router for b in _branches(model) if isinstance(b.router, PreviewRouter) and list(b.router.parameters())
-    ]
+    routers = [b.router for b in _branches(model) if b.router.needs_preview and list(b.router.parameters())]
     n = len(folders)
     for number, router in enumerate(routers):
         for place, layer in zip(wanted, router.layers, strict=True):
