@@ -97,8 +97,7 @@ def generation() -> str:
     """Tokens that a whole model writes in a second."""
     rows = result("end_to_end")["rows"]
     lines = [
-        [name, f"{row['tokens_per_second']:.1f}", number(row["moa_speed_over_this"])]
-        for name, row in rows.items()
+        [name, f"{row['tokens_per_second']:.1f}", number(row["moa_speed_over_this"])] for name, row in rows.items()
     ]
     header = ["SmolLM2-135M, 2 rows, writes with", "tokens / s", "speed of moa's `topk` over this"]
     return f"{table(header, lines)}\n\n{made_by('end_to_end')}"
@@ -129,7 +128,11 @@ def memory() -> str:
     header = ["kept for backward beyond x, in multiples of x", "moa", "peft's LoRA r64", "LoRA over moa"]
     whole = result("end_to_end")["rows"]
     peaks = [
-        [f"SmolLM2-135M, one training step, {name}", f"{row['peak_bytes'] / 1e6:.0f} MB", number(row["peak_bytes"] / own)]
+        [
+            f"SmolLM2-135M, one training step, {name}",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            number(row["peak_bytes"] / own),
+        ]
         for own in [whole[OURS]["peak_bytes"]]
         for name, row in whole.items()
         if "peak_bytes" in row

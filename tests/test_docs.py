@@ -1,4 +1,4 @@
-"""What the documents say is so: public names, docstrings, README snippets. Run: pytest tests/test_docs.py"""
+"""What the documents say is so: public names, docstrings, tables, snippets. Run: pytest tests/test_docs.py"""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 import moa
+from experiments import tables
 from moa.experts import FAMILIES
+from moa.merge import METHODS
 from moa.recipes import RECIPES
 from moa.routers import ROUTERS
+from tests.test_imports import ALLOWED, NOUNS, ONLY_IN
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 SHAPE = re.compile(r"\((?:|\w|\*\w*rows,?|\w,|(?:\*\w*rows|[\w·.…*+ -]+)(?:, ?[\w·.…*+ -]+)+,?)\)|any shape|scalar")
 
 
@@ -117,35 +119,153 @@ def test_every_recipe_names_its_paper(name):
     assert RECIPES[name].paper and RECIPES[name].name == name
 
 
-def test_readme_is_there_and_names_every_recipe_and_public_name():
-    if not README.exists():
-        pytest.fail("README.md is missing: the package metadata names it")
-    text = README.read_text()
-    for name in RECIPES:
-        assert f"`{name}`" in text, f"README does not list the recipe {name}"
-    for name in ("build", "load", "RoutingMonitor", "export_expert", "make demo", "make test"):
+def text_of(path: str) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Return the cells of every row whose first one is code, the headers left out."""
+    rows = re.findall(r"^\| (`.*) \|$(?!\n\|[ -]*--)", text, re.M)
+    return [row.split(" | ") for row in rows]
+
+
+def test_readme_names_the_ways_in() -> None:
+    text = text_of("README.md")
+    for name in ("build", "load", "RoutingMonitor", "export_expert", "make demo", "make test", "pip install"):
         assert name in text
+    first = next(iter(snippets("README.md", "python")))
+    assert len([line for line in first.splitlines() if line]) <= 9, "eight lines and an import"
 
 
-def snippets() -> list[str]:
-    if not README.exists():
-        return []
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+def test_recipes_are_listed_with_their_words_and_source() -> None:
+    rows = {row[0]: row[1:] for row in rows_of(text_of("docs/recipes.md"))}
+    for name, recipe in RECIPES.items():
+        if not recipe.__module__.startswith("moa."):
+            continue
+        row = rows.pop(f"`{name}`", None)
+        first = (inspect.getdoc(recipe) or "").splitlines()[0]
+        assert row is not None and row[:2] == [first, recipe.paper], (
+            f"docs/recipes.md must hold: | `{name}` | {first} | {recipe.paper} | [its test](…) |, and has {row}"
+        )
+    assert not rows, f"docs/recipes.md lists {list(rows)}, which are no recipes"
 
 
-@pytest.mark.parametrize("number", range(len(snippets())))
-def test_readme_snippets_run(number, tmp_path):
-    """Each in a fresh process and an empty folder, as a reader would."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", snippets()[number]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{snippets()[number]}\n{done.stderr[-3000:]}"
+def test_merging_methods_are_listed_with_their_definition_and_source() -> None:
+    rows = {row[0]: row[1:] for row in rows_of(text_of("docs/merging.md"))}
+    for name, method in METHODS.items():
+        row = rows.pop(f"`{name}`", None)
+        assert row == [method.definition, method.paper], (
+            f"docs/merging.md must hold: | `{name}` | {method.definition} | {method.paper} |, and has {row}"
+        )
+    assert not rows, f"docs/merging.md lists {list(rows)}, which are no methods"
+
+
+def test_which_recipe_names_recipes() -> None:
+    part = text_of("README.md").partition("## Which recipe do I want?")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in part.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 6
+    for row in rows:
+        named = re.findall(r"`(\w+)`", row[2])
+        assert named and set(named) <= set(RECIPES), row
+
+
+def test_the_tree_names_the_rooms() -> None:
+    """Exactly the folders of moa, and exactly its nouns."""
+    tree = text_of("README.md").partition("## The tree")[2].partition("## ")[0]
+    nouns, rooms = re.findall(r"^  (\w[\w ]+?) {2,}", tree, re.M), re.findall(r"^  (\w+)/ ", tree, re.M)
+    assert rooms == [room for room in ALLOWED if room in rooms], "in the order of imports"
+    assert set(rooms) == {path.parent.name for path in (ROOT / "moa").glob("*/__init__.py")}
+    assert [set(line.split()) for line in nouns] == [NOUNS]
+    files = {path.stem for path in (ROOT / "moa").glob("*.py")}
+    assert files == NOUNS | {"__init__", "__main__"}
+    for folder in re.findall(r"^(\w+)/ ", tree, re.M):
+        assert (ROOT / folder).is_dir(), folder
+
+
+def test_the_order_of_rooms_is_that_of_the_import_test() -> None:
+    text = text_of("CONTRIBUTING.md")
+    line = " ".join(re.findall(r"^    (nouns ←.*\n(?:    .*\n)*)", text, re.M)).split("←")
+    order = [{room.strip() for room in place.split(",")} for place in line]
+    assert order[0] == {"nouns"}
+    place = {room: at for at, rooms in enumerate(order) for room in rooms}
+    assert sum(map(len, order)) == len(place), "a room stands once"
+    rooms = {room: seen - NOUNS for room, seen in ALLOWED.items() if room not in NOUNS | {"__init__", "__main__"}}
+    assert set(place) == {"nouns", *rooms}
+    less = dict(re.findall(r"^- `(\w+)` sees only (.*)\.$", text, re.M))
+    assert less
+    for room, seen in rooms.items():
+        left = {other for other in rooms if place[other] < place[room]}
+        assert seen - {"__init__"} <= left, f"{room} imports {seen - left}, which do not stand to its left"
+        if room in less:
+            named = set(re.findall(r"`(\w+)`", less[room])) | (NOUNS if "nouns" in less[room] else set())
+            assert named == ALLOWED[room], f"{room} may import {sorted(ALLOWED[room])}"
+        else:
+            kept = left - seen - UNSAID
+            assert not kept, f"{room} may not import {kept}: say what it sees only"
+
+
+UNSAID = {"merge"}  # whoever may import folding seldom needs it
+
+
+def test_the_packages_are_where_contributing_says() -> None:
+    rows = {row[0]: set(re.findall(r"`([^`]+)`", row[1])) for row in rows_of(text_of("CONTRIBUTING.md"))}
+    assert rows == {f"`{package}`": where for package, where in ONLY_IN.items() if where != {"nowhere"}}
+
+
+def test_tables_are_those_of_the_results() -> None:
+    page = text_of("experiments/README.md")
+    assert tables.filled(page) == page, "python -m experiments.tables"
+    assert set(re.findall(r"<!-- (\w+) -->", page)) == {*tables.TABLES, "end"}
+    assert tables.filled("<!-- around -->\n| 9.9 |\n<!-- end -->") != "<!-- around -->\n| 9.9 |\n<!-- end -->"
+
+
+def test_the_claim_is_in_the_results() -> None:
+    text = text_of("README.md")
+    step = tables.result("step")
+    ratios = step["shapes"]["16 x 32, threads 1"]
+    for peer, words in (
+        ("peft X-LoRA 8x8", "is {} × as fast as with peft's X-LoRA"),
+        ("peft LoRA r64", "is {} × as fast"),
+    ):
+        assert words.format(f"{1 / ratios[peer]['moa_over_this']:.2f}") in text
+    assert f"`{step['command']}` at {step['environment']['commit']}" in text
+
+
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "experiments/README.md",
+    *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)", text_of(page)):
+        assert "://" in link or (ROOT / page).parent.joinpath(link).exists(), f"{page} links to {link}"
+
+
+def test_the_picture_is_small() -> None:
+    assert (ROOT / "docs" / "load.png").stat().st_size < 150_000
+
+
+def snippets(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page, "python")])
+def test_snippets_run(page: str, tmp_path: Path) -> None:
+    """Those of a page in a fresh process and an empty folder, as a reader would; then its lines `moa …`."""
+    for text in snippets(page, "yaml"):
+        (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
+    shell = [line.split() for text in snippets(page, "bash") for line in text.splitlines() if line.startswith("moa ")]
+    calls = [["-c", "\n".join(snippets(page, "python"))], *(["-m", *words] for words in shell)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for call in calls:
+        done = subprocess.run(
+            [sys.executable, *call], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300
+        )
+        assert done.returncode == 0, f"{call[-1]}\n{done.stderr[-3000:]}"
 
 
 def test_no_machine_paths_in_what_is_committed():

@@ -1,0 +1,1 @@
+"""Configured runs: tasks, training, evaluation, the demo."""
