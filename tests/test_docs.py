@@ -16,7 +16,7 @@ import moa
 from experiments import tables
 from moa.experts import FAMILIES
 from moa.merge import METHODS
-from moa.recipes import RECIPES
+from moa.recipes import RECIPES, make_recipe
 from moa.routers import ROUTERS
 from tests.test_imports import ALLOWED, NOUNS, ONLY_IN
 
@@ -144,8 +144,9 @@ def test_recipes_are_listed_with_their_words_and_source() -> None:
             continue
         row = rows.pop(f"`{name}`", None)
         first = (inspect.getdoc(recipe) or "").splitlines()[0]
-        assert row is not None and row[:2] == [first, recipe.paper], (
-            f"docs/recipes.md must hold: | `{name}` | {first} | {recipe.paper} | [its test](…) |, and has {row}"
+        wanted = [first, recipe.paper, make_recipe(name).folds]
+        assert row is not None and row[:3] == wanted, (
+            f"docs/recipes.md must hold: | `{name}` | {' | '.join(wanted)} | [its test](…) |, and has {row}"
         )
     assert not rows, f"docs/recipes.md lists {list(rows)}, which are no recipes"
 

@@ -23,18 +23,18 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import baselines
-from .baselines import Scores
-from ..model.build import build
-from .config import TrainConfig
 from ..errors import ConfigError, unknown_name
+from ..model.build import build
 from ..model.heads import MultiTaskForSequenceClassification
-from .metrics import best_ids, exact_match
 from ..model.moa_model import MoAModel
 from ..monitor.statistics import RoutingStatistics
-from .tasks import Collator, EncodedTask
 from ..objective.trace import Record
 from ..types import Routing
+from . import baselines
+from .baselines import Scores
+from .config import TrainConfig
+from .metrics import best_ids, exact_match
+from .tasks import Collator, EncodedTask
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:

@@ -16,13 +16,13 @@ import transformers
 import yaml
 
 from .. import __version__
-from . import baselines
-from ..model.build import load
-from .config import TrainConfig, read_config
 from ..errors import ConfigError
+from ..model.build import load
 from ..model.moa_model import MoAModel
-from ..monitor.statistics import LayerLoad, RoutingStatistics
 from ..monitor.report import routing_table
+from ..monitor.statistics import LayerLoad, RoutingStatistics
+from . import baselines
+from .config import TrainConfig, read_config
 from .session import Run, build_model, load_tokenizer, training_arguments, with_heads_of
 from .tasks import EncodedTask, encode_tasks
 

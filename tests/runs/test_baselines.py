@@ -11,7 +11,6 @@ import torch
 import moa
 from moa.errors import ConfigError
 from moa.runs.baselines import LinearProbe, active_parameters, held_out, matching_rank, pick, probe
-
 from tests.models import llama
 
 

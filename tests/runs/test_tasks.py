@@ -14,7 +14,6 @@ import torch
 from moa.errors import ConfigError
 from moa.runs.metrics import best_ids, exact_match
 from moa.runs.tasks import IGNORED, Collator, Task, encode_tasks
-
 from tests.tiny_run import VOCAB, rows, tokenizer, write_jsonl
 
 

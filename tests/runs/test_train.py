@@ -20,7 +20,6 @@ from moa.runs.config import parse
 from moa.runs.session import Run, load_tokenizer
 from moa.runs.tasks import encode_tasks
 from moa.runs.train import RunResult, evaluate, score_table, summary, train
-
 from tests.tiny_run import config_values, decoder_folder, encoder_folder
 
 # some of these tiny routers do collapse: that is said rightly, and not what is tested here
