@@ -27,6 +27,8 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     """Write one expert as a PEFT LoRA folder that peft loads alone, with a model card, and return its path.
 
     Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
+    Where the base is a class of moa around a transformers model (task heads on an encoder), the adapter is for the
+    model inside, and the heads lie beside it in heads.safetensors.
 
     Args:
         model: a `MoAModel` whose experts are low-rank changes (o, i): of any family, behind any router.
@@ -41,7 +43,12 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     transposed = False
-    for name, mixture in model.mixtures().items():
+    prefix = getattr(model.base, "exported_body", "")
+    body = model.base.get_submodule(prefix)
+    for full, mixture in model.mixtures().items():
+        name = full.removeprefix(f"{prefix}.") if prefix else full
+        if prefix and name == full:
+            raise FoldError(f"{full} lies outside {prefix}, which is what a LoRA folder of this model is for.")
         change = _as_low_rank(mixture, expert)
         for letter, factor in zip("AB", as_factors(mixture.base, change.down, change.up.T), strict=True):
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
@@ -49,14 +56,18 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         transposed |= is_conv1d(mixture.base)
     if not tensors:
         raise ConfigError("this model has no mixtures to export.")
-    for head in model.modules_to_save:
-        for key, value in model.base.get_submodule(head).state_dict().items():
-            tensors[f"base_model.model.{head}.{key}"] = value.detach().cpu().contiguous()
-    base = getattr(model.base, "name_or_path", None) or None
-    task_type = next((kind for end, kind in TASK_TYPES.items() if type(model.base).__name__.endswith(end)), None)
+    heads = {
+        f"{head}.{key}": value.detach().cpu().contiguous()
+        for head in model.modules_to_save
+        for key, value in model.base.get_submodule(head).state_dict().items()
+    }
+    if not prefix:
+        tensors |= {f"base_model.model.{key}": value for key, value in heads.items()}
+    base = getattr(body, "name_or_path", None) or None
+    task_type = next((kind for end, kind in TASK_TYPES.items() if type(body).__name__.endswith(end)), None)
     names = sorted(ranks)
     endings = tuple(f".{name}" for name in names)  # peft takes a listed name for an ending, a string for a whole name
-    alike = any(n.endswith(endings) for n, _ in model.base.named_modules() if n not in ranks)
+    alike = any(n.endswith(endings) for n, _ in body.named_modules() if n not in ranks)
     rank, alpha = max(set(ranks.values()), key=list(ranks.values()).count), next(iter(alphas.values()))
     config = {
         "peft_type": "LORA",
@@ -70,12 +81,15 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
-        "modules_to_save": list(model.modules_to_save) or None,
+        "modules_to_save": None if prefix else list(model.modules_to_save) or None,
         "inference_mode": True,
     }
     target.mkdir(parents=True, exist_ok=True)
     with replacing(target / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
+    if prefix and heads:
+        with replacing(target / "heads.safetensors") as temporary:
+            save_file(heads, temporary, metadata={"format": "pt"})
     with replacing(target / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
     with replacing(target / "README.md") as temporary:

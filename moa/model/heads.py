@@ -117,6 +117,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
 
     config_class = MultiTaskConfig
     base_model_prefix = "encoder"
+    exported_body = "encoder"  # an adapter is for it, as `AutoModel` loads it; this class is moa's own
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
