@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FoldError
+from ..delta import all_finite
+from ..errors import FoldError, NumericsError
 from ..layers import as_weight, matrix
 from ..mixture import Branch, Mixture
 from ..mixture.change import Change, layer_change, mixed
@@ -27,6 +28,7 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
     Raises:
         FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
             weight.
+        NumericsError: an expert holds NaN or infinity.
     """
     if mixture.why_not_fold is not None:
         raise FoldError(f"{mixture.name}: {mixture.why_not_fold}, so no weight of one layer equals it.")
@@ -40,7 +42,13 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
         return mixed(branch.bank, routing.dense())
 
     change, shift = layer_change(mixture, static)
-    return change.dense(), shift
+    dense = change.dense()
+    if not all_finite(dense) or (shift is not None and not all_finite(shift)):
+        raise NumericsError(
+            f"{mixture.name}: its experts hold NaN or infinity, and folding would put that into the base: training "
+            "diverged."
+        )
+    return dense, shift
 
 
 def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -246,15 +245,18 @@ def copy_rest(folder: Path, partial: Path) -> None:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a temporary path beside target; on success flush it to disk and rename it onto target, else remove it."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    """Give a temporary path beside target; on success flush it to disk and rename it onto target, else remove it.
+
+    The file has the permissions that the process's umask leaves to a new one.
+    """
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+    temporary.touch(exist_ok=False)
+    allowed = temporary.stat().st_mode
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, allowed)  # whoever wrote it may have made a new file
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

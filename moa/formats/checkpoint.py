@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, NumericsError
+from ..delta import all_finite
+from ..errors import CheckpointError, MoaWarning, NumericsError
 from ..layers import is_dense
 from .atomic import replacing
 
@@ -36,12 +38,19 @@ def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
 
     Raises:
         CheckpointError: the folder is a file.
+        NumericsError: a tensor holds NaN or infinity; what the folder holds is left as it is.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot save to {folder}: it is a file. Name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "moa", "format_version": FORMAT_VERSION, **description}
     data = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    for name, tensor in data.items():  # a save is the last guard of the checkpoint before it
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise NumericsError(
+                f"{name} holds NaN or infinity, so nothing was written to {folder}: training diverged. Go on from an "
+                "earlier checkpoint with a lower learning rate."
+            )
     with replacing(folder / WEIGHTS) as temporary:
         save_file(data, temporary, metadata={"format": "pt", "moa": json.dumps(header)})
     with replacing(folder / CONFIG) as temporary:
@@ -132,7 +141,7 @@ def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path)
         folder: named in the error.
 
     Raises:
-        CheckpointError: missing, unexpected or mis-shaped tensors, all in one message, grouped by kind.
+        CheckpointError: missing, unexpected, mis-shaped or mis-typed tensors, all in one message, grouped by kind.
         NumericsError: a tensor holds NaN or infinity.
     """
     problems = []
@@ -142,7 +151,17 @@ def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path)
         for name in sorted(own.keys() & tensors.keys())
         if own[name].shape != tensors[name].shape
     ]
-    for kind, rows in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+    kinds = [
+        f"{name}: {tensors[name].dtype} in the file, {own[name].dtype} in the model"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].is_floating_point() != tensors[name].is_floating_point()
+    ]
+    for kind, rows in (
+        ("of another type", kinds),
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", shapes),
+    ):
         if rows:
             shown = "; ".join(rows[:5]) + (f"; and {len(rows) - 5} more" if len(rows) > 5 else "")
             problems.append(f"{len(rows)} {kind}: {shown}")
@@ -161,29 +180,35 @@ def original_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base")
 
 
-def fingerprint(base: nn.Module, n_tensors: int = 8, n_values: int = 4) -> dict[str, Any]:
-    """Return a few values of a few frozen tensors, by which another base is recognised.
+def fingerprint(
+    base: nn.Module, saved_whole: Iterable[str] = (), n_tensors: int = 8, n_values: int = 4
+) -> dict[str, Any]:
+    """Return a few values of a few tensors that a checkpoint does not hold, by which another base is recognised.
+
+    A base whose own weights are trained, too, is recognised as it is when saved: they are not in the checkpoint.
 
     Args:
         base: with or without mixtures inside.
-        n_tensors: how many floating matrices (o, i) to look at, spread evenly over the model.
+        saved_whole: names of its modules that the checkpoint holds.
+        n_tensors: how many floating tensors of at least two axes, (o, i), to look at, spread evenly over the model.
         n_values: how many of their values to keep, spread evenly over the flattened matrix.
     """
-    frozen = {
+    heads = tuple(f"{name}." for name in saved_whole)
+    own = {
         original_name(name): tensor
         for name, tensor in base.named_parameters()
-        if ".branches." not in name and not tensor.requires_grad and is_dense(tensor) and tensor.ndim == 2
+        if ".branches." not in name and not name.startswith(heads) and is_dense(tensor) and tensor.ndim >= 2
     }
-    names = sorted(frozen)
+    names = sorted(own)
     chosen = [names[i * len(names) // n_tensors] for i in range(min(n_tensors, len(names)))] if names else []
     if len(names) <= n_tensors:
         chosen = names
     probes = {}
     for name in chosen:
-        flat = frozen[name].detach().reshape(-1)
+        flat = own[name].detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
         probes[name] = {
-            "shape": list(frozen[name].shape),
+            "shape": list(own[name].shape),
             "values": flat[at.to(flat.device)].float().tolist(),
         }
     return probes
@@ -201,6 +226,13 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
         CheckpointError: a matrix is missing, of another shape or of other values.
     """
     own = {original_name(n): p for n, p in base.named_parameters()}
+    if not stored["fingerprint"]:
+        warnings.warn(
+            f"{folder} says nothing by which its base is recognised (it was made on a {stored['class']} without dense "
+            "weights): whether this is the right one was not checked.",
+            MoaWarning,
+            stacklevel=3,
+        )
     for name, probe in stored["fingerprint"].items():
         tensor = own.get(name)
         was = f"{folder} was made on {stored['class']} {stored['name_or_path']!r}"

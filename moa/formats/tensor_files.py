@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -128,6 +128,13 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         weight_map = read_json(indices[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{indices[0]} has no weight_map: it is not a safetensors index.")
+        for name, file in weight_map.items():
+            inside = PurePath(str(file))
+            if inside.is_absolute() or ".." in inside.parts or "\\" in str(file):
+                raise CheckpointError(
+                    f"{indices[0]} says that {name!r} is in {file!r}, outside the checkpoint's folder: it was changed "
+                    "by hand, or is not to be trusted."
+                )
         return [path / file for file in sorted(set(weight_map.values()))], weight_map
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:

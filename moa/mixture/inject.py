@@ -67,5 +67,7 @@ def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return where new parameters go: the layer's device; fp32 whatever the base is in, fp64 for an fp64 base."""
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
+    if device.type == "meta":  # offloaded: accelerate brings the weights to this device when the layer runs
+        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "meta")
     double = any(t.dtype == torch.float64 for t in tensors)
     return device, torch.float64 if double else torch.float32

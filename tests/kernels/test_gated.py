@@ -135,7 +135,7 @@ def gradients(model, x):
 def test_a_layer_takes_it_in_training_and_learns_the_same(monkeypatch):
     model, x = layer()
     calls = []
-    monkeypatch.setattr("moa.experts.lora.gated_linear", lambda *a, **k: calls.append(1) or gated_linear(*a, **k))
+    monkeypatch.setattr("moa.experts.factored.gated_linear", lambda *a, **k: calls.append(1) or gated_linear(*a, **k))
     together = gradients(model, x)
     assert calls == [1]
     monkeypatch.setattr(LinearRouter, "gate", lambda self: None)

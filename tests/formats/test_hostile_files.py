@@ -1,0 +1,136 @@
+"""Files that are damaged, forged, or written where others can read. Run: pytest tests/formats/test_hostile_files.py"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import moa
+from moa.errors import CheckpointError, FoldError, MoaWarning, NumericsError
+from moa.formats.tensor_files import Checkpoint
+from tests import laws, models
+
+
+@pytest.fixture
+def mixture() -> Any:
+    return models.randomise(moa.build(models.llama(), "topk", n_experts=3, rank=2))
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o027, 0o022])
+def test_no_file_has_a_bit_that_the_umask_takes_away(mixture: Any, mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        mixture.save_pretrained(tmp_path / "saved")
+        moa.export_expert(mixture, 0, tmp_path / "exported")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path != tmp_path]
+    assert len(files) > 5
+    assert all(not path.stat().st_mode & 0o777 & mask for path in files), {p.name: oct(p.stat().st_mode) for p in files}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@laws.parametrize([case for case in laws.RECIPE_CASES if case[0] in ("topk", "mixlora", "poly", "flylora", "xcross")])
+def test_a_diverged_model_does_not_replace_a_good_checkpoint(
+    name: str, variant: str, value: float, tmp_path: Path
+) -> None:
+    model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)))
+    model.save_pretrained(tmp_path)
+    good = load_file(tmp_path / "model.safetensors")
+    key, tensor = next((k, t) for k, t in model.adapter_state_dict().items() if ".bank." in k)
+    tensor.view(-1)[0] = value
+    with pytest.raises(NumericsError, match=rf"{key} holds NaN or infinity, so nothing was written"):
+        model.save_pretrained(tmp_path)
+    again = load_file(tmp_path / "model.safetensors")
+    assert good.keys() == again.keys() and all(torch.equal(again[k], t) for k, t in good.items())
+    moa.load(tmp_path, base=models.llama())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_diverged_expert_does_not_reach_the_base(value: float) -> None:
+    model = models.randomise(moa.build(models.llama(), "fixed", n_experts=2, rank=2))
+    name, mixture = next(iter(model.mixtures().items()))
+    before = mixture.base.weight.clone()
+    with torch.no_grad():
+        mixture.branches[0].bank.up[1, 0, 0] = value
+    for fold in (model.merge_and_unload, lambda: model.folded().__enter__()):
+        with pytest.raises(NumericsError, match=name):
+            fold()
+        assert torch.equal(mixture.base.weight, before)
+
+
+def test_whole_numbers_are_not_read_as_weights(mixture: Any, tmp_path: Path) -> None:
+    """The bits of 0.3, read as an integer, are 1,050,253,722."""
+    mixture.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("bank.up"))
+    tensors[key] = tensors[key].view(torch.int32)
+    save_file(tensors, file, metadata=header)
+    with pytest.raises(CheckpointError, match=rf"1 of another type: {key}: torch.int32 in the file, torch.float32"):
+        moa.load(tmp_path, base=models.llama())
+
+
+@pytest.mark.parametrize("entry", ["../elsewhere/x.safetensors", "/abs/x.safetensors", "a/../../x.safetensors"])
+def test_an_index_stays_inside_its_folder(entry: str, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "x.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": entry}}))
+    with pytest.raises(CheckpointError, match="outside the checkpoint's folder"):
+        Checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"w": "x.safetensors"}}))
+    assert torch.equal(Checkpoint(tmp_path)["w"], torch.ones(2))
+
+
+def test_a_base_that_was_trained_too_is_recognised_as_it_is(mixture: Any, tmp_path: Path) -> None:
+    mixture.base.requires_grad_(True)
+    with torch.no_grad():
+        for parameter in mixture.base.parameters():
+            parameter.mul_(1.5)
+    with pytest.warns(MoaWarning, match="parameters of the base are trained and are not in this checkpoint"):
+        mixture.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="wrong base"):
+        moa.load(tmp_path, base=models.llama())
+
+
+def test_a_base_without_anything_to_recognise_it_by_is_said(tmp_path: Path) -> None:
+    mixture = moa.build(models.llama(), "topk", n_experts=3, rank=2)
+    description = mixture.describe()
+    description["base"]["fingerprint"] = {}
+    from moa.formats import checkpoint
+
+    checkpoint.write(tmp_path, description, mixture.adapter_state_dict())
+    with pytest.warns(MoaWarning, match="was not checked"):
+        moa.load(tmp_path, base=models.llama())
+
+
+@pytest.mark.parametrize("name", ["topk", "dense", "switch", "noisy_topk", "fixed", "hydralora"])
+def test_one_expert_behind_a_softmax_folds(name: str) -> None:
+    """The softmax over one logit is 1 on every row: the fold is that of router="fixed"."""
+    options = {} if name in ("dense", "fixed", "hydralora", "switch") else {"k": 1}
+    model = models.randomise(moa.build(models.llama(), name, n_experts=1, rank=2, targets="attention", **options))
+    batch = models.lm_batch()
+    expected = models.outputs_of(model, batch)
+    laws.assert_close(models.outputs_of(model.merge_and_unload(), batch), expected, 1e-5)
+    with pytest.raises(FoldError):
+        moa.build(models.llama(), "sigmoid", n_experts=1, k=1).merge_and_unload()
+
+
+def test_offloaded_layers_get_experts_where_they_run() -> None:
+    from accelerate import cpu_offload
+
+    plain = models.randomise(moa.build(models.llama(), "topk", n_experts=3, rank=2))
+    expected = models.outputs_of(plain, models.lm_batch())
+    base = cpu_offload(models.llama(), execution_device=torch.device("cpu"))
+    model = models.randomise(moa.build(base, "topk", n_experts=3, rank=2))
+    assert all(p.device.type == "cpu" for _, branch in model.branches() for p in branch.parameters())
+    laws.assert_close(models.outputs_of(model, models.lm_batch()), expected, 1e-6)
