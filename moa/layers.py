@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -97,9 +98,8 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
         x = F.pad(x, padding, mode=mode)
     for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)):
         x = x.unfold(axis + 2, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    places = x.shape[2 : 2 + n_axes].numel()  # x is (B, C, *places, *kernel), still a view
-    order = (0, *range(2, 2 + n_axes), 1, *range(2 + n_axes, 2 + 2 * n_axes))
-    return x.permute(order).reshape(x.shape[0], places, -1)
+    places, kernel = (" ".join(f"{kind}{axis}" for axis in range(n_axes)) for kind in ("place", "size"))
+    return rearrange(x, f"b c {places} {kernel} -> b ({places}) (c {kernel})")  # until here x was a view
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -222,3 +223,15 @@ moa.Mixture(layer, branches, moa.Context(), "layer")(torch.ones(2, 4)).sum().bac
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_dependency_is_imported_somewhere_and_says_what_for():
+    text = (ROOT / "pyproject.toml").read_text()
+    lines = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.S | re.M)[1].splitlines()
+    imported = set().union(*(imports(file)[1] for file in FILES))
+    names = {"pyyaml": "yaml"}
+    unused_by_name = {"accelerate", "tensorboard"}  # Trainer and torch.utils.tensorboard import them
+    for line in lines:
+        name = re.match(r'\s*"([\w-]+)', line)[1]
+        assert name in unused_by_name or names.get(name, name) in imported, f"{name} is declared and never imported"
+        assert name == "torch" or "#" in line, f"{name}: say what for"

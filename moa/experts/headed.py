@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,8 +105,8 @@ class HeadedLoRABank(ExpertBank):
         if weights.shape[-2] == 1:
             flat = weights.squeeze(-2) @ factor.view(self.n_experts, -1)
             return flat.view(*flat.shape[:-1], self.rank, factor.shape[-1])
-        per_head = factor.view(self.n_experts, self.rank, self.n_heads, -1)
-        return torch.einsum("...he,erhd->...rhd", weights, per_head).flatten(-2)
+        per_head = rearrange(factor, "e r (h d) -> e r h d", h=self.n_heads)
+        return rearrange(torch.einsum("...he,erhd->...rhd", weights, per_head), "... r h d -> ... r (h d)")
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed expert's output (*rows, o) on x (*rows, i)."""
@@ -124,12 +125,13 @@ class HeadedLoRABank(ExpertBank):
         """Return the same for weights (*rows, H, E) that differ from token to token."""
         heads = weights.shape[-2]
         weights = weights.to(x.dtype)
-        down = self.down.to(x.dtype).view(self.n_experts, self.rank, heads, -1)
-        hidden = torch.einsum("...hd,erhd->...her", x.unflatten(-1, (heads, -1)), down)
+        by_head = "e r (h d) -> e r h d"
+        down = rearrange(self.down.to(x.dtype), by_head, h=heads)
+        hidden = torch.einsum("...hd,erhd->...her", rearrange(x, "... (h d) -> ... h d", h=heads), down)
         hidden = torch.einsum("...her,...he->...r", hidden, weights)
-        up = self.up.to(x.dtype).view(self.n_experts, self.rank, heads, -1)
+        up = rearrange(self.up.to(x.dtype), by_head, h=heads)
         out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)
-        return out.flatten(-2) * self.scaling
+        return rearrange(out, "... h d -> ... (h d)") * self.scaling
 
     @property
     def fused(self) -> FusedHeads:

@@ -254,6 +254,28 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
             )
 
 
+def warn_of_unsaved(base: nn.Module, saved_whole: Iterable[str]) -> None:
+    """Warn if weights of a base, (o, i), are trained that a checkpoint does not hold.
+
+    Args:
+        base: with mixtures inside.
+        saved_whole: names of its modules that the checkpoint holds.
+    """
+    heads = tuple(f"{name}." for name in saved_whole)
+    lost = [
+        name
+        for name, parameter in base.named_parameters()
+        if parameter.requires_grad and ".branches." not in name and not name.startswith(heads)
+    ]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} parameters of the base are trained and are not in this checkpoint ({lost[0]}, …): save the "
+            "base as well, or name the modules in modules_to_save.",
+            MoaWarning,
+            stacklevel=4,
+        )
+
+
 def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with JSON values alone; what JSON cannot hold becomes its text."""
     return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]

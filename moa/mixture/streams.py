@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,16 +46,17 @@ class Crossing(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the crossed streams (n, *rows, d) of h (n, *rows, d)."""
-        together = h.movedim(0, -2)  # (*rows, n, d)
-        z = F.linear(together.flatten(-2), self.weight.to(h.dtype))
+        together = rearrange(h, "n ... d -> ... n d")
+        z = F.linear(rearrange(together, "... n d -> ... (n d)"), self.weight.to(h.dtype))  # (*rows, 2 n (n - 1))
         direct, difference = z.chunk(2, -1)
         rows = z.shape[:-1]
         full = z.new_zeros(*rows, self.n * self.n)
         where = self.pairs.expand(*rows, -1)
-        read = self.beta * full.scatter(-1, where, direct).unflatten(-1, (self.n, self.n))
-        differ = self.gamma * full.scatter(-1, where, difference).unflatten(-1, (self.n, self.n))
+        by_pair = "... (n other) -> ... n other"
+        read = self.beta * rearrange(full.scatter(-1, where, direct), by_pair, n=self.n)
+        differ = self.gamma * rearrange(full.scatter(-1, where, difference), by_pair, n=self.n)
         own = differ.sum(-1, keepdim=True) * together
-        return (together + (read - differ) @ together + own).movedim(-2, 0)
+        return rearrange(together + (read - differ) @ together + own, "... n d -> n ... d")
 
 
 class Streams(nn.Module):
@@ -107,10 +109,10 @@ class Streams(nn.Module):
 
     def cross(self, hidden: Tensor, number: int, last: bool) -> Tensor:
         """Return the streams after block `number`, (n · B, S, d), or their weighted sum (B, S, d) after the last."""
-        apart: Tensor = self.crossings[number](hidden.unflatten(0, (self.n, -1)))
+        apart: Tensor = self.crossings[number](rearrange(hidden, "(n b) ... -> n b ...", n=self.n))
         if not last:
-            return apart.flatten(0, 1)
-        return torch.einsum("m...,m->...", apart, self.weights.to(apart.dtype))
+            return rearrange(apart, "n b ... -> (n b) ...")
+        return torch.einsum("n...,n->...", apart, self.weights.to(apart.dtype))
 
 
 class Fold:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MoaWarning
+from ..errors import ConfigError
 from ..folding.swap import swapped
 from ..folding.weights import check_untied, fold, folded_change
 from ..formats import checkpoint
@@ -310,7 +309,7 @@ class Host(nn.Module):
             ConfigError: inside `folded`, where the base is not the frozen one.
         """
         self._check_not_folded("saving")
-        self._warn_of_trained_base()
+        checkpoint.warn_of_unsaved(self.base, self.modules_to_save)
         config: Any = getattr(self.base, "config", None)
         if not hasattr(config, "to_dict"):  # a plain module's own affair
             config = None
@@ -324,21 +323,6 @@ class Host(nn.Module):
             "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,
         }
-
-    def _warn_of_trained_base(self) -> None:
-        heads = tuple(f"{name}." for name in self.modules_to_save)
-        lost = [
-            name
-            for name, parameter in self.base.named_parameters()
-            if parameter.requires_grad and ".branches." not in name and not name.startswith(heads)
-        ]
-        if lost:
-            warnings.warn(
-                f"{len(lost)} parameters of the base are trained and are not in this checkpoint ({lost[0]}, …): save "
-                "the base as well, or name the modules in modules_to_save.",
-                MoaWarning,
-                stacklevel=4,
-            )
 
     def _check_not_folded(self, what: str) -> None:
         if self._folded:

@@ -6,6 +6,7 @@ Zhou et al. 2022 (expert choice), arXiv 2202.09368; Puigcerver et al. 2023 (Soft
 from __future__ import annotations
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,7 +108,7 @@ class SoftRouter(Router):
         # a row that does not count is no part of any slot; finite, so that its own combination stays a number
         logits = rows.masked_fill(~real, torch.finfo(rows.dtype).min).view_as(logits)
         share = logits.softmax(-1)
-        weights = share.unflatten(-1, (self.n_experts, self.n_slots)).sum(-1)
+        weights = reduce(share, "... (e p) -> ... e", "sum", e=self.n_experts)
         return Routing(weights, None, self.n_experts, logits, weights)
 
 
