@@ -144,6 +144,8 @@ class Context:
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""
+        if not self.masks:
+            return None
         rows = x.shape[:-1]
         for mask in self.masks:
             if mask.shape == rows:

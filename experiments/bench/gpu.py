@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moa.kernels import choose_engine, engines, gated_linear, low_rank_mixture, mixture_linear
+from moa.kernels import Gate, choose_engine, engines, gated_linear, low_rank_mixture, mixture_linear
 
 from .common import write
 from .kernel_baselines import PEERS, plain_concat, scatter_copies
@@ -112,7 +112,7 @@ def whole_layer() -> dict[str, Any]:
     def with_router(fused: bool) -> Callable[[], Any]:
         def step() -> Any:
             if fused:
-                y = gated_linear(inputs.x, weight, None, gate, inputs.a, inputs.b, 2)[0]
+                y = gated_linear(inputs.x, weight, None, Gate(gate, 2), inputs.a, inputs.b)[0]
             else:
                 kept, chosen = F.linear(inputs.x.float(), gate).topk(2, -1)
                 y = mixture_linear(inputs.x, weight, None, inputs.a, inputs.b, kept.softmax(-1), chosen)

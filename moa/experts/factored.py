@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..delta import Delta, LowRank, low_rank
 from ..errors import ConfigError
-from ..kernels import gated_linear, grouped_linear, grouped_sum, has_slots, low_rank_mixture, mixture_linear
+from ..kernels import Gate, gated_linear, grouped_linear, grouped_sum, has_slots, low_rank_mixture, mixture_linear
 from ..kernels.low_rank import is_plain
 from ..types import Routing
 from .bank import ExpertBank
@@ -41,8 +41,7 @@ class FactoredBank(ExpertBank):
         """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i), by the grouped kernels."""
         down, up = self.factors()
         x = F.dropout(x, self.dropout, self.training)
-        weights = routing.weights * self.scaling  # (*rows, K)
-        return low_rank_mixture(x, down, up, weights, routing.indices, engine=self.engine)
+        return low_rank_mixture(x, down, up, routing.weights, routing.indices, scaling=self.scaling, engine=self.engine)
 
     @property
     def fused(self) -> FusedFactors:
@@ -67,20 +66,25 @@ class FusedFactors(Fused):
         if bank.training and bank.dropout:
             return super().add_linear(x, routing, weight, bias)
         down, up = bank.factors()
-        weights = routing.weights * bank.scaling  # (*rows, K)
-        return mixture_linear(x, weight, bias, down, up, weights, routing.indices, engine=bank.engine)
+        weights, indices = routing.weights, routing.indices
+        return mixture_linear(x, weight, bias, down, up, weights, indices, scaling=bank.scaling, engine=bank.engine)
 
     def add_gated(
-        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return base and mixture (*rows, o), logits, weights and indices, as one node of the graph, in eager code."""
+        self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None, with_scores: bool = True
+    ) -> tuple[Tensor, Routing] | None:
+        """Return base and mixture (*rows, o) and the gate's routing, as one node of the graph, in eager code."""
         bank = self.bank
         if torch.compiler.is_compiling() or (bank.training and bank.dropout):
             return None
         down, up = bank.factors()
-        if torch.is_autocast_enabled(x.device.type) or not is_plain(x, gate, down, up):
+        if not is_plain(x, gate.weight, down, up) or torch.is_autocast_enabled(x.device.type):
             return None
-        return gated_linear(x, weight, bias, gate, down, up, k, bank.scaling, engine=bank.engine)
+        y, weights, indices, logits, scores = gated_linear(
+            x, weight, bias, gate, down, up, bank.scaling, with_scores=with_scores, engine=bank.engine
+        )
+        if indices is None and scores is None:
+            scores = weights
+        return y, Routing(weights, indices, bank.n_experts, logits, scores)
 
     def shared_hidden(self, others: Sequence[Fused], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""

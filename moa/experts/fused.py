@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels import Gate
 from ..types import Routing
 
 
@@ -49,20 +50,18 @@ class Fused:
         return y + self.bank(x, routing).to(y.dtype)
 
     def add_gated(
-        self, x: Tensor, gate: Tensor, k: int, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return `add_linear` together with its routing, of a softmax over the k largest of x gate^T, or None.
-
-        (*rows, o), and of the routing logits (*rows, E), weights and indices (*rows, K).
+        self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None, with_scores: bool = True
+    ) -> tuple[Tensor, Routing] | None:
+        """Return `add_linear` (*rows, o) together with its routing, which a linear gate decides.
 
         None where the family, or this call, has no way to form both at once.
 
         Args:
             x: (*rows, i).
-            gate: (E, i), see `Router.gate`.
-            k: experts per row.
+            gate: see `Router.gate`.
             weight: (o, i) frozen.
             bias: (o,) or None.
+            with_scores: False where nobody looks at the routing's scores.
         """
         return None
 

@@ -7,7 +7,6 @@ Contract: `engine.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,21 @@ from torch import Tensor
 from . import bag
 from .dtypes import cast, wide
 from .engine import Gradients, Operands
+from .few_rows import few_rows, few_rows_backward, few_rows_forward
+from .scale import scale
+
+__all__ = [
+    "FEW_ROWS",
+    "PLAIN",
+    "backward",
+    "few_rows",
+    "few_rows_backward",
+    "few_rows_forward",
+    "forward",
+    "slot_gradients",
+    "slot_products",
+    "why_not",
+]
 
 PLAIN = True
 # Up to so many rows a product that accumulates is slower than a product and a sum (measured on a CPU).
@@ -43,29 +57,6 @@ def forward(operands: Operands) -> tuple[Tensor, Tensor]:
         mixed = mixed if columns is None else spread(mixed, columns, full.shape[1])  # (T, E·r)
         y = mixed @ up if bias is None else torch.addmm(bias, mixed, up)
     return (y if base is None else add_base(y, x, base)), hidden
-
-
-def few_rows(operands: Operands, dtype: torch.dtype) -> Tensor | None:
-    """Return Σ_j w_j h_j b[e_j] (T, o), formed in a dtype, by few calls; None where rows are not few, or not on a CPU.
-
-    One row reads no experts but its own.
-
-    Raises:
-        IndexError, RuntimeError: an index names no expert.
-    """
-    x, a, b, weights, indices = operands.x, operands.a, operands.b, operands.weights, operands.indices
-    n_rows = len(x)
-    if n_rows > FEW_ROWS or x.device.type != "cpu":
-        return None
-    if indices is not None:
-        if n_rows == 1:
-            chosen = indices.view(-1)
-            a, b = a.index_select(0, chosen), b.index_select(0, chosen)  # (K, r, i), (K, r, o)
-        else:
-            weights = weights.new_zeros(n_rows, a.shape[0]).scatter_add_(1, indices, weights)  # (T, E)
-    hidden = F.linear(cast(x, dtype), cast(a, dtype).flatten(0, 1))  # (T, E·r)
-    scale(hidden.view(n_rows, *a.shape[:2]), weights, onto_itself=True)
-    return hidden @ cast(b, dtype).flatten(0, 1)
 
 
 def backward(grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool]) -> Gradients:
@@ -129,24 +120,6 @@ def slot_columns(indices: Tensor, factors: Tensor) -> Tensor:
     n_experts, rank, _ = factors.shape
     columns = torch.arange(n_experts * rank, device=indices.device).view(n_experts, rank)
     return torch.embedding(columns, indices).flatten(1)
-
-
-def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
-    """Return values (T, K, r) times weights (T, K) in values' dtype, new or in place; exactly 0 where a weight is 0."""
-    gate = weights.unsqueeze(-1)
-    # The product is formed in the wider dtype, so that fp32 weights round once.
-    scaled = values.mul_(gate) if onto_itself else values * gate
-    # 0 · inf is NaN. Masking costs several times the product: a CPU looks first, a GPU would have to wait for it.
-    if weights.device.type != "cpu" or _is_suspect(scaled, weights):
-        scaled.masked_fill_(gate == 0, 0)
-    return cast(scaled, values.dtype)
-
-
-def _is_suspect(scaled: Tensor, weights: Tensor) -> bool:
-    """Return whether a weight of 0 (T, K) may have made a NaN in scaled (T, K, r)."""
-    if len(weights) == 1:  # Python has looked before a tensor op starts
-        return 0.0 in weights[0].tolist()
-    return math.isnan(scaled.sum())
 
 
 def spread(values: Tensor, columns: Tensor, n_columns: int) -> Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..compat import has_native_matmul
 from .engine import Ability, abilities, get_engine, register_engine, why_not
@@ -23,6 +23,8 @@ register_engine("megablocks", f"{__package__}.megablocks", devices=("cuda",), pa
 # modelled (not measured) for GPUs from the ratio of their arithmetic to their bandwidth.
 _CPU_COLUMNS = {torch.bfloat16: 110, torch.float16: 110}
 _CPU_COLUMNS_WIDE = 50
+# Up to this many multiplications for each group of sorted rows, the calls of a group cost more than what it skips.
+_CPU_CALLS = 250_000
 _GPU_COLUMNS = {8: 180}
 _GPU_COLUMNS_LATEST = 300
 _GPU_COLUMNS_ALWAYS = 256
@@ -62,7 +64,8 @@ def choose_engine(
         return "concat"
     narrow = dtype in _CPU_COLUMNS and has_native_matmul(dtype)
     columns = _CPU_COLUMNS[dtype] if narrow else _CPU_COLUMNS_WIDE
-    return "concat" if n_experts * rank <= columns * k else "sorted"
+    few = n_rows * n_experts * rank * (d_in + d_out) <= _CPU_CALLS * min(n_experts, n_rows * k)
+    return "concat" if few or n_experts * rank <= columns * k else "sorted"
 
 
 def _choose_cuda(n_rows: int, n_experts: int, rank: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -78,38 +81,50 @@ def _choose_cuda(n_rows: int, n_experts: int, rank: int, k: int, dtype: torch.dt
 
 
 class Chosen(NamedTuple):
-    """An engine, what it can do beside whole mixtures, and the dtype in which it is given its operands."""
+    """An engine, what else it can do, the dtype of its operands, and whether it takes these rows as few."""
 
     name: str
     engine: Any
     abilities: frozenset[Ability]
     dtype: torch.dtype
+    few: bool
 
 
-def choose(name: str, x: Tensor, a: Tensor, d_out: int, k: int, ability: Ability | None = None) -> Chosen:
-    """Return the engine that is named, or the one that the sizes choose.
+@functools.lru_cache(maxsize=4096)
+def choose(
+    name: str,
+    n_rows: int,
+    factors: torch.Size,
+    d_out: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ability: Ability | None = None,
+) -> Chosen:
+    """Return the engine that is named, or the one that the sizes choose; known at once for sizes that came before.
 
     A CPU that multiplies 16-bit dtypes only in software does so 10 to 100 × slower: there plain engines run in fp32,
     wider and hence at least as accurate, at the price of transient fp32 copies.
 
     Args:
         name: of `engines()`; "" lets the sizes choose.
-        x: (T, …) rows, for their number, dtype and device.
-        a: (E, r, i) factors, for their sizes.
+        n_rows: T.
+        factors: (E, r, i), the shape of the down factors.
         d_out: o.
         k: active experts per row.
+        dtype: of the rows.
+        device: where they live.
         ability: what the call wants beside a whole mixture. "few_rows" and "routed" are faster ways to one, which the
             caller can do without; an engine without "slots" is not chosen where they are wanted.
 
     Raises:
         BackendError: the name is not known, or that engine cannot run here, on this device, or has no slots.
     """
-    n_rows, dtype, device = x.shape[0], x.dtype, x.device
     needed = ability if ability == "slots" else None
     if name:
         engine = get_engine(name, device.type, needed)
     else:
-        n_experts, rank, d_in = a.shape
+        n_experts, rank, d_in = factors
         if ability == "few_rows" and n_rows == 1 and device.type == "cpu":
             name = "concat"  # it reads the experts of a single row alone
         else:
@@ -117,10 +132,11 @@ def choose(name: str, x: Tensor, a: Tensor, d_out: int, k: int, ability: Ability
         if needed and needed not in abilities(name):
             name = "concat"
         engine = get_engine(name)
-    emulated = is_emulated(x) and getattr(engine, "PLAIN", False)
-    return Chosen(name, engine, abilities(name), torch.float32 if emulated else dtype)
+    emulated = getattr(engine, "PLAIN", False) and is_emulated(dtype, device)
+    few = "few_rows" in abilities(name) and device.type == "cpu" and n_rows <= engine.FEW_ROWS
+    return Chosen(name, engine, abilities(name), torch.float32 if emulated else dtype, few)
 
 
-def is_emulated(x: Tensor) -> bool:
-    """Return whether products in the dtype of x (T, i) are formed in software here: such run in fp32 instead."""
-    return x.device.type == "cpu" and x.dtype in _CPU_COLUMNS and not has_native_matmul(x.dtype)
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether products in a dtype are formed in software on this device: such run in fp32 instead."""
+    return device.type == "cpu" and dtype in _CPU_COLUMNS and not has_native_matmul(dtype)

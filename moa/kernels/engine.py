@@ -50,8 +50,12 @@ class Operands:
 
     def cast(self, dtype: torch.dtype) -> Operands:
         """Return these operands in one dtype, but for the weights and indices, which keep their own."""
-        x, a, b, base, bias = cast_all(dtype, self.x, self.a, self.b, self.base, self.bias)
-        return Operands(x, a, b, self.weights, self.indices, base, bias)
+        values = (self.x, self.a, self.b, self.base, self.bias)
+        for value in values:
+            if value is not None and value.dtype != dtype:
+                x, a, b, base, bias = cast_all(dtype, *values)
+                return Operands(x, a, b, self.weights, self.indices, base, bias)
+        return self
 
 
 class Engine(Protocol):
@@ -87,14 +91,24 @@ class SlotEngine(Protocol):
 
 
 class FewRowsEngine(Protocol):
-    """The ability "few_rows": a way with fewer calls, for decoding, where calls are what costs."""
+    """The ability "few_rows": a way with fewer calls on a CPU, up to FEW_ROWS rows, where calls are what costs."""
 
-    def few_rows(self, operands: Operands, dtype: torch.dtype) -> Tensor | None:
-        """Return Σ_j of the operands without base and bias, (T, o), in a dtype, or None where rows are not few.
+    FEW_ROWS: int
+
+    def few_rows(self, operands: Operands, scaling: float, dtype: torch.dtype) -> Tensor:
+        """Return y (T, o) in x's dtype, its mixture times scaling and formed in a dtype.
 
         Raises:
             IndexError, RuntimeError: an index names no expert; it is not checked before.
         """
+
+    def few_rows_forward(self, operands: Operands, scaling: float) -> tuple[Tensor, Tensor]:
+        """Return y (T, o), its mixture times scaling, and the hidden values of all experts (T, E, r)."""
+
+    def few_rows_backward(
+        self, grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool], scaling: float
+    ) -> Gradients:
+        """Return `Engine.backward` for what `few_rows_forward` returned."""
 
 
 class RoutedEngine(Protocol):
@@ -121,7 +135,7 @@ class RoutedEngine(Protocol):
 # PLAIN = True: it is then given fp32 where the hardware has no such products.
 _ABILITIES: dict[Ability, tuple[str, ...]] = {
     "slots": ("slot_products", "slot_gradients"),
-    "few_rows": ("few_rows",),
+    "few_rows": ("FEW_ROWS", "few_rows", "few_rows_forward", "few_rows_backward"),
     "routed": ("routed",),
 }
 

@@ -1,4 +1,4 @@
-"""A softmax top-k gate, its mixture and the frozen linear as one node of the autograd graph.
+"""A linear gate, its mixture and the frozen linear as one node of the autograd graph.
 
 Apart, they are a dozen nodes, whose bookkeeping costs as much as the products of a short training step, and the gate's
 gradient of x is a tensor of its own that autograd has to add. Here it accumulates onto the mixture's.
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..compat import softmax_backward
 from . import ops
-from .dispatch import choose
 from .dtypes import cast, cast_all, exact_dtypes, wide
 from .engine import Operands
+from .gate import Gate
 
 _FEW_ROWS = 8
 
@@ -25,15 +25,15 @@ def gated_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    gate: Tensor,
+    gate: Gate,
     a: Tensor,
     b: Tensor,
-    k: int,
     scaling: float = 1.0,
     *,
+    with_scores: bool = True,
     engine: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return a frozen linear plus the experts that a softmax over the k largest logits of x gateᵀ chooses and weighs.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return a frozen linear plus the experts that a linear gate chooses and weighs.
 
     y[t] = x[t] Wᵀ + bias + s · Σ_j w[t, j] · (x[t] a[e]ᵀ) b[e], e = indices[t, j]: what `mixture_linear` gives with
     that routing, in value and gradients. For eager code: where a graph is traced, compose the two.
@@ -42,40 +42,123 @@ def gated_linear(
         x: (*rows, i), in the compute dtype: autocast is not looked at.
         weight: (o, i) frozen, no gradient is formed.
         bias: (o,) frozen, or None.
-        gate: (E, i) rows of the router.
+        gate: how the routing is formed.
         a: (E, r, i) down factors.
         b: (E, r, o) up factors, stored transposed.
-        k: experts per row.
         scaling: s.
+        with_scores: whether they are wanted; with gradients they are there in any case.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
-        y (*rows, o); logits (*rows, E) in fp32 or wider, weights (*rows, K) and indices (*rows, K) of the routing.
-        All but the indices carry gradients.
+        y (*rows, o); weights (*rows, K), indices (*rows, K) or None for all experts, logits (*rows, E) in fp32 or wider
+        and scores (*rows, E) of the routing, None where they are the weights or not wanted. All but the indices carry
+        gradients.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
     with exact_dtypes(x):
         if torch.is_grad_enabled():
-            found: tuple[Tensor, Tensor, Tensor, Tensor] = _GatedLinear.apply(
-                x, gate, a, b, weight, bias, k, scaling, engine
+            return _GatedLinear.apply(  # type: ignore[no-any-return]
+                x, gate.weight, a, b, (weight, bias, gate, scaling, engine or "")
             )
-            return found
         # No node is needed, and in decoding its bookkeeping is what costs.
         rows = _flat(x)
-        logits, weights, indices = _choose(rows, gate, k)
+        logits = _logits(_jittered(rows, gate)[0], gate.weight)
+        weights, indices, scores = gate.decide(logits, with_scores)
         y = ops.infer(Operands(rows, a, b, weights, indices, weight, bias), engine or "", scaling)
-        return _unflatten(x, y, logits, weights, indices)
+        return _unflatten(x, y, weights, indices, logits, scores)
 
 
-def _choose(rows: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (T, E), and weights and indices (T, K) of the k largest, of rows (T, i)."""
-    dtype = wide(rows.dtype)  # near-ties must not flip with the activation dtype
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        gate_weight: Tensor,
+        a: Tensor,
+        b: Tensor,
+        call: tuple[Tensor, Tensor | None, Gate, float, str],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+        base, bias, gate, scaling, engine = call  # what has no gradient
+        rows = _flat(x)
+        chosen = ops.choose_for(rows, a, b, gate.k, engine, "routed")
+        noise, found = None, None
+        if "routed" in chosen.abilities and gate.is_softmax_top_k and not gate.jitter:
+            down, up, weight, shift = cast_all(rows.dtype, a, b, base, bias)
+            found = chosen.engine.routed(rows, gate_weight, down, up, gate.k, scaling, weight, shift)
+        if found is None:
+            seen, noise = _jittered(rows, gate)
+            logits = _logits(seen, gate_weight)
+            weights, indices, scores = gate.decide(logits)
+            y, hidden = ops.node_forward(Operands(rows, a, b, weights, indices, base, bias), chosen, scaling)
+        else:
+            y, logits, weights, indices, hidden = found
+            scores = logits.softmax(-1)
+        needs = ctx.needs_input_grad[:4]
+        # As in the op: x is for the gradients of a and the gate, the base for that of x.
+        own_x = rows if needs[1] or needs[2] else None
+        ctx.save_for_backward(
+            own_x, noise, gate_weight, a, b, weights, indices, scores, hidden, base if needs[0] else None
+        )
+        ctx.call = x.shape, gate, scaling, chosen
+        if indices is not None:
+            ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return _unflatten(x, y, weights, indices, logits, scores)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad: Tensor | None,
+        grad_weights: Tensor | None,
+        _: None,
+        grad_logits: Tensor | None,
+        grad_scores: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        rows, noise, gate_weight, a, b, weights, indices, scores, hidden, base = ctx.saved_tensors
+        shape, gate, scaling, chosen = ctx.call
+        need_x, need_gate, need_a, need_b = ctx.needs_input_grad[:4]
+        to_x = to_gate = to_a = to_b = None
+        to_weights = None if grad_weights is None else _flat(grad_weights)
+        if grad is not None:
+            operands, needs = Operands(rows, a, b, weights, indices, base), (need_x, need_a, need_b, True)
+            to_x, to_a, to_b, own = ops.node_backward(_flat(grad), operands, hidden, needs, chosen, scaling)
+            assert own is not None
+            to_weights = own if to_weights is None else own + to_weights
+        to_logits = gate.to_logits(
+            None if grad_logits is None else _flat(grad_logits),
+            to_weights,
+            None if grad_scores is None else _flat(grad_scores),
+            weights,
+            indices,
+            scores,
+        )
+        if to_logits is not None:
+            if need_gate:
+                seen = rows if noise is None else rows * noise
+                to_gate = cast(to_logits.T @ cast(seen, to_logits.dtype), gate_weight.dtype)
+            if need_x:
+                to_x = _plus_product(to_x, to_logits, gate_weight, noise)
+        if to_x is not None:
+            to_x = to_x.view(shape)
+        return to_x, to_gate, to_a, to_b, None
+
+
+def _jittered(rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
+    """Return what the gate sees of rows (T, i), and the noise (T, i) that it is multiplied by, or None."""
+    if not gate.jitter:
+        return rows, None
+    noise = torch.empty_like(rows).uniform_(1 - gate.jitter, 1 + gate.jitter)
+    return rows * noise, noise
+
+
+def _logits(rows: Tensor, gate: Tensor) -> Tensor:
+    """Return the logits (T, E) of rows (T, i): near-ties must not flip with the activation dtype."""
+    dtype = wide(rows.dtype)
     rows, gate = cast(rows, dtype), cast(gate, dtype)
     # For many rows a CPU takes two thirds of the time in this order.
-    logits = F.linear(rows, gate) if len(rows) <= _FEW_ROWS else (gate @ rows.T).T
-    kept, indices = logits.topk(k, -1)
-    return logits, kept.softmax(-1), indices
+    return F.linear(rows, gate) if len(rows) <= _FEW_ROWS else (gate @ rows.T).T
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -83,97 +166,27 @@ def _flat(values: Tensor) -> Tensor:
     return values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
 
 
-def _unflatten(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _unflatten(
+    x: Tensor, y: Tensor, weights: Tensor, indices: Tensor | None, logits: Tensor, scores: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Return the values (T, f) with the leading axes of x (*rows, i)."""
     if x.ndim == 2:
-        return values  # type: ignore[return-value]
+        return y, weights, indices, logits, scores
     rows = x.shape[:-1]
-    return tuple(value.view(*rows, value.shape[1]) for value in values)  # type: ignore[return-value]
+    shape = (*rows, weights.shape[1])
+    slots = None if indices is None else indices.view(shape)
+    every = (*rows, logits.shape[1])
+    seen = None if scores is None else scores.view(every)
+    return y.view(*rows, y.shape[1]), weights.view(shape), slots, logits.view(every), seen
 
 
-def _scaled(weights: Tensor, scaling: float) -> Tensor:
-    return weights if scaling == 1 else weights * scaling
-
-
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor,
-        a: Tensor,
-        b: Tensor,
-        base: Tensor,
-        bias: Tensor | None,
-        k: int,
-        scaling: float,
-        engine: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = _flat(x)
-        chosen = choose(engine or "", rows, a, b.shape[-1], k, "routed")
-        found = None
-        if "routed" in chosen.abilities:
-            down, up, weight, shift = cast_all(rows.dtype, a, b, base, bias)
-            found = chosen.engine.routed(rows, gate, down, up, k, scaling, weight, shift)
-        if found is None:
-            logits, weights, indices = _choose(rows, gate, k)
-            operands = Operands(rows, a, b, _scaled(weights, scaling), indices, base, bias)
-            y, hidden = ops.run_forward(operands, chosen)
-        else:
-            y, logits, weights, indices, hidden = found
-        needs = ctx.needs_input_grad[:4]
-        # As in the op: x is for the gradients of a and the gate, the base for that of x.
-        ctx.save_for_backward(
-            rows if needs[1] or needs[2] else None, gate, a, b, weights, indices, hidden, base if needs[0] else None
-        )
-        ctx.shape, ctx.scaling, ctx.chosen = x.shape, scaling, chosen
-        ctx.mark_non_differentiable(indices)
-        ctx.set_materialize_grads(False)
-        return _unflatten(x, y, logits, weights, indices)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_logits: Tensor | None, grad_weights: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        rows, gate, a, b, weights, indices, hidden, base = ctx.saved_tensors
-        need_x, need_gate, need_a, need_b = ctx.needs_input_grad[:4]
-        grad_x = grad_a = grad_b = None
-        if grad is not None:
-            operands = Operands(rows, a, b, _scaled(weights, ctx.scaling), indices, base)
-            needs = need_x, need_a, need_b, True
-            grad_x, grad_a, grad_b, own = ops.run_backward(_flat(grad), operands, hidden, needs, ctx.chosen)
-            assert own is not None
-            own = _scaled(own, ctx.scaling)
-            grad_weights = own if grad_weights is None else own + _flat(grad_weights)
-        grad_gate = None
-        if grad_weights is not None or grad_logits is not None:
-            to_logits = _to_logits(grad_logits, grad_weights, weights, indices, len(gate))
-            if need_gate:
-                grad_gate = cast(to_logits.T @ cast(rows, to_logits.dtype), gate.dtype)
-            if need_x:
-                grad_x = _plus_product(grad_x, to_logits, gate)
-        if grad_x is not None:
-            grad_x = grad_x.view(ctx.shape)
-        return grad_x, grad_gate, grad_a, grad_b, None, None, None, None, None
-
-
-def _to_logits(
-    grad_logits: Tensor | None, grad_weights: Tensor | None, weights: Tensor, indices: Tensor, n_experts: int
-) -> Tensor:
-    """Return the whole gradient of the logits (T, E): their own, and through the softmax that of the weights (T, K)."""
-    own = weights.new_zeros(len(weights), n_experts) if grad_logits is None else _flat(grad_logits)
-    if grad_weights is None:
-        return own
-    through = softmax_backward(_flat(grad_weights), weights)
-    return own.scatter_add(1, indices, through)
-
-
-def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left right, in place and in one pass where they share a dtype; a fresh product for None."""
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, noise: Tensor | None) -> Tensor:
+    """Return total + left right (· noise), in place and in one pass where they share a dtype; fresh for None."""
     right = cast(right, left.dtype)
-    if total is None:
-        return left @ right
-    if total.dtype == left.dtype:
+    if noise is not None:
+        product = left @ right * noise
+    elif total is None or total.dtype != left.dtype:
+        product = left @ right
+    else:
         return total.addmm_(left, right)
-    return total.add_((left @ right).to(total.dtype))
+    return product if total is None else total.add_(cast(product, total.dtype))

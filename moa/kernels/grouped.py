@@ -13,9 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .concat import scale, slot_dot
+from .concat import slot_dot
 from .engine import Gradients, Operands
 from .plan import Plan, sort_slots, sort_values, unsort_values
+from .scale import scale
 
 
 class GroupedProduct(Protocol):

@@ -161,7 +161,8 @@ def _rows(values: Tensor, features: torch.Size) -> Tensor:
 
 def _choose(name: str, like: Tensor, weight: Tensor, indices: Tensor) -> Chosen:
     """Return the engine with slots that is named, or that the sizes choose, for rows like `like` (T, …)."""
-    return choose(name, like, weight, weight.shape[-1], indices.shape[-1], "slots")
+    n_rows, k = like.shape[0], indices.shape[-1]
+    return choose(name, n_rows, weight.shape, weight.shape[-1], k, like.dtype, like.device, "slots")
 
 
 def _check(op: str, values: Tensor, weight: Tensor, indices: Tensor, features: Sequence[int]) -> None:

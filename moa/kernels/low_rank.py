@@ -1,6 +1,6 @@
 """The two functions that layers call: a mixture of low-rank experts, alone or on top of its frozen linear.
 
-They check, flatten the rows and choose the compute dtype; the op itself is in `ops.py`.
+They check and choose the compute dtype; the op itself is in `ops.py`, its eager node in `node.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch.nn import Parameter
 from ..compat import is_transformed
 from ..errors import ShapeError
 from . import ops
-from .dtypes import cast
+from .dtypes import cast, exact_dtypes
 from .engine import Operands
+from .node import Mix, flatten
 
 
 def low_rank_mixture(
@@ -24,6 +25,7 @@ def low_rank_mixture(
     weights: Tensor,
     indices: Tensor | None = None,
     *,
+    scaling: float = 1.0,
     engine: str | None = None,
 ) -> Tensor:
     """Return the weighted sum of the chosen low-rank experts.
@@ -37,6 +39,7 @@ def low_rank_mixture(
         weights: (*wrows, K) floating; wrows broadcasts against rows: (B, S), (B, 1) or (). Per-expert scales
             belong in here. A weight of exactly 0 means that the expert is not active on that row.
         indices: (*wrows, K) int64 expert of each slot; None means all of them, K = E. A repeated expert adds.
+        scaling: multiplies every weight.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
@@ -54,7 +57,7 @@ def low_rank_mixture(
     Differs: a hidden value that overflows in an expert of weight 0 never reaches y or a gradient; but where
         an expert's *parameters* are not finite, the engines that run every expert spread them to all rows.
     """
-    return _apply(x, a, b, weights, indices, None, None, engine)
+    return _apply(x, a, b, weights, indices, None, None, scaling, engine)
 
 
 def mixture_linear(
@@ -66,6 +69,7 @@ def mixture_linear(
     weights: Tensor,
     indices: Tensor | None = None,
     *,
+    scaling: float = 1.0,
     engine: str | None = None,
 ) -> Tensor:
     """Return a frozen linear plus the weighted sum of the chosen low-rank experts, adapters first.
@@ -84,6 +88,7 @@ def mixture_linear(
         b: (E, r, o) up factors, stored transposed.
         weights: (*wrows, K) floating; wrows broadcasts against rows.
         indices: (*wrows, K) int64, or None for all experts, K = E.
+        scaling: multiplies every weight.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
@@ -97,14 +102,14 @@ def mixture_linear(
     """
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained and torch.is_grad_enabled():
-        return F.linear(x, weight, bias) + low_rank_mixture(x, a, b, weights, indices, engine=engine)
+        return F.linear(x, weight, bias) + low_rank_mixture(x, a, b, weights, indices, scaling=scaling, engine=engine)
     if weight.shape != (b.shape[-1], x.shape[-1]) or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = [None if t is None else tuple(t.shape) for t in (weight, bias, x, b)]
         raise ShapeError(
             "mixture_linear: weight {}, bias {}, x {} and b {} do not fit: weight is (o, i), bias (o,), "
             "x (*rows, i), b (E, r, o).".format(*shapes)
         )
-    return _apply(x, a, b, weights, indices, weight, bias, engine)
+    return _apply(x, a, b, weights, indices, weight, bias, scaling, engine)
 
 
 def _apply(
@@ -115,40 +120,26 @@ def _apply(
     indices: Tensor | None,
     base: Tensor | None,
     bias: Tensor | None,
+    scaling: float,
     engine: str | None,
 ) -> Tensor:
-    """Check, flatten the rows, bring everything to the compute dtype, and call the op."""
+    """Check, choose the compute dtype, and call the op, its eager node, or neither where nothing needs a gradient."""
     _check(x, a, b, weights, indices)
-    rows, k, device = x.shape[:-1], weights.shape[-1], x.device.type
-    if weights.shape[:-1] != rows:
-        try:
-            weights = weights.expand(*rows, k)
-            indices = None if indices is None else indices.expand(*rows, k)
-        except RuntimeError as error:
-            raise ShapeError(
-                f"low_rank_mixture: routing rows {tuple(weights.shape[:-1])} do not broadcast against "
-                f"the rows of x {tuple(rows)}."
-            ) from error
-    flat = x
-    if len(rows) != 1:
-        flat, weights = x.reshape(-1, x.shape[-1]), weights.reshape(-1, k)
-        indices = None if indices is None else indices.reshape(-1, k)
-    # The op's bookkeeping costs as much as a decoding step's adapters: without gradients or tracing, none is needed.
-    if torch.is_autocast_enabled(device):
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-        y = ops.forward_op(cast(flat, dtype), a, b, weights, indices, base, bias, engine or "")[0]
-    elif _needs_node(x, a, b, weights):
-        y = ops.forward_op(flat, a, b, weights, indices, base, bias, engine or "")[0]
+    dtype, device, name = x.dtype, x.device.type, engine or ""
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if not is_plain(x, a, b, weights):
+        flat, weights, indices = flatten(x, weights, indices)
+        scaled = weights if scaling == 1 else weights * scaling
+        y: Tensor = ops.forward_op(cast(flat, dtype), a, b, scaled, indices, base, bias, name)[0]
+    elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad or weights.requires_grad):
+        mixed: Tensor = Mix.apply(x, a, b, weights, (indices, base, bias, scaling, dtype, name))
+        return mixed
     else:
-        y = ops.infer(Operands(flat, a, b, weights, indices, base, bias), engine or "")
-    return y if len(rows) == 1 else y.view(*rows, y.shape[-1])
-
-
-def _needs_node(*operands: Tensor) -> bool:
-    """Return whether something differentiates, traces or transforms these tensors."""
-    if torch.is_grad_enabled() and any(value.requires_grad for value in operands):
-        return True
-    return not is_plain(*operands)
+        flat, weights, indices = flatten(x, weights, indices)
+        with exact_dtypes(x):
+            y = ops.infer(Operands(cast(flat, dtype), a, b, weights, indices, base, bias), name, scaling)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def is_plain(*operands: Tensor) -> bool:

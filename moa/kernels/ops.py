@@ -1,7 +1,8 @@
-"""The op behind `low_rank_mixture` and `mixture_linear`: `torch.library`, with a fake and an autograd rule.
+"""One mixture on flat rows by the engine that was chosen, and the op behind `low_rank_mixture` and `mixture_linear`.
 
 Saved for backward beyond x: the hidden values of the chosen slots (T, K, r), the weights and the indices.
-The pair is opaque to `torch.compile`: a graph holds one node forward and one backward.
+The op is opaque to `torch.compile`: a graph holds one node forward and one backward. Its machinery costs more than a
+small layer's products, so that eager code has a node without it, in `node.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from .dispatch import Chosen, choose
 from .dtypes import cast, cast_all, exact_dtypes
-from .engine import Gradients, Operands
+from .engine import Ability, Gradients, Operands
 
 # From this many rows on, casting whole weights to fp32 costs less than an emulated product.
 _CAST_PAYS = 4
@@ -43,7 +44,12 @@ def forward_op(
     check_indices(x, a, indices)
     with exact_dtypes(x):
         operands = Operands(x, a, b, weights, indices, base, bias)
-        return run_forward(operands, choose(engine, x, a, b.shape[-1], weights.shape[-1]))
+        return run_forward(operands, choose_for(x, a, b, weights.shape[-1], engine))
+
+
+def choose_for(rows: Tensor, a: Tensor, b: Tensor, k: int, engine: str, ability: Ability | None = None) -> Chosen:
+    """Return the engine for rows (T, i or o), factors a (E, r, i) and b (E, r, o), and k experts per row."""
+    return choose(engine, rows.shape[0], a.shape, b.shape[-1], k, rows.dtype, rows.device, ability)
 
 
 def run_forward(operands: Operands, chosen: Chosen) -> tuple[Tensor, Tensor]:
@@ -64,25 +70,45 @@ def infer(operands: Operands, engine: str, scaling: float = 1.0) -> Tensor:
     `scaling` multiplies the mixture. With few rows, call overhead dominates.
     """
     x, a, indices = operands.x, operands.a, operands.indices
-    chosen = choose(engine, x, a, operands.b.shape[-1], operands.weights.shape[-1], "few_rows")
-    y: Tensor | None = None
-    if "few_rows" in chosen.abilities:
-        try:
-            y = chosen.engine.few_rows(operands, chosen.dtype)
-        except (IndexError, RuntimeError):  # PyTorch bounds-checks the index; checked again only to name it
-            check_indices(x, a, indices)
-            raise
-    if y is None:
+    chosen = choose_for(x, a, operands.b, operands.weights.shape[-1], engine, "few_rows")
+    if not chosen.few:
         check_indices(x, a, indices)
-        scaled = operands if scaling == 1 else replace(operands, weights=operands.weights * scaling)
-        return run_forward(scaled, chosen)[0]
-    base, bias = operands.base, operands.bias
-    if base is None:
-        y = cast(y if scaling == 1 else y * scaling, x.dtype)
-        return y if bias is None else y.add_(bias)
-    dtype = chosen.dtype if x.shape[0] >= _CAST_PAYS else x.dtype
-    base, bias = cast_all(dtype, base, bias)
-    return cast(F.linear(cast(x, dtype), base, bias).add_(y, alpha=scaling), x.dtype)
+        return run_forward(_scaled(operands, scaling), chosen)[0]
+    try:
+        y: Tensor = chosen.engine.few_rows(operands, scaling, chosen.dtype)
+    except (IndexError, RuntimeError):  # PyTorch bounds-checks the index; checked again only to name it
+        check_indices(x, a, indices)
+        raise
+    return y
+
+
+def node_forward(operands: Operands, chosen: Chosen, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return y (T, o), its mixture times scaling, and hidden values, for an eager node of the graph."""
+    if chosen.few and chosen.dtype == operands.x.dtype:
+        y, hidden = chosen.engine.few_rows_forward(operands.cast(chosen.dtype), scaling)
+        return y, hidden
+    return run_forward(_scaled(operands, scaling), chosen)
+
+
+def node_backward(
+    grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool], chosen: Chosen, scaling: float
+) -> Gradients:
+    """Return the gradients of x, a, b and weights (T, K), each in its own dtype, by what `node_forward` returned."""
+    if not chosen.few or chosen.dtype != grad.dtype:
+        to_x, to_a, to_b, to_weights = run_backward(grad, _scaled(operands, scaling), hidden, needs, chosen)
+        if to_weights is not None and scaling != 1:
+            to_weights = to_weights * scaling
+        return to_x, to_a, to_b, to_weights
+    inner = operands.cast(grad.dtype)
+    to_x, to_a, to_b, to_weights = chosen.engine.few_rows_backward(grad, inner, hidden, needs, scaling)
+    if inner is not operands:
+        to_a = None if to_a is None else cast(to_a, operands.a.dtype)
+        to_b = None if to_b is None else cast(to_b, operands.b.dtype)
+    return to_x, to_a, to_b, to_weights
+
+
+def _scaled(operands: Operands, scaling: float) -> Operands:
+    return operands if scaling == 1 else replace(operands, weights=operands.weights * scaling)
 
 
 @forward_op.register_fake
@@ -107,8 +133,7 @@ def backward_op(
     """Return the gradients of x, a, b, weights that `needs` names, from grad (T, o) and what forward kept."""
     with exact_dtypes(grad):
         operands = Operands(x, a, b, weights, indices, base)  # type: ignore[arg-type]
-        chosen = choose(engine, grad, a, b.shape[-1], weights.shape[-1])
-        found = run_backward(grad, operands, hidden, needs, chosen)
+        found = run_backward(grad, operands, hidden, needs, choose_for(grad, a, b, weights.shape[-1], engine))
     return [value for value in found if value is not None]
 
 

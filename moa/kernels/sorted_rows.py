@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import concat
-from .concat import add_base, scale, slot_dot, why_not
+from .concat import add_base, slot_dot, why_not
 from .engine import Gradients, Operands
 from .plan import Plan, sort_slots, sort_values, unsort_values
+from .scale import scale
 
 __all__ = ["PLAIN", "backward", "forward", "slot_gradients", "slot_products", "why_not"]
 

@@ -97,18 +97,14 @@ class Mixture(nn.Module):
 
     def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
-        router, bank = branch.router, branch.bank
-        gate = None if self.context.pinned is not None else router.gate()
-        gated = None if gate is None else bank.fused.add_gated(x, gate, router.k, weight, bias)
-        if gated is None:
+        router, bank, context = branch.router, branch.bank, self.context
+        gate, fused = None if context.pinned is not None else router.gate(), bank.fused
+        found = None if gate is None else fused.add_gated(x, gate, weight, bias, context.trace is not None)
+        if found is None:
             routing = self.route(branch, x)
-            return add_constants(bank.fused.add_linear(x, routing, weight, bias), bank, routing)
-        y, logits, weights, indices = gated
-        # Build the routing whenever gradients are on: checkpointing recomputes this without a trace and must save the
-        # same tensors.
-        recorded = self.context.trace is not None or torch.is_grad_enabled()
-        routing = Routing(weights, indices, bank.n_experts, logits, logits.softmax(-1) if recorded else None)
-        if recorded:
+            y = fused.add_linear(x, routing, weight, bias)
+        else:
+            y, routing = found
             self._record(routing, x, router)
         return add_constants(y, bank, routing)
 

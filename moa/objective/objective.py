@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -126,13 +126,13 @@ def auxiliary_losses(traces: list[Trace]) -> dict[str, Tensor]:
         ContextError: a routing carries no gradient to a router that should learn from it.
     """
     terms: dict[str, list[Tensor]] = {}
-    for alike in _alike([record for trace in traces for record in trace]):
+    for alike in _alike([record for trace in traces for record in trace], LOSSES):
         for name, coefficient, values in _terms(LOSSES, alike):
             terms.setdefault(name, []).append(coefficient * values)
     sums = {name: statistic for name, (statistic, _) in MODEL_LOSSES.items()}
     for trace in traces:
         groups: dict[tuple[str, float, int], list[Tensor]] = {}
-        for alike in _alike(list(trace)):
+        for alike in _alike(list(trace), sums):
             for name, coefficient, values in _terms(sums, alike):  # (L, …)
                 groups.setdefault((name, coefficient, alike[0].routing.n_experts), []).append(values)
         for (name, coefficient, _), parts in groups.items():
@@ -142,55 +142,58 @@ def auxiliary_losses(traces: list[Trace]) -> dict[str, Tensor]:
     return {name: torch.cat(values).mean() for name, values in terms.items()}
 
 
-def _terms(
-    losses: dict[str, Callable[[Routing, Tensor | None], Tensor]], alike: list[Record]
-) -> Iterator[tuple[str, float, Tensor]]:
+def _terms(losses: Losses, alike: list[Record]) -> Iterator[tuple[str, float, Tensor]]:
     """Yield (name, coefficient, values (L, …)) of those losses that the router of L alike records asks for.
 
     Raises:
         ContextError: one carries no gradient to a router that should learn from it.
     """
-    weights: dict[str, float] = getattr(alike[0].router, "loss_weights", {})
-    for name, coefficient in weights.items():
-        if name in losses:
-            values = _of_layers(losses[name], alike)
-            if not values.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
-                raise ContextError(
-                    f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
-                    "it. Reentrant gradient checkpointing does this: use "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            yield name, coefficient, values
+    weights: Any = alike[0].router.loss_weights
+    for name, values in _of_layers({name: losses[name] for name in weights if name in losses}, alike).items():
+        if not values.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
+            raise ContextError(
+                f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
+                "it. Reentrant gradient checkpointing does this: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        yield name, weights[name], values
 
 
-def _alike(records: list[Record]) -> list[list[Record]]:
-    """Return the records in groups whose losses are one function of tensors of the same shapes, mask included."""
+def _alike(records: list[Record], losses: Losses) -> list[list[Record]]:
+    """Return the records that have such losses, in groups where these are one function of tensors of the same shapes.
+
+    Records of a group share their mask.
+    """
     groups: dict[Any, list[Record]] = {}
     for record in records:
-        shapes = [(name, value.shape, value.dtype) for name, value in _tensors(record.routing).items()]
-        weights = getattr(record.router, "loss_weights", {})
-        groups.setdefault((*weights.items(), record.routing.n_experts, id(record.mask), *shapes), []).append(record)
+        weights: Any = record.router.loss_weights
+        if not weights.keys().isdisjoint(losses):
+            routing = record.routing
+            shapes = [None if value is None else (value.shape, value.dtype) for value in _fields(routing)]
+            groups.setdefault((*weights.items(), routing.n_experts, id(record.mask), *shapes), []).append(record)
     return list(groups.values())
 
 
-def _of_layers(loss: Callable[[Routing, Tensor | None], Tensor], records: list[Record]) -> Tensor:
-    """Return a loss of each of L records that are alike, (L, …): at once, as L small losses cost 5 % of a step."""
-    first = records[0]
+def _of_layers(losses: Losses, records: list[Record]) -> dict[str, Tensor]:
+    """Return losses of L records that are alike, (L, …): at once, as L small losses cost 5 % of a step."""
+    first, n_experts = records[0], records[0].routing.n_experts
     if len(records) == 1:
-        return loss(first.routing, first.mask).unsqueeze(0)
-    fields = {name: torch.stack([getattr(r.routing, name) for r in records]) for name in _tensors(first.routing)}
+        return {name: loss(first.routing, first.mask).unsqueeze(0) for name, loss in losses.items()}
+    layers = zip(*(_fields(record.routing) for record in records), strict=True)
+    stacked = [None if values[0] is None else torch.stack(values) for values in layers]
 
-    def of_one(values: dict[str, Any]) -> Tensor:
-        return loss(dataclasses.replace(first.routing, **values), first.mask)
+    def of_one(*fields: Any) -> list[Tensor]:
+        weights, indices, logits, scores, usage = fields
+        routing = Routing(weights, indices, n_experts, logits, scores, usage=usage)
+        return [loss(routing, first.mask) for loss in losses.values()]
 
-    values: Tensor = torch.vmap(of_one)(fields)
-    return values
+    in_dims = tuple(None if value is None else 0 for value in stacked)
+    return dict(zip(losses, torch.vmap(of_one, in_dims)(*stacked), strict=True))
 
 
-def _tensors(routing: Routing) -> dict[str, Tensor]:
-    """Return what the routing holds, by its field: weights (*rows, K), logits (*rows, E), …"""
-    values = {field.name: getattr(routing, field.name) for field in dataclasses.fields(routing)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+Losses = dict[str, Callable[[Routing, Tensor | None], Tensor]]
+# What a loss may look at: weights (*rows, K), indices, logits (*rows, E), scores, usage; None where there are none.
+_fields = operator.attrgetter("weights", "indices", "logits", "scores", "usage")
 
 
 def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:

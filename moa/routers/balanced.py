@@ -43,10 +43,19 @@ class BalancedRouter(Router):
         """Add the chosen experts of the counted rows, mask (*rows,), to the counts of this optimizer step."""
         if self.counts is None:
             return
-        chosen = routing.selected()
-        if mask is not None and mask.shape == chosen.shape[:-1]:
-            chosen = chosen & mask.unsqueeze(-1)
-        self.counts += chosen.flatten(0, -2).sum(0).to(self.counts.dtype)
+        counts, indices = self.counts, routing.indices
+        if indices is None:
+            chosen = routing.selected()
+            if mask is not None and mask.shape == chosen.shape[:-1]:
+                chosen = chosen & mask.unsqueeze(-1)
+            counts += chosen.flatten(0, -2).sum(0).to(counts.dtype)
+            return
+        one = (
+            counts.new_ones(())
+            if mask is None or mask.shape != indices.shape[:-1]
+            else mask.unsqueeze(-1).to(counts.dtype)
+        )
+        counts.scatter_add_(0, indices.reshape(-1), one.expand(indices.shape).reshape(-1))
 
     @torch.no_grad()
     def step(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..compat import is_watched
 from ..errors import ConfigError
-from ..kernels import exact_linear
+from ..kernels import Gate, exact_linear
 from ..types import Context, Routing
 from . import select
 from .balanced import BalancedRouter
@@ -77,7 +77,6 @@ class LinearRouter(BalancedRouter):
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.noise_weight = nn.Parameter(torch.empty(n_experts, d_in)) if noisy else None
-        self._plain = score == "softmax" and k < n_experts and not noisy and not bias_rate
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,21 +90,14 @@ class LinearRouter(BalancedRouter):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i): weights and indices (*rows, K), indices None when K = E."""
-        if self.training and self.jitter:
-            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        gate = self._gate()
+        if gate.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - gate.jitter, 1 + gate.jitter)
         logits = exact_linear(x, self.weight)
         if self.noise_weight is not None:
             return self._noisy(x, logits)
-        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
-        if self.k == self.n_experts and self.selection_bias is None:
-            normal = self.score == "softmax" or not self.renormalize
-            weights = scores if normal else scores / scores.sum(-1, keepdim=True)
-            return Routing(weights, None, self.n_experts, logits, scores)
-        if self.score == "softmax" and self.renormalize and self.selection_bias is None:
-            weights, indices = select.softmax_top_k(logits, self.k)
-        else:
-            weights, indices = select.top_k(scores, self.k, self.selection_bias, self.renormalize)
-        return Routing(weights, indices, self.n_experts, logits, scores)
+        weights, indices, scores = gate.decide(logits)
+        return Routing(weights, indices, self.n_experts, logits, weights if scores is None else scores)
 
     def constant(self, task: int | None = None) -> Routing | None:
         """Return the routing of rows () where there is one expert, whose softmax is 1 on every row; else None."""
@@ -113,12 +105,15 @@ class LinearRouter(BalancedRouter):
             return None
         return Routing(torch.ones(1, device=self.weight.device), None, 1)
 
-    def gate(self) -> Tensor | None:
-        """Return the weight (E, i) where a softmax over the k largest logits is all there is, else None."""
+    def gate(self) -> Gate | None:
+        """Return how this gate decides, or None where its forward must run: noise, a hook, a forward of another's."""
         # A forward that was replaced on this module, or that something watches, must run.
         watched = is_watched(self) or "forward" in vars(self)
-        plain = self.fused_gate and self._plain and self.renormalize and not watched
-        return self.weight if plain and not (self.training and self.jitter) else None
+        return None if watched or not self.fused_gate or self.noise_weight is not None else self._gate()
+
+    def _gate(self) -> Gate:
+        jitter = self.jitter if self.training else 0.0
+        return Gate(self.weight, self.k, self.score, self.renormalize, self.selection_bias, jitter)
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
         usage = None

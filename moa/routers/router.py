@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError, ShapeError
+from ..kernels import Gate
 from ..types import Context, Routing, repeat_to
 
 
@@ -50,8 +51,8 @@ class Router(nn.Module):
         """Return the routing of x (*rows, i); its rows broadcast against (*rows,)."""
         raise NotImplementedError
 
-    def gate(self) -> Tensor | None:
-        """Return the rows (E, i) of W where the routing is now a softmax over the k largest of x W^T, else None.
+    def gate(self) -> Gate | None:
+        """Return how a linear gate decides now, where that is all that `forward` does, else None.
 
         Such a routing can be formed together with its mixture.
         """

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moa.experts import ExpertBank
+from moa.kernels import Gate
 from moa.types import Routing
 from tests.laws import TOLERANCE, assert_close, gradients
 
@@ -165,7 +166,7 @@ def bank_gated_is_apart(bank: ExpertBank, x: Tensor, k: int, tolerance: float = 
     expected = bank.fused.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
     for graded in (True, False):
         with torch.set_grad_enabled(graded):
-            found = bank.fused.add_gated(x, gate, k, weight, bias)
+            found = bank.fused.add_gated(x, Gate(gate, k), weight, bias)
         if found is not None:
             assert_close(found[0], expected, tolerance, f"with gradients {graded}")
 
@@ -238,6 +239,6 @@ def bank_drops_once(bank: ExpertBank, x: Tensor, k: int) -> None:
     bank.train()
     assert_close(seeded(lambda: bank(x, routing)), expected, what="forward")
     assert_close(seeded(lambda: bank.fused.add_linear(x, routing, weight, None)), base + expected, what="with its base")
-    found = seeded(lambda: bank.fused.add_gated(x, gate, k, weight, None))  # type: ignore[arg-type, return-value]
+    found = seeded(lambda: bank.fused.add_gated(x, Gate(gate, k), weight, None))  # type: ignore[arg-type, return-value]
     if found is not None:
         assert_close(found[0], base + expected, what="with its gate")

@@ -19,6 +19,8 @@ from torch import nn
 from moa.errors import BackendError
 from moa.experts import LoRABank
 from moa.kernels import (
+    Gate,
+    dispatch,
     engine,
     engines,
     gated_linear,
@@ -40,7 +42,7 @@ OUTSIDER = f"{__package__}.outsider"
 def table(monkeypatch) -> Iterator[None]:
     """Let a test register engines; the table is as before afterwards."""
     monkeypatch.setattr(engine, "_ROWS", dict(engine._ROWS))
-    cached = engine.why_not, engine.abilities, engine._module
+    cached = engine.why_not, engine.abilities, engine._module, dispatch.choose
     yield
     for function in cached:
         function.cache_clear()
@@ -88,7 +90,8 @@ def test_it_runs_on_top_of_a_base_with_a_gate_and_without_gradients(outsider):
         torch.testing.assert_close(fused(case.x, case.a, case.b, case.weights, case.indices), expected[0])
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            found = [gated_linear(case.x, weight, bias, gate, case.a, case.b, 2, engine=e) for e in ("outsider", None)]
+            operands = case.x, weight, bias, Gate(gate, 2), case.a, case.b
+            found = [gated_linear(*operands, engine=e) for e in ("outsider", None)]
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
 
@@ -104,7 +107,7 @@ def test_a_model_trains_with_it(outsider, slots):
         bank = LoRABank(6, 5, 4, rank=3, engine=name)
         nn.init.normal_(bank.up)
         x, indices = torch.randn(7, 6), torch.randint(0, 4, (7, 2))
-        y = bank.open_slots(x, indices, torch.zeros(7, 5)) if slots else bank(x, Routing(x[:, :2], indices, 4))
+        y = bank.fused.open_slots(x, indices, torch.zeros(7, 5)) if slots else bank(x, Routing(x[:, :2], indices, 4))
         y.square().sum().backward()
         found.append((y.detach(), bank.down.grad, bank.up.grad))
     for got, expected in zip(*found, strict=True):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moa.errors import ShapeError
-from moa.kernels import gated_linear, low_rank_mixture, mixture_linear
+from moa.kernels import Gate, gated_linear, low_rank_mixture, mixture_linear
 
 from .compare import make_case
 
@@ -99,9 +99,9 @@ def test_an_overflow_where_the_weight_is_zero_stays_out(n_rows):
 def test_a_gate_chooses_the_same_with_and_without_gradients(n_rows, dtype):
     case = make_case((n_rows,), d_in=32, d_out=16).to(dtype, torch.float32)
     weight, gate = torch.randn(16, 32).to(dtype), torch.randn(4, 32)
-    y, *routing = gated_linear(case.x.clone().requires_grad_(), weight, None, gate, case.a, case.b, 2, 0.5)
+    y, *routing = gated_linear(case.x.clone().requires_grad_(), weight, None, Gate(gate, 2), case.a, case.b, 0.5)
     with torch.no_grad():
-        found, *again = gated_linear(case.x, weight, None, gate, case.a, case.b, 2, 0.5)
+        found, *again = gated_linear(case.x, weight, None, Gate(gate, 2), case.a, case.b, 0.5)
     torch.testing.assert_close(found, y.detach())
     for one, other in zip(routing, again, strict=True):
         torch.testing.assert_close(one.detach(), other)

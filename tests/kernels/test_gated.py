@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import moa
-from moa.kernels import gated, gated_linear, mixture_linear
+from moa.experts import LoRABank
+from moa.kernels import Gate, gated_linear, mixture_linear
 from moa.routers import LinearRouter
 from moa.routers.select import softmax_top_k
 
@@ -26,6 +27,12 @@ def operands(rows=(9,), dtype=torch.float64, d_in=6, d_out=5, n_experts=4, rank=
         (d_out,),
     )
     return [torch.randn(*shape, dtype=torch.float64, generator=rng).to(dtype) for shape in shapes]
+
+
+def together(x, weight, bias, gate, a, b, k, scaling=1.0, engine=None):
+    """One node; y, logits, weights and indices of a softmax over the k largest logits."""
+    y, weights, indices, logits, _ = gated_linear(x, weight, bias, Gate(gate, k), a, b, scaling, engine=engine)
+    return y, logits, weights, indices
 
 
 def apart(x, weight, bias, gate, a, b, k, scaling, engine=None):
@@ -62,34 +69,34 @@ def assert_same_results(got, expected, tolerance=1e-11):
 @pytest.mark.parametrize("rows", [(9,), (2, 3), (0,), (1,)])
 def test_it_equals_the_three_apart_in_value_and_every_gradient(rows, engine):
     values = operands(rows)
-    assert_same_results(results(gated_linear, values, engine=engine), results(apart, values, engine=engine))
+    assert_same_results(results(together, values, engine=engine), results(apart, values, engine=engine))
 
 
 def test_the_comparison_fails_on_a_wrong_gradient(monkeypatch):
     values = operands()
     expected = results(apart, values)
-    monkeypatch.setattr(gated, "_plus_product", lambda total, left, right: total)
+    monkeypatch.setattr("moa.kernels.gated._plus_product", lambda total, left, right, noise: total)
     with pytest.raises(AssertionError):
-        assert_same_results(results(gated_linear, values), expected)
+        assert_same_results(results(together, values), expected)
 
 
 @pytest.mark.parametrize("parts", [("y",), ("logits",), ("weights",), ("y", "logits")])
 def test_each_output_carries_its_own_gradient(parts):
     values = operands()
-    assert_same_results(results(gated_linear, values, parts=parts), results(apart, values, parts=parts))
+    assert_same_results(results(together, values, parts=parts), results(apart, values, parts=parts))
 
 
 @pytest.mark.parametrize("frozen", NAMES)
 def test_a_frozen_operand_gets_no_gradient_and_changes_no_other(frozen):
     needs = tuple(name != frozen for name in NAMES)
-    assert_same_results(results(gated_linear, operands(), needs), results(apart, operands(), needs))
+    assert_same_results(results(together, operands(), needs), results(apart, operands(), needs))
 
 
 def test_gradcheck():
     x, gate, a, b, weight, bias = (value.requires_grad_(i < 4) for i, value in enumerate(operands((3,))))
 
     def function(x, gate, a, b):
-        return gated_linear(x, weight, bias, gate, a, b, 2)[:3]
+        return together(x, weight, bias, gate, a, b, 2)[:3]
 
     assert torch.autograd.gradcheck(function, (x, gate, a, b))
 
@@ -98,7 +105,7 @@ def test_gradcheck():
 def test_three_way_precision(dtype, eps):
     """Errors against fp64 are at most twice those of the three apart in the same dtype; gradients have their dtypes."""
     values = operands((40,), dtype)
-    got, plain = results(gated_linear, values), results(apart, values)
+    got, plain = results(together, values), results(apart, values)
     exact = results(apart, [value.double() for value in values])
     assert torch.equal(got[0][3], plain[0][3]), "the same experts"
     assert torch.equal(plain[0][3], exact[0][3])
@@ -113,7 +120,7 @@ def test_three_way_precision(dtype, eps):
 def test_masters_of_higher_precision_keep_their_dtype():
     x, gate, a, b, weight, bias = operands(dtype=torch.float32)
     a.requires_grad_()
-    y, logits, *_ = gated_linear(x.bfloat16(), weight, bias, gate, a, b, 2)
+    y, logits, *_ = together(x.bfloat16(), weight, bias, gate, a, b, 2)
     y.sum().backward()
     assert y.dtype == torch.bfloat16 and logits.dtype == torch.float32 and a.grad.dtype == torch.float32
 
@@ -170,10 +177,8 @@ def test_recomputing_gives_the_same_gradients(reentrant):
 
 
 def test_who_decides_otherwise_is_asked():
-    """Jitter, hooks and subclasses change the routing, so it is not formed without them."""
+    """Hooks, noise and subclasses change the routing, so it is not formed without them."""
     assert layer()[0].mixtures()["0"].branches[0].router.gate() is not None
-    jittered = layer(jitter=0.1)[0].mixtures()["0"].branches[0].router
-    assert jittered.gate() is None and jittered.eval().gate() is not None
 
     class Other(LinearRouter):
         def forward(self, x, context):
@@ -204,18 +209,87 @@ def test_who_decides_otherwise_is_asked():
     hooked = LinearRouter(6, 4, 2)
     hooked.register_forward_hook(lambda *a: None)
     assert hooked.gate() is None
-    for options in ({"noisy": True}, {"bias_rate": 0.1}, {"score": "sigmoid"}, {"renormalize": False}):
-        assert LinearRouter(6, 4, 2, **options).gate() is None
-    assert LinearRouter(6, 4, 4).gate() is None
+    assert LinearRouter(6, 4, 2, noisy=True).gate() is None
+    jittered = LinearRouter(6, 4, 2, jitter=0.1)
+    assert jittered.gate().jitter == 0.1 and jittered.eval().gate().jitter == 0
+
+
+GATES = {
+    "softmax top-k": {},
+    "softmax, scores as weights": {"renormalize": False},
+    "softmax of one": {"k": 1, "renormalize": False},
+    "biased": {"bias_rate": 0.1},
+    "biased, all experts": {"bias_rate": 0.1, "k": 4},
+    "sigmoid": {"score": "sigmoid"},
+    "sigmoid, scores as weights": {"score": "sigmoid", "renormalize": False},
+    "biased sigmoid": {"score": "sigmoid", "bias_rate": 0.1},
+    "dense": {"k": 4},
+    "dense sigmoid": {"k": 4, "score": "sigmoid"},
+    "dense sigmoid, scores as weights": {"k": 4, "score": "sigmoid", "renormalize": False},
+    "jittered": {"jitter": 0.3},
+    "jittered dense": {"k": 4, "jitter": 0.3},
+}
+each_gate = pytest.mark.parametrize("options", GATES.values(), ids=GATES.keys())
+
+
+def of_a_router(options, rows, fused, dtype=torch.float64, wrong=1.0):
+    """Return y, routing and gradients of a layer whose gate is formed in the node, or by the router's forward."""
+    x, gate, a, b, weight, bias = operands(rows, dtype)
+    torch.manual_seed(3)
+    router, bank = LinearRouter(6, 4, **{"k": 2, **options}).to(dtype), LoRABank(6, 5, 4, rank=3, scaling=1.5).to(dtype)
+    leaves = [x.requires_grad_(), router.weight, bank.down, bank.up]
+    with torch.no_grad():
+        for parameter, value in zip(leaves[1:], (gate, a, b), strict=True):
+            parameter.copy_(value)
+        if router.selection_bias is not None:
+            router.selection_bias.copy_(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+    torch.manual_seed(5)  # of the jitter
+    if fused:
+        y, routing = bank.fused.add_gated(x, router.gate(), weight, bias)
+    else:
+        routing = router(x, moa.Context())
+        y = bank.fused.add_linear(x, routing, weight, bias)
+    rng = torch.Generator().manual_seed(1)
+    outputs = y, routing.logits, routing.scores, routing.weights
+    grads = [torch.randn(o.shape, dtype=torch.float64, generator=rng).to(o.dtype) * wrong for o in outputs]
+    assert (routing.indices is None) == (router.k == 4 and router.selection_bias is None)
+    chosen = torch.zeros(0) if routing.indices is None else routing.indices
+    return (*(o.detach() for o in outputs), chosen), torch.autograd.grad(outputs, leaves, grads)
+
+
+@each_gate
+@pytest.mark.parametrize("rows", [(9,), (2, 40), (0,), (1,)])
+def test_every_linear_gate_equals_its_router_in_value_and_every_gradient(options, rows):
+    assert_same_results(of_a_router(options, rows, True), of_a_router(options, rows, False))
+
+
+@each_gate
+def test_the_comparison_of_gates_fails_on_a_wrong_gradient(options):
+    with pytest.raises(AssertionError):
+        assert_same_results(of_a_router(options, (9,), True, wrong=1.001), of_a_router(options, (9,), False))
+
+
+@each_gate
+def test_gates_in_16_bits_are_as_exact_as_their_router(options):
+    if options.get("jitter"):
+        pytest.skip("the noise of another dtype is another noise")
+    got, plain = (of_a_router(options, (70,), fused, torch.bfloat16) for fused in (True, False))
+    exact = of_a_router(options, (70,), False)
+    assert got[0][1].dtype == torch.float32 and [g.dtype for g in got[1]] == [torch.bfloat16] * 4
+    assert torch.equal(got[0][4], plain[0][4]) and torch.equal(plain[0][4], exact[0][4]), "the same experts"
+    for one, other, right in zip(
+        (*got[0][:4], *got[1]), (*plain[0][:4], *plain[1]), (*exact[0][:4], *exact[1]), strict=True
+    ):
+        assert (one - right).abs().max() <= 2 * (other - right).abs().max() + 4e-3 * right.abs().max()
 
 
 @pytest.mark.parametrize("rows", [(9,), (2, 3), (0,), (1,), (70,)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_without_gradients_it_gives_the_same(rows, dtype):
     x, gate, a, b, weight, bias = operands(rows, dtype)
-    expected = gated_linear(x.clone().requires_grad_(), weight, bias, gate, a, b, 2, 1.5)
+    expected = together(x.clone().requires_grad_(), weight, bias, gate, a, b, 2, 1.5)
     with torch.no_grad():
-        got = gated_linear(x, weight, bias, gate, a, b, 2, 1.5)
+        got = together(x, weight, bias, gate, a, b, 2, 1.5)
     assert torch.equal(got[3], expected[3])
     tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
     for one, other in zip(got[:3], expected[:3], strict=True):
@@ -227,8 +301,8 @@ def test_without_gradients_it_gives_the_same(rows, dtype):
 def test_autocast_is_not_looked_at(graded):
     x, gate, a, b, weight, bias = operands(dtype=torch.float32)
     with torch.set_grad_enabled(graded):
-        expected = gated_linear(x, weight, bias, gate, a, b, 2)
+        expected = together(x, weight, bias, gate, a, b, 2)
         with torch.autocast("cpu", torch.bfloat16):
-            got = gated_linear(x, weight, bias, gate, a, b, 2)
+            got = together(x, weight, bias, gate, a, b, 2)
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)

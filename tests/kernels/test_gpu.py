@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moa.kernels import (
+    Gate,
     choose_engine,
     engines,
     gated_linear,
@@ -149,7 +150,7 @@ def test_a_router_in_the_shrink_equals_the_one_apart(n_experts, poisoned):
 
     def run(engine, dtype):
         x, gate, a, b = (value.to(dtype).requires_grad_() for value in values[:4])
-        y, _, _, indices = gated_linear(x, values[4].to(dtype), None, gate, a, b, 2, engine=engine)
+        y, _, indices, *_ = gated_linear(x, values[4].to(dtype), None, Gate(gate, 2), a, b, engine=engine)
         return indices, (y.detach(), *torch.autograd.grad(y, (x, gate, a, b), grad.to(dtype)))
 
     (chosen, got), (expected, plain), (_, exact) = (

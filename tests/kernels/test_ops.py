@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moa.kernels import low_rank_mixture, mixture_linear
+from moa.kernels import dispatch, low_rank_mixture, mixture_linear
 from moa.kernels.ops import backward_op, forward_op
 
 from .compare import make_case
@@ -97,9 +97,11 @@ def test_the_checker_sees_a_row_sized_copy():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("native", [True, False])
-def test_products_in_fp32_where_16_bit_ones_are_emulated(monkeypatch, dtype, native):
+def test_products_in_fp32_where_16_bit_ones_are_emulated(monkeypatch, request, dtype, native):
     """Both ways agree to the dtype's rounding, with and without a base, at one row and at many."""
     monkeypatch.setattr("moa.kernels.dispatch.has_native_matmul", lambda dtype: native)
+    dispatch.choose.cache_clear()
+    request.addfinalizer(dispatch.choose.cache_clear)
     for n_rows in (1, 3, 16):
         case = make_case((n_rows,), d_in=32, d_out=16).to(dtype, torch.float32)
         weight, bias = torch.randn(16, 32).to(dtype), torch.randn(16).to(dtype)
