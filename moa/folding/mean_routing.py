@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..merge import Delta
 from ..mixture import Branch, Mixture
-from ..mixture.blocks import BlockLayer
 from ..mixture.change import Change, factor_change, mixed
 from ..objective.trace import Record
 
@@ -84,16 +83,14 @@ def mean_routings(
 
 
 def branch_key(mixture: Mixture, branch: Branch) -> Key:
-    """Return what names the routing of a branch, for rows (*rows, i); the layers of a routed block share theirs."""
-    if isinstance(mixture, BlockLayer):
-        return mixture.name.rpartition(".")[0], id(mixture.shared)
-    return mixture.name, id(branch.router)
+    """Return what names the routing of a branch, for rows (*rows, i): where it is decided, and which it is there."""
+    number = next(i for i, own in enumerate(mixture.branches) if own is branch)
+    return mixture.decided_at, number
 
 
 def _record_key(mixture: Mixture, record: Record) -> Key:
-    if isinstance(mixture, BlockLayer):
-        return branch_key(mixture, mixture.branch)
-    return record.name, id(record.router)
+    number = next(i for i, own in enumerate(mixture.branches) if own.router is record.router)
+    return mixture.decided_at, number
 
 
 def _sums(record: Record, heads: bool) -> tuple[Tensor, Tensor, Tensor]:

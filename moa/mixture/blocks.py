@@ -89,6 +89,11 @@ class BlockLayer(Mixture):
         self.block = block
 
     @property
+    def decided_at(self) -> str:
+        """Name of the first layer of its block, on whose rows (*rows, i) the router decides."""
+        return self.block.name
+
+    @property
     def branch(self) -> Branch:
         """The one branch."""
         branch = self.branches[0]

@@ -63,6 +63,11 @@ class Mixture(nn.Module):
         bias = getattr(self.base, "bias", None)
         return bias if isinstance(bias, Tensor | None) else bias()
 
+    @property
+    def decided_at(self) -> str:
+        """Name of the layer whose router decides for this one, on its rows (*rows, i): its own, outside blocks."""
+        return self.name
+
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
         if self.context.pinned is not None:
