@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from moa.model.heads import MultiTaskForSequenceClassification
-from moa.runs.tasks import Task, encode_tasks
+from moa.runs.encode import encode_tasks
+from moa.runs.tasks import Task
 
 Rows = Sequence[dict[str, Any]]
 FILES = {

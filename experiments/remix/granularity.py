@@ -27,8 +27,10 @@ from transformers import AutoTokenizer
 import moa
 from experiments.bench.common import write
 from moa.model.heads import MultiTaskForSequenceClassification
+from moa.runs.collate import Collator
 from moa.runs.demo import cache_folder
-from moa.runs.tasks import Collator, EncodedTask, Task, encode_tasks
+from moa.runs.encode import EncodedTask, encode_tasks
+from moa.runs.tasks import Task
 
 COMMAND = "python -m experiments.remix.granularity"
 DOMAINS = ("tweets", "amazon", "movie", "nyt")

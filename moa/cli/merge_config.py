@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..formats.foreign import CONFIG, Foreign, read_foreign
+from ..formats.peft_folder import PREFIX, peft_deltas
+from ..formats.tensor_files import Checkpoint
 from ..merge import Deltas, read_difference, read_peft
-from ..runs.config import read_dataclass, read_yaml
+from ..runs.yaml_values import is_folder, read_dataclass, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,10 @@ class MergeConfig:
             raise ConfigError(f"{', '.join(lacking)} has no weight and others have: give one to each adapter, or none.")
         if self.base is not None and self.rank is not None:
             raise ConfigError("rank squeezes an adapter; with base the merged change is added whole: leave one out.")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        if self.max_shard_bytes < 1:
+            raise ConfigError(f"max_shard_bytes must be at least 1, got {self.max_shard_bytes}.")
 
     @property
     def weights(self) -> list[float] | None:
@@ -83,14 +90,50 @@ class MergeConfig:
         return [self._read(Path(source.path)) for source in self.adapters]
 
     def _read(self, folder: Path) -> Deltas:
+        if not is_folder(folder):
+            raise ConfigError(f"{shortened(folder)} is not a folder (looked from {Path.cwd()}).")
         whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
         if not whole:
-            return read_peft(folder, self.base)
+            return self._read_adapter(folder)
         if self.base is None:
             raise ConfigError(
                 f"{folder} is a whole checkpoint: its change is what differs from the base, so name base."
             )
         return read_difference(folder, self.base)
+
+    def _read_adapter(self, folder: Path) -> Deltas:
+        """Return a PEFT LoRA's deltas; heads that were trained whole, and that the base does not have, are left out."""
+        found = read_foreign(folder)
+        heads = self._heads(found)
+        if not heads:
+            return read_peft(folder, self.base)
+        kept = {key: tensor for key, tensor in found.tensors.items() if key not in heads}
+        return peft_deltas(kept, found.config, source=str(folder), base=self.base)
+
+    def _heads(self, found: Foreign) -> list[str]:
+        """Return the keys of an adapter's modules_to_save that have no place in a merge."""
+        modules = found.config.get("modules_to_save")
+        if not isinstance(modules, list):
+            return []
+        heads = [
+            key
+            for key in found.tensors
+            if ".lora_" not in key and any(f".{module}." in f".{key}" for module in modules)
+        ]
+        if self.base is None or not heads:
+            return heads
+        known = Checkpoint(self.base)
+        return [key for key in heads if key.removeprefix(PREFIX) not in known]
+
+    def left_out(self) -> Iterator[str]:
+        """Yield what of the adapters is not merged, in words."""
+        for source in self.adapters:
+            folder = Path(source.path)
+            if (folder / CONFIG).is_file():
+                heads = self._heads(read_foreign(folder))
+                if heads:
+                    modules = ", ".join(sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in heads}))
+                    yield f"{folder}: {modules} was trained whole and is left out; only adapters are merged."
 
 
 def read_merge(values: Mapping[str, Any], where: str) -> MergeConfig:
@@ -105,18 +148,3 @@ def read_merge(values: Mapping[str, Any], where: str) -> MergeConfig:
         values = {**values, "adapters": adapters}
     config: MergeConfig = read_dataclass(MergeConfig, values, where)
     return config
-
-
-def merge_values(path: str | Path) -> dict[str, Any]:
-    """Return the keys and values of a merge's YAML file; no tensors, so no shapes.
-
-    Raises:
-        ConfigError: no such file, not YAML, or no keys in it.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no configuration {path} (looked from {Path.cwd()}).")
-    values = read_yaml(file.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold key: value lines, got {type(values).__name__}.")
-    return values

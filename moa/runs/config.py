@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import os
-import re
-import types
+import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-
-from ..errors import ConfigError, unknown_name
-from ..experts import family_class
-from ..recipes import make_recipe, recipe_class
+from ..errors import ConfigError
+from .arguments import check_training
 from .tasks import Task
+from .yaml_values import is_file, one_line, read_dataclass, read_values, set_override, typed
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
+# peft's spelling of a recipe's keyword -> ours, as `moa.build` understands them
+PEFT_WORDS = {
+    "target_modules": "targets",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_experts": "n_experts",
+    "top_k": "k",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +58,12 @@ class Compare:
             raise ConfigError(f"compare.validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")
         if not self.l2:
             raise ConfigError("compare.l2 is empty: name at least one strength.")
+        for name in ("learning_rates", "l2"):
+            wrong = [value for value in getattr(self, name) if value <= 0]
+            if wrong:
+                raise ConfigError(f"compare.{name} must hold positive numbers, got {wrong[0]}.")
+        if self.search_epochs is not None and self.search_epochs <= 0:
+            raise ConfigError(f"compare.search_epochs must be positive, got {self.search_epochs}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,11 @@ class Generate:
     rows: int = 2
     max_new_tokens: int = 16
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"generate.{name} must be at least 1, got {getattr(self, name)}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -71,18 +93,25 @@ class TrainConfig:
         tasks: name -> task (see `moa.runs.tasks.Task`); their order gives the task ids. `~` and `$NAME` in paths are
             expanded.
         output: folder of the run.
-        overwrite: replace a run that is already there.
-        recipe: router, and that recipe's keywords; or experts, folders of PEFT LoRA adapters, in place of n_experts.
-        training: keywords of `transformers.TrainingArguments`, except output_dir and seed.
-        seed: of everything that is drawn.
+        overwrite: replace a run that is already there, once the new one is trained.
+        recipe: router, and that recipe's keywords (`moa recipes` lists them), peft's spellings included; or experts,
+            folders of PEFT LoRA adapters, in place of n_experts.
+        training: keywords of `transformers.TrainingArguments`, except output_dir and seed. With eval_strategy the
+            evaluation rows of all tasks are evaluated while training.
+        seed: of everything that is drawn, from 0 to 2**32 - 1.
         max_length: tokens per row at most.
+        long_rows: what becomes of longer rows: "truncate" (a text or chat loses its end, a prompt its beginning),
+            "skip" or "refuse"; how many is said.
         pooling: of classification: "mean", "cls" or "last".
         dtype: of the frozen base, e.g. "bfloat16"; None is as stored. Experts, routers and heads are float32.
+        patience: stop after so many evaluations without a lower loss, and keep the best model; evaluates every epoch
+            unless training.eval_strategy says otherwise.
+        imports: written `import:`; modules or .py files that register your own routers, recipes or families.
         compare: baselines; null for none.
         generate: answers at the end of a generation run; null for none.
 
     Raises:
-        ConfigError: a value out of range, or a recipe that does not exist.
+        ConfigError: a value out of range.
     """
 
     base: str
@@ -93,189 +122,146 @@ class TrainConfig:
     training: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     max_length: int = 128
-    pooling: str = "mean"
+    long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
+    pooling: Literal["mean", "cls", "last"] = "mean"
     dtype: str | None = None
+    patience: int | None = None
+    imports: Sequence[str] = ()
     compare: Compare | None = None
     generate: Generate | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError(f"max_length must be at least 2 tokens, got {self.max_length}.")
-        _check_recipe(self.recipe)
-        for key, instead in (("output_dir", "output"), ("seed", "seed")):
-            if key in self.training:
-                raise ConfigError(f"training.{key} belongs to the top level of the configuration: set {instead}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be from 0 to 2**32 - 1, got {self.seed}.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            near = SHORT_DTYPES.get(self.dtype)
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ConfigError(f"unknown dtype {self.dtype!r}.{hint} Known: {', '.join(DTYPES)}.")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"patience must be at least 1 evaluation, got {self.patience}.")
+        if not self.base or not self.output:
+            raise ConfigError(f"{'output' if self.base else 'base'} is empty: name a folder.")
+        check_training(self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which `parse` makes an equal configuration."""
-        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+        values = typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+        values["import"] = values.pop("imports")
+        return values
+
+    def check_recipe(self) -> None:
+        """Check the recipe's name, keywords and their types, by making one; imports torch, and what `import:` names.
+
+        Raises:
+            ConfigError: a module that cannot be imported, or a recipe that does not exist or does not take this.
+        """
+        for name in self.imports:
+            import_module(name)
+        from ..experts import family_class
+        from ..recipes import make_recipe, recipe_class
+
+        options = {"router": "topk", **self.recipe}
+        options.pop("experts", None)
+        router = typed(options["router"], str, "recipe: router")
+        recipe = recipe_class(router)
+        expert = options.get("expert", next(f.default for f in dataclasses.fields(recipe) if f.name == "expert"))
+        family = family_class(expert) if isinstance(expert, str) else type(expert)
+        hints = typing.get_type_hints(family) | typing.get_type_hints(recipe) | {"expert": str}
+        checked = {key: typed(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
+        alpha = checked.get("alpha")
+        if alpha is not None and alpha <= 0:
+            raise ConfigError(f"recipe: alpha must be positive, got {alpha}: the adapters would do nothing, or harm.")
+        for key in ("balance", "z_loss", "importance", "bias_rate"):
+            if isinstance(checked.get(key), float) and checked[key] < 0:
+                raise ConfigError(f"recipe: {key} must be at least 0, got {checked[key]}.")
+        make_recipe(**checked)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def read_config(path: str | Path, overrides: Sequence[str] = (), *, recipe: bool = True) -> TrainConfig:
     """Return the configuration in a YAML file.
 
     Args:
         path: of the file.
         overrides: "a.b=c" each, c in YAML.
+        recipe: check the recipe too, which imports torch.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value of another type.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"there is no configuration {path} (looked from {Path.cwd()}).")
-    values = read_yaml(file.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold key: value lines, got {type(values).__name__}.")
+    values = read_values(path)
     for override in overrides:
         set_override(values, override)
-    return parse(values, str(path))
+    return parse(values, str(path), recipe=recipe)
 
 
-def set_override(values: dict[str, Any], override: str) -> None:
-    """Set one "a.b=c" in nested values, in place.
-
-    Raises:
-        ConfigError: no "=", or a part of the key that holds a plain value.
-    """
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r} must look like key=value, e.g. training.learning_rate=1e-3.")
-    *parents, last = key.split(".")
-    inner = values
-    for i, name in enumerate(parents):
-        if inner.get(name) is None:
-            inner[name] = {}
-        inner = inner[name]
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {'.'.join(parents[: i + 1])} holds {inner!r}, which has no keys.")
-    inner[last] = read_yaml(text, f"--set {override!r}")
-
-
-def parse(values: Mapping[str, Any], where: str = "the configuration") -> TrainConfig:
+def parse(values: Mapping[str, Any], where: str = "the configuration", *, recipe: bool = True) -> TrainConfig:
     """Return the configuration that plain values describe, paths expanded.
 
     Raises:
         ConfigError: as `read_config`.
     """
+    values = dict(values)
+    if "import" in values:
+        given = values.pop("import")
+        values["imports"] = [given] if isinstance(given, str) else given or []
+    if isinstance(values.get("recipe"), Mapping):
+        values["recipe"] = own_words(values["recipe"])
     config: TrainConfig = read_dataclass(TrainConfig, values, where)
     tasks = {
         name: dataclasses.replace(task, train=_expand(task.train), eval=task.eval and _expand(task.eval))
         for name, task in config.tasks.items()
     }
-    return dataclasses.replace(config, base=_expand(config.base), tasks=tasks)
+    config = dataclasses.replace(
+        config, base=_expand(config.base), tasks=tasks, imports=tuple(map(_expand, config.imports))
+    )
+    if recipe:
+        config.check_recipe()
+    return config
 
 
-# -------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as most people expect it: 1e-3 is a number, yes and no are words, a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in given]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"key {twice!r} is given twice{node.start_mark}.")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in rows if tag != "tag:yaml.org,2002:bool"]
-    for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Return the value of YAML text.
+def own_words(recipe: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a recipe's keywords with peft's spellings replaced by ours.
 
     Raises:
-        ConfigError: it is not YAML, or a key is given twice; the place is named.
+        ConfigError: one is given under both.
     """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
+    out: dict[str, Any] = {}
+    for key, value in recipe.items():
+        ours = PEFT_WORDS.get(key, str(key))
+        if ours in out or (ours != key and ours in recipe):
+            raise ConfigError(f"recipe: {ours} is given twice, once under peft's spelling: give it once.")
+        out[ours] = value
+    return out
 
 
-def read_dataclass(cls: type, values: Any, where: str) -> Any:
-    """Return the dataclass made of plain values, with every key and type checked.
+def import_module(name: str) -> None:
+    """Import a module by its dotted name, or a .py file by its path, once.
 
     Raises:
-        ConfigError: an unknown key (the nearest known one is named), a missing one, or a value of another type.
+        ConfigError: there is none, or it fails.
     """
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{where} must hold keys and values, got {values!r}.")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in hints:
-            raise ConfigError(unknown_name("key", key, hints, where))
-    required = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in values]
-    if missing:
-        raise ConfigError(f"{where} has no {', '.join(missing)}.")
-    made = {key: _value(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     try:
-        return cls(**made)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _value(value: Any, hint: Any, where: str) -> Any:
-    """Return a value as its type hint wants it."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        choices = [a for a in args if a is not type(None)]
-        if len(choices) == 1:
-            return _value(value, choices[0], where)
-        hint = choices[0] if isinstance(value, str) else choices[1]  # the one such hint: a name, or several
-        return _value(value, hint, where)
-    if dataclasses.is_dataclass(hint):
-        return read_dataclass(typing.cast(type, hint), value, where)
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must hold keys and values, got {value!r}.")
-        return {str(k): _value(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if origin is typing.Literal:
-        if value not in args:
-            raise ConfigError(unknown_name("value", value, map(str, args), where))
-        return value
-    if origin in (Sequence, tuple):
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ConfigError(f"{where} must be a list, got {value!r}.")
-        return tuple(_value(v, args[0], where) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (int, float)) and where.endswith("labels"):
-        return str(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{where} must be {hint.__name__}, got {value!r} ({type(value).__name__}).")
-    return value
-
-
-def _check_recipe(keywords: Mapping[str, Any]) -> None:
-    """Check a recipe's name, keywords and their types, by making one."""
-    options = {"router": "topk", **keywords}
-    options.pop("experts", None)
-    recipe = recipe_class(options["router"])
-    expert = options.get("expert", next(f.default for f in dataclasses.fields(recipe) if f.name == "expert"))
-    family = family_class(expert) if isinstance(expert, str) else type(expert)
-    hints = typing.get_type_hints(family) | typing.get_type_hints(recipe) | {"expert": str}
-    checked = {key: _value(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
-    make_recipe(**checked)
+        if not name.endswith(".py"):
+            if not sys.path or sys.path[0] not in ("", os.getcwd()):
+                sys.path.insert(0, os.getcwd())  # as `python -m` would; a console script does not
+            importlib.import_module(name)
+            return
+        if not is_file(name):
+            raise ConfigError(f"import: there is no file {name} (looked from {Path.cwd()}).")
+        stem = Path(name).stem
+        if getattr(sys.modules.get(stem), "__file__", None) == str(Path(name).resolve()):
+            return
+        spec = importlib.util.spec_from_file_location(stem, Path(name).resolve())
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[stem] = module
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"import: {name} cannot be imported: {one_line(error)}.") from error
 
 
 def _expand(source: Any) -> Any:
@@ -283,7 +269,7 @@ def _expand(source: Any) -> Any:
     if not isinstance(source, str):
         return tuple(_expand(one) for one in source)
     text = os.path.expandvars(os.path.expanduser(source))
-    return str(Path(text).resolve()) if Path(text).exists() else text
+    return str(Path(text).resolve()) if os.path.exists(text) else text
 
 
 def _plain(value: Any) -> Any:

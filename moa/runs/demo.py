@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from ..errors import BackendError, ConfigError, unknown_name
 
 if TYPE_CHECKING:
-    from .train import RunResult
+    from .summary import RunResult
 
 CONFIGS = "runs/configs"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError
+from ..layers import is_dense
 from ..model.build import build
 from ..model.heads import MultiTaskForSequenceClassification
 from ..model.moa_model import MoAModel
@@ -31,28 +32,46 @@ from ..monitor.statistics import RoutingStatistics
 from ..objective.trace import Record
 from ..types import Routing
 from . import baselines
+from .arguments import unknown_argument
+from .base_files import check_positions
 from .baselines import Scores
+from .collate import Collator
 from .config import TrainConfig
+from .encode import EncodedTask
 from .metrics import best_ids, exact_match
-from .tasks import Collator, EncodedTask
+from .progress import ProgressBar
+from .yaml_values import one_line
 
 
-def training_arguments(config: TrainConfig) -> TrainingArguments:
+def training_arguments(config: TrainConfig, output: str | Path | None = None) -> TrainingArguments:
     """Return the configuration's TrainingArguments; TensorBoard events are on unless report_to says otherwise.
+
+    Args:
+        config: of the run.
+        output: folder that Trainer writes into; None is the configuration's.
 
     Raises:
         ConfigError: a name that TrainingArguments does not have, or a value that it refuses.
     """
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    known = {f.name: f.type for f in dataclasses.fields(TrainingArguments) if f.init}
     for name in config.training:
         if name not in known:
-            raise ConfigError(unknown_name("training argument", name, known, "training"))
+            raise ConfigError(unknown_argument(name, known))
     defaults = {"report_to": "tensorboard", "logging_steps": 10, "dataloader_pin_memory": torch.cuda.is_available()}
+    if config.patience is not None:
+        strategy = config.training.get("eval_strategy", "epoch")
+        if strategy in ("no", False):
+            raise ConfigError(
+                "patience counts evaluations while training, and training.eval_strategy is no: leave one out."
+            )
+        defaults |= {"eval_strategy": strategy, "save_strategy": strategy, "load_best_model_at_end": True}
+        if "eval_steps" in config.training:
+            defaults["save_steps"] = config.training["eval_steps"]
     options = {**defaults, **config.training}
     try:
-        return TrainingArguments(config.output, seed=config.seed, **options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training: {error}") from error
+        return TrainingArguments(str(output or config.output), seed=config.seed, **options)
+    except (TypeError, ValueError, ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise ConfigError(f"training: {one_line(error)}") from error
 
 
 def load_tokenizer(base: str) -> Any:
@@ -64,7 +83,7 @@ def load_tokenizer(base: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base: no tokenizer can be loaded from {base!r}: {error}") from error
+        raise ConfigError(f"base: no tokenizer can be loaded from {base!r}: {one_line(error)}") from error
 
 
 def with_heads_of(config: TrainConfig, model: MoAModel, folder: Path) -> TrainConfig:
@@ -76,13 +95,24 @@ def with_heads_of(config: TrainConfig, model: MoAModel, folder: Path) -> TrainCo
         folder: of the checkpoint, named in the error.
 
     Raises:
-        ConfigError: other tasks than the model has heads for.
+        ConfigError: other tasks or labels than the model has heads for, or another pooling.
     """
     labels = getattr(model.config, "labels", None)
     if labels is None:
         return config
     if list(config.tasks) != list(labels):
         raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(config.tasks)}.")
+    for name, task in config.tasks.items():
+        if task.labels is not None and list(task.labels) != labels[name]:
+            raise ConfigError(
+                f"{folder}: the labels of task {name!r} are {', '.join(labels[name])}, in this order; the "
+                f"configuration says {', '.join(task.labels)}. Leave labels out."
+            )
+    if config.pooling != model.config.pooling:
+        raise ConfigError(
+            f"{folder} was trained with pooling={model.config.pooling!r}, the configuration says {config.pooling!r}: "
+            f"set pooling={model.config.pooling}."
+        )
     tasks = {name: dataclasses.replace(task, labels=labels[name]) for name, task in config.tasks.items()}
     return dataclasses.replace(config, tasks=tasks)
 
@@ -106,11 +136,25 @@ def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any
             base = MultiTaskForSequenceClassification.from_encoder(config.base, labels, config.pooling, **options)
         else:
             base = AutoModelForCausalLM.from_pretrained(config.base, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"base: {config.base!r} cannot be loaded: {error}") from error
+        raise ConfigError(f"base: {config.base!r} cannot be loaded: {one_line(error)}") from error
+    check_positions(_encoder_config(base).to_dict(), config.max_length)
+    _check_finite(base, config.base)
     return build(base, **(recipe or {"router": "topk", **config.recipe}))
+
+
+def _encoder_config(base: Any) -> Any:
+    return base.encoder.config if isinstance(base, MultiTaskForSequenceClassification) else base.config
+
+
+@torch.no_grad()
+def _check_finite(base: nn.Module, name: str) -> None:
+    """Check that a base's weights, of any shape, are numbers."""
+    for key, tensor in base.named_parameters():
+        if is_dense(tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ConfigError(f"base: {key} of {name} holds NaN or infinity: this base is not usable.")
 
 
 class Run:
@@ -129,17 +173,21 @@ class Run:
     def trainer(
         self, model: nn.Module, arguments: TrainingArguments, rows: Any = None, title: str = "training"
     ) -> Trainer:
-        """Return a stock Trainer with a quiet progress bar."""
+        """Return a stock Trainer with a quiet progress bar; it evaluates while training where that was asked for."""
+        asked = rows is not None and arguments.eval_strategy != "no"
         trainer = Trainer(
             model,
             arguments,
             data_collator=self.collator,
             train_dataset=rows,
+            eval_dataset=concatenate_datasets([task.eval for task in self.tasks]) if asked else None,
             compute_metrics=exact_match,
             preprocess_logits_for_metrics=best_ids,
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
+        if asked and self.config.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(self.config.patience))
         if not arguments.disable_tqdm:
             trainer.add_callback(ProgressBar(title))
         return trainer
@@ -151,7 +199,7 @@ class Run:
         rows: Sequence[Any] | None = None,
         title: str = "training",
         monitored: bool = False,
-        resume: bool = False,
+        checkpoint: Path | None = None,
     ) -> float:
         """Train on all tasks together and return the seconds it took.
 
@@ -161,13 +209,8 @@ class Run:
             rows: a data set per task; None takes the tasks' training rows.
             title: of the progress bar.
             monitored: watch the routing, and leave Trainer's state behind.
-            resume: from the newest checkpoint.
-
-        Raises:
-            ConfigError: nothing to resume from.
+            checkpoint: folder of a checkpoint to go on from.
         """
-        from datasets import concatenate_datasets
-
         trainer = self.trainer(
             model, arguments, concatenate_datasets(list(rows or [task.train for task in self.tasks])), title
         )
@@ -175,11 +218,8 @@ class Run:
             from ..monitor.callback import RoutingMonitor
 
             trainer.add_callback(RoutingMonitor(tasks=[task.name for task in self.tasks]))
-        checkpoint = get_last_checkpoint(self.config.output) if resume else None
-        if resume and checkpoint is None:
-            raise ConfigError(f"nothing to resume: {self.config.output} holds no checkpoint-N folder of Trainer.")
         started = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if monitored:
             trainer.save_state()
         return time.monotonic() - started
@@ -211,7 +251,7 @@ class Run:
         """Return the run's arguments with changes, writing nothing."""
         quiet = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
         training = {**self.config.training, **quiet, **changes}
-        return training_arguments(dataclasses.replace(self.config, training=training))
+        return training_arguments(dataclasses.replace(self.config, training=training, patience=None))
 
     def fit_lora(
         self,
@@ -297,34 +337,3 @@ class _EvaluationTrace:
     def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
         """Count one routing of weights (*rows, K)."""
         self.statistics.add([Record(name, routing, mask, router)], self.model.context.task_ids)
-
-
-class ProgressBar(TrainerCallback):
-    """One bar for training with the last loss beside it; nothing else is printed."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar."""
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", dynamic_ncols=True
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move it."""
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the loss."""
-        if self.bar is not None and logs is not None and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close it."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None

@@ -3,93 +3,141 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 
 from .. import __version__
-from ..errors import ConfigError
 from ..model.build import load
 from ..model.moa_model import MoAModel
 from ..monitor.report import routing_table
 from ..monitor.statistics import LayerLoad, RoutingStatistics
 from . import baselines
-from .config import TrainConfig, read_config
+from .config import TrainConfig
+from .encode import EncodedTask, encode_rows, encode_tasks
+from .preflight import Checked, check_run, check_scored
+from .processes import is_first, meet, say
+from .run_folder import FIGURE, MODEL, RESULTS
 from .session import Run, build_model, load_tokenizer, training_arguments, with_heads_of
-from .tasks import EncodedTask, encode_tasks
+from .summary import RunResult
 
-RESULTS, FIGURE, CONFIG, MODEL = "results.json", "routing.png", "config.yaml", "model"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run left behind.
-
-    Args:
-        folder: of the run: config.yaml, results.json, routing.png, routing.jsonl, TensorBoard events under runs/, the
-            trained mixture and its tokenizer under model/, Trainer's own checkpoints.
-        results: what results.json holds.
-        routing: a text table, a line per layer.
-    """
-
-    folder: Path
-    results: dict[str, Any]
-    routing: str
+WORSE = 10.0  # times the loss before training
 
 
-def train(config: TrainConfig, resume: bool = False) -> RunResult:
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, with the words that say how to go on."""
+
+
+def train(config: TrainConfig, resume: bool = False, checked: Checked | None = None) -> RunResult:
     """Return the run that a configuration describes, after training it.
+
+    Nothing is written before the configuration, the rows, the base and the recipe are accepted; a run that takes the
+    place of another one is written beside it and moved in at the end. A start that fails leaves no trace.
 
     Args:
         config: see `moa.runs.config.TrainConfig`.
-        resume: go on from the newest Trainer checkpoint of the run, bit for bit.
+        resume: go on from the newest whole checkpoint of the run, bit for bit.
+        checked: what `check_run` returned for this configuration; None checks it here.
 
     Raises:
         ConfigError: an argument that TrainingArguments does not have, a base or a task that cannot be read, an output
-            folder that already holds a run, or nothing to resume.
+            folder that already holds a run, nothing to resume, or a run that was trained with another configuration.
     """
     started = time.monotonic()
-    folder = Path(config.output)
-    arguments = training_arguments(config)
-    _prepare(folder, config, resume)
+    checked = checked or check_run(config, resume)
+    folder = checked.folder
+    arguments = training_arguments(config, folder.work)
     tokenizer = load_tokenizer(config.base)
     transformers.set_seed(config.seed)
-    tasks = encode_tasks(config.tasks, tokenizer, config.max_length, config.seed)
+    tasks = encode_rows(checked.rows, tokenizer, config.max_length, config.long_rows)
+    rows = {task.name: task.fingerprint() for task in tasks}
+    folder.check_rows(rows)
     for task in tasks:
-        print(f"{task.name}: {len(task.train)} training rows, {len(task.eval)} evaluation rows")
+        say(f"{task.name}: {len(task.train)} training rows, {len(task.eval)} evaluation rows")
+    for note in (note for task in tasks for note in task.notes):
+        say(f"note: {note}")
     model = build_model(config, tasks)
-    model.print_trainable_parameters()
+    if is_first():
+        model.print_trainable_parameters()
+    for note in _notes(config, model):
+        say(f"note: {note}")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    folder.check_space(4 * weights)  # the model twice, and two moments
 
+    meet()
+    if is_first():
+        folder.begin(rows)
+    meet()
+    try:
+        results, routing = _trained(checked, model, tokenizer, tasks, arguments)
+    except BaseException as error:
+        way_on = folder.way_on()
+        if is_first():
+            folder.abandon()
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(way_on) from error
+        raise
+    results["seconds"]["total"] = time.monotonic() - started
+    if is_first():
+        (folder.work / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        folder.commit()
+    meet()
+    return RunResult(Path(config.output), results, routing)
+
+
+def _trained(
+    checked: Checked, model: MoAModel, tokenizer: Any, tasks: Sequence[EncodedTask], arguments: Any
+) -> tuple[dict[str, Any], str]:
+    """Return the results of training and scoring, and the routing as a table; model and figure are written."""
+    config, folder = checked.config, checked.folder
     run = Run(config, tasks, tokenizer)
-    print("before training")
+    say("before training")
     before = run.evaluate(model)
-    seconds = run.fit(model, arguments, monitored=True, resume=resume)
-    model.save_pretrained(folder / MODEL)
-    tokenizer.save_pretrained(folder / MODEL)
-    print("after training")
+    seconds = run.fit(model, arguments, monitored=True, checkpoint=folder.checkpoint)
+    if is_first():
+        model.save_pretrained(folder.work / MODEL)
+        tokenizer.save_pretrained(folder.work / MODEL)
+    say("after training")
     statistics = RoutingStatistics(n_tasks=len(tasks))
     after = run.evaluate(model, statistics)
+    for task, scores in after.items():
+        if not scores["loss"] < WORSE * before[task]["loss"]:
+            say(
+                f"note: {task}: the loss rose from {before[task]['loss']:.3g} to {scores['loss']:.3g}: is the learning "
+                f"rate of {arguments.learning_rate:g} too high?"
+            )
     layers = statistics.summary()
-    _write_figure(folder / FIGURE, layers, [task.name for task in tasks])
+    if is_first():
+        _write_figure(folder.work / FIGURE, layers, [task.name for task in tasks])
 
     results = _describe(config, model, tasks, layers)
     results["seconds"] = {"training": seconds}
     results["scores"] = {"before": before, "mixture": after}
     if config.compare is not None:
         _compare(run, model, results)
-    if config.generate is not None and tasks[0].kind == "generation":
+    if config.generate is not None and tasks[0].kind != "classification":
         results["answers"] = answers(model, tokenizer, tasks, config.generate.rows, config.generate.max_new_tokens)
-    results["seconds"]["total"] = time.monotonic() - started
-    (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    return RunResult(folder, results, routing_table(layers))
+    return results, routing_table(layers)
+
+
+def _notes(config: TrainConfig, model: MoAModel) -> list[str]:
+    """Return what the user should know of a model that is built."""
+    notes = []
+    above = [name for name, b in model.branches() if getattr(b.bank, "rank", 0) > min(b.bank.d_in, b.bank.d_out)]
+    if above:
+        notes.append(f"the rank is above the size of {len(above)} layers, e.g. {above[0]}: it adds nothing there.")
+    own = sorted({loss for _, b in model.branches() for loss, weight in b.router.loss_weights.items() if weight})
+    if config.training.get("label_smoothing_factor") and own:
+        notes.append(
+            "label_smoothing_factor makes Trainer compute the loss itself, from the logits: the routers' own losses "
+            f"({', '.join(own)}) are left out."
+        )
+    return notes
 
 
 def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -105,30 +153,18 @@ def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides
         CheckpointError: no checkpoint there.
     """
     folder = Path(checkpoint)
-    home = folder if (folder / CONFIG).is_file() else folder.parent
-    own = read_config(config or home / CONFIG, overrides)
+    own = check_scored(checkpoint, config, overrides)
+    own.check_recipe()
     model = load(folder / MODEL if (folder / MODEL).is_dir() else folder)
+    stored = json.loads(json.dumps(model.recipes[0][0].to_dict()))
+    for key, value in json.loads(json.dumps(dict(own.recipe))).items():
+        if key in stored and stored[key] != value:
+            say(f"note: the configuration says recipe.{key}={value}, the checkpoint was made with {stored[key]}.")
     own = with_heads_of(own, model, folder)
     tokenizer = load_tokenizer(own.base)
-    tasks = encode_tasks(own.tasks, tokenizer, own.max_length, own.seed)
+    tasks = encode_tasks(own.tasks, tokenizer, own.max_length, own.seed, own.long_rows)
     scores = Run(own, tasks, tokenizer).evaluate(model)
     return {"tasks": {task.name: _describe_task(task) for task in tasks}, "scores": {"mixture": scores}}
-
-
-def _prepare(folder: Path, config: TrainConfig, resume: bool) -> None:
-    """Make the run's folder, and clear what an earlier run left in it where that is allowed."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output: {folder} is a file, name a folder.")
-    if (folder / CONFIG).exists() and not resume:
-        if not config.overwrite:
-            raise ConfigError(
-                f"output: {folder} already holds a run. Name another folder, set overwrite=true, or resume it "
-                "(moa train --resume)."
-            )
-        for path in (folder / "runs", folder / MODEL, *folder.glob("checkpoint-*")):
-            shutil.rmtree(path, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def _describe(
@@ -136,7 +172,7 @@ def _describe(
 ) -> dict[str, Any]:
     trainable, total = model.get_nb_trainable_parameters()
     banks = sum(p.numel() for _, branch in model.branches() for p in branch.bank.parameters())
-    routers = sum({p: p.numel() for _, branch in model.branches() for p in branch.router.parameters()}.values())
+    routers = sum(p.numel() for _, branch in model.branches() for p in branch.router.parameters())
     return {
         "versions": {"moa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(model.device),
@@ -177,7 +213,7 @@ def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
     assert compare is not None
     results["compare"] = {}
     if compare.frozen:
-        print("frozen base")
+        say("frozen base")
         if run.tasks[0].kind == "classification":
             scores, about = baselines.probe(
                 {task.name: len(task.labels) for task in run.tasks},
@@ -231,7 +267,12 @@ def answers(
     out = []
     for number, task in enumerate(tasks):
         chosen = task.prompts[:rows]
-        batch = tokenizer([prompt for prompt, _ in chosen], return_tensors="pt", padding=True).to(model.device)
+        batch = tokenizer(
+            [prompt for prompt, _ in chosen],
+            return_tensors="pt",
+            padding=True,
+            add_special_tokens=task.kind != "chat",  # a chat template writes its own
+        ).to(model.device)
         ids = torch.full((len(chosen),), number, device=model.device)
         tokens = model.generate(
             input_ids=batch["input_ids"],
@@ -246,57 +287,3 @@ def answers(
         for (prompt, answer), text in zip(chosen, texts, strict=True):
             out.append({"task": task.name, "prompt": prompt, "answer": answer, "generated": text})
     return out
-
-
-def score_table(results: Mapping[str, Any]) -> str:
-    """Return the scores of a run as text: a line per task, accuracy and loss of every model that was scored.
-
-    Args:
-        results: what `RunResult.results` or results.json holds.
-    """
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]] = results["scores"]
-    order = [name for name in ("before", "frozen base", "LoRA", "mixture") if name in scores]
-    majority = {task: row["majority"] for task, row in results["tasks"].items() if row["majority"] is not None}
-    columns = (["majority"] if majority else []) + order
-    width = max(len("evaluation loss"), *(len(task) for task in results["tasks"]))
-    lines = []
-    for measure, title in (("accuracy", "accuracy"), ("loss", "evaluation loss")):
-        shown = [column for column in columns if measure == "accuracy" or column != "majority"]
-        lines.append(f"{title:<{width}}  rows  " + "  ".join(f"{column:>11}" for column in shown))
-        table = {
-            task: [majority[task] if c == "majority" else scores[c][task][measure] for c in shown]
-            for task in results["tasks"]
-        }
-        for task, values in table.items():
-            rows = results["tasks"][task]["evaluation_rows"]
-            lines.append(f"{task:<{width}}  {rows:4}  " + "  ".join(f"{value:11.3f}" for value in values))
-        means = [sum(column) / len(table) for column in zip(*table.values(), strict=True)]
-        lines.append(f"{'mean':<{width}}        " + "  ".join(f"{value:11.3f}" for value in means))
-        lines.append("")
-    return "\n".join(lines[:-1])
-
-
-def summary(result: RunResult) -> str:
-    """Return what a run did, as text for the terminal: scores, what they compare, routing, answers, next commands."""
-    results, folder = result.results, result.folder
-    parameters = results["parameters"]
-    recipe = results["recipe"]
-    parts = [
-        f"{recipe['router']}, {recipe['n_experts']} experts, k = {recipe['k']}: {parameters['active']:,} of "
-        f"{parameters['experts']:,} expert parameters act on a row, {parameters['routers']:,} are in routers.",
-        score_table(results),
-    ]
-    for name, about in results.get("compare", {}).items():
-        picked = [f"{row['value']:g} ({row['accuracy']:.3f})" for row in about.get("tried", [])]
-        chosen = about.get("learning_rate", about.get("l2"))
-        how = f"; {'learning rate' if 'learning_rate' in about else 'l2'} {chosen:g}" if chosen is not None else ""
-        how += f", picked on held-out training rows from {', '.join(picked)}" if picked else ""
-        size = f" ({about['parameters']:,} parameters)" if "parameters" in about else ""
-        parts.append(f"{name}: {about['what']}{size}{how}.")
-    parts.append(result.routing)
-    for row in results.get("answers", []):
-        parts.append(f"[{row['task']}] {row['prompt']!r}\n  wanted {row['answer']!r}, written {row['generated']!r}")
-    parts.append(f"{results['seconds']['training']:.0f} s of training, {results['seconds']['total']:.0f} s in all.")
-    parts.append(f"checkpoint {folder / MODEL}, figure {folder / FIGURE}, scores {folder / RESULTS}. Next:")
-    commands = (f"moa report {folder}", f"moa inspect {folder / MODEL}", f"tensorboard --logdir {folder}")
-    return "\n\n".join(parts) + "\n" + "\n".join(f"  {command}" for command in commands)

@@ -132,7 +132,7 @@ def test_merge_writes_an_adapter_or_a_checkpoint(
         (["train", "nothing.yaml"], "there is no configuration nothing.yaml"),
         (["report", "nothing"], "there is no folder nothing"),
         (["demo", "--model", "minilmm"], "unknown model 'minilmm'"),
-        (["eval", "nothing"], "there is no configuration"),
+        (["eval", "nothing"], "there is no folder nothing"),
         (["inspect", ".", "--dtype", "floaty"], "not a torch dtype"),
     ],
 )
@@ -165,7 +165,20 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = said(capsys)
     if words == ["--help"]:
-        for name in ("demo", "train", "eval", "inspect", "report", "merge", "fold", "distill", "export", "bench"):
+        for name in (
+            "init",
+            "demo",
+            "train",
+            "recipes",
+            "eval",
+            "inspect",
+            "report",
+            "merge",
+            "fold",
+            "distill",
+            "export",
+            "bench",
+        ):
             assert f"    {name} " in text
     if words[0] == "merge":
         assert "ties (" in text and "density=REQUIRED" in text

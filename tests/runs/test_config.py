@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from moa.errors import ConfigError
-from moa.runs.config import Compare, Generate, TrainConfig, parse, read_config, read_yaml, set_override
+from moa.runs.config import Compare, Generate, TrainConfig, parse, read_config
 from moa.runs.tasks import Task
+from moa.runs.yaml_values import read_yaml, set_override
 
 VALUES: dict[str, Any] = {
     "base": "some/model",

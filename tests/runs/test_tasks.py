@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from moa.errors import ConfigError
+from moa.runs.collate import Collator
+from moa.runs.encode import IGNORED, encode_tasks
 from moa.runs.metrics import best_ids, exact_match
-from moa.runs.tasks import IGNORED, Collator, Task, encode_tasks
+from moa.runs.tasks import Task
 from tests.tiny_run import VOCAB, rows, tokenizer, write_jsonl
 
 
@@ -126,7 +128,9 @@ def test_long_prompts_lose_their_beginning_and_answers_stay_whole(tmp_path: Path
     path = write_jsonl(tmp_path / "g.jsonl", [{"prompt": "it was so very fine", "answer": "positive"}] * 4)
     task = Task(kind="generation", train=str(path))
     assert words(encode(task, max_length=4).train[0]["input_ids"]) == "very fine positive [EOS]"
-    with pytest.raises(ConfigError, match=r"answer of row 0 takes 2 tokens.*max_length=2"):
+    with pytest.raises(
+        ConfigError, match=r"answers of 3 of 3 rows.*max_length=2; the answer of row . of g.jsonl takes 2 tokens"
+    ):
         encode(task, max_length=2)
 
 
@@ -194,7 +198,7 @@ def test_one_label_is_no_classification(tmp_path: Path) -> None:
 
 def test_missing_values_are_named_by_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "gap.jsonl", [*rows(3, 0), {"text": None, "label": "positive"}])
-    with pytest.raises(ConfigError, match=r"row 3 has no value in column 'text'"):
+    with pytest.raises(ConfigError, match=r"row 4 of gap.jsonl has no value in column 'text'"):
         encode(Task(train=str(path), eval=str(path)))
 
 

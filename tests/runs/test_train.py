@@ -17,9 +17,10 @@ import moa
 from moa.errors import ConfigError
 from moa.monitor.statistics import RoutingCollapseWarning
 from moa.runs.config import parse
+from moa.runs.encode import encode_tasks
 from moa.runs.session import Run, load_tokenizer
-from moa.runs.tasks import encode_tasks
-from moa.runs.train import RunResult, evaluate, score_table, summary, train
+from moa.runs.summary import RunResult, score_table, summary
+from moa.runs.train import evaluate, train
 from tests.tiny_run import config_values, decoder_folder, encoder_folder
 
 # some of these tiny routers do collapse: that is said rightly, and not what is tested here
@@ -235,7 +236,7 @@ def test_nothing_to_resume(tmp_path: Path, bases: dict[str, Path]) -> None:
 
 def test_bases_that_cannot_be_read(tmp_path: Path, bases: dict[str, Path]) -> None:
     made = values(tmp_path, bases)
-    with pytest.raises(ConfigError, match="base: no tokenizer can be loaded from"):
+    with pytest.raises(ConfigError, match=r"base: there is no folder .*gone"):
         train(parse({**made, "base": str(tmp_path / "gone")}))
     only_tokenizer = tmp_path / "half"
     load_tokenizer(str(bases["encoder"])).save_pretrained(only_tokenizer)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .shared_options import check_out
 
 if TYPE_CHECKING:
     from ..merge.jobs import Plan
     from .merge_config import MergeConfig
 
 ENDINGS = (".yaml", ".yml")
+STATISTICS = {"grams", "fishers"}  # options that only Python can give
 
 
-def add_merge(command: Callable[..., argparse.ArgumentParser], help_asked: bool) -> None:
+def add(command: Callable[..., argparse.ArgumentParser], help_asked: bool) -> None:
     """Add the sub-command to a parser.
 
     Args:
@@ -28,7 +33,11 @@ def add_merge(command: Callable[..., argparse.ArgumentParser], help_asked: bool)
     merge.add_argument("--method", help="see below (ties)")
     merge.add_argument("--weights", nargs="+", type=float, help="one number per adapter")
     merge.add_argument("--base", help="folder of the base: write base plus merged change, not an adapter")
-    merge.add_argument("--rank", type=int, help="squeeze the merged change to this rank")
+    merge.add_argument(
+        "--rank",
+        type=int,
+        help="squeeze the merged change to this rank (where that is needed, the sum of the adapters' ranks)",
+    )
     merge.add_argument("--missing", help="refuse (default) or zero: what to do where adapters hold other layers")
     merge.add_argument("--overwrite", action="store_true", default=None, help="replace what OUT holds")
     merge.add_argument(
@@ -58,9 +67,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     config = _config(arguments)
     adapters = config.read()
     plan = _checked(config, adapters)
-    if arguments.dry_run:
-        print(_said(config, plan))
-        return
+    config = dataclasses.replace(config, rank=_rank(config, plan))
     merged = merge_lazily(
         adapters,
         config.weights,
@@ -69,6 +76,12 @@ def _merge(arguments: argparse.Namespace) -> None:
         same_base=config.same_base,
         **config.options,
     )
+    merged[plan.names[0]]  # what a method says of its weights and options, it says at the first layer
+    if arguments.dry_run:
+        print(_said(config, plan))
+        return
+    for note in _notes(config, plan):
+        print(f"note: {note}")
     if config.base is not None:
         written = write_checkpoint(
             config.base,
@@ -96,8 +109,8 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _config(arguments: argparse.Namespace) -> MergeConfig:
     """Return the merge that the words describe: those of a file first, options on the command line over them."""
     from ..errors import ConfigError
-    from ..runs.config import set_override
-    from .merge_config import merge_values, read_merge
+    from ..runs.yaml_values import read_values, set_override
+    from .merge_config import read_merge
 
     values: dict[str, Any] = {}
     where, adapters = "the command line", arguments.adapters
@@ -105,7 +118,7 @@ def _config(arguments: argparse.Namespace) -> MergeConfig:
         if len(adapters) > 1:
             raise ConfigError(f"{adapters[0]} is a recipe, which names its adapters: {adapters[1]} is one too many.")
         where = adapters[0]
-        values = merge_values(where)
+        values = read_values(where)
     else:
         values["adapters"] = list(adapters)
     for key in ("out", "method", "base", "rank", "missing", "overwrite"):
@@ -135,11 +148,23 @@ def _weighted(adapters: Any, weights: list[float]) -> list[dict[str, Any]]:
 def _checked(config: MergeConfig, adapters: list[Any]) -> Plan:
     """Return the merge, everything checked that can be without computing it; a dry run checks the same."""
     from ..errors import ConfigError
-    from ..formats.atomic import check_target
     from ..merge import METHODS
     from ..merge.run import make_plan
 
-    plan = make_plan(
+    sources = [source.path for source in config.adapters]
+    check_out(config.out, config.overwrite, *([] if config.base is None else [config.base]), *sources)
+    method = METHODS.get(config.method)
+    statistics = sorted(STATISTICS & set(method.options)) if method is not None else []
+    if statistics:
+        raise ConfigError(
+            f"method {config.method!r} needs {statistics[0]}, which are computed from data and cannot be given on the "
+            f"command line: call moa.merge.merge(adapters, method={config.method!r}, {statistics[0]}=…) in Python."
+        )
+    for key, value in config.options.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"option {key} must be a finite number, got {number}.")
+    return make_plan(
         adapters,
         config.weights,
         config.method,
@@ -147,17 +172,44 @@ def _checked(config: MergeConfig, adapters: list[Any]) -> Plan:
         same_base=config.same_base,
         options=config.options,
     )
-    sources = [source.path for source in config.adapters]
-    inputs = sources if config.base is None else [config.base, *sources]
-    check_target(config.out, overwrite=config.overwrite, inputs=inputs)
-    if config.base is None and config.rank is None and not plan.method.keeps_factors:
-        others = ", ".join(name for name, row in METHODS.items() if row.keeps_factors)
-        raise ConfigError(
-            f"method {config.method!r} leaves dense changes, and an adapter holds low-rank factors: pass --rank to "
-            "write the nearest change of that rank, --base to write a whole checkpoint, or --method with one that "
-            f"keeps factors ({others})."
-        )
-    return plan
+
+
+def _rank(config: MergeConfig, plan: Plan) -> int | None:
+    """Return the rank to squeeze to: the one asked for, or where a method leaves no factors that of all adapters.
+
+    Raises:
+        ConfigError: the method leaves dense changes, and the adapters are dense themselves.
+    """
+    from ..delta import LowRank
+    from ..errors import ConfigError
+    from ..merge import METHODS
+
+    if config.base is not None or config.rank is not None or plan.method.keeps_factors:
+        return config.rank
+    ranks = [
+        max((delta.rank for delta in deltas.values() if isinstance(delta, LowRank)), default=0)
+        for deltas in plan.adapters
+    ]
+    if all(ranks):
+        return sum(ranks)
+    others = ", ".join(name for name, row in METHODS.items() if row.keeps_factors)
+    raise ConfigError(
+        f"method {config.method!r} leaves dense changes, and an adapter holds low-rank factors: pass --rank to write "
+        "the nearest change of that rank, --base to write a whole checkpoint, or --method with one that keeps factors "
+        f"({others})."
+    )
+
+
+def _notes(config: MergeConfig, plan: Plan) -> list[str]:
+    """Return what the user should know before the merge."""
+    notes = list(config.left_out())
+    if config.options.get("scale") == 0:
+        notes.append("scale=0: the merged adapter does nothing.")
+    if config.rank is not None:
+        largest = max(min(delta.shape[-2:]) for deltas in plan.adapters for delta in deltas.values())
+        if config.rank > largest:
+            notes.append(f"rank {config.rank} is above every matrix: the largest rank there is, is {largest}.")
+    return notes
 
 
 def _said(config: MergeConfig, plan: Plan) -> str:
@@ -181,6 +233,7 @@ def _said(config: MergeConfig, plan: Plan) -> str:
         lines.append(f"writes    {config.out}: a checkpoint, {len(plan.names)} of its tensors changed")
     else:
         rank = "its factors as they are" if config.rank is None else f"rank at most {config.rank}"
+        lines += [f"note      {note}" for note in _notes(config, plan)]
         lines.append(f"writes    {config.out}: a PEFT LoRA adapter on {len(plan.names)} layers, {rank}")
     lines.append("dry run: nothing was written")
     return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""What several commands share: making a sub-parser, --set, checkpoints in and folders out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..model.moa_model import MoAModel
+
+Command = Callable[..., argparse.ArgumentParser]
+
+
+def add_set(sub: argparse.ArgumentParser) -> None:
+    """Add --set KEY=VALUE."""
+    sub.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the configuration, e.g. --set training.learning_rate=1e-3; may be repeated",
+    )
+
+
+def add_out(sub: argparse.ArgumentParser) -> None:
+    """Add --overwrite and --dry-run."""
+    sub.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+    sub.add_argument("--dry-run", action="store_true", help="check, print what would be done, write nothing")
+
+
+def load_checkpoint(path: str) -> MoAModel:
+    """Return the model of a checkpoint, or of a run.
+
+    Raises:
+        CheckpointError: none there.
+    """
+    from ..formats.checkpoint import of_run
+    from ..model.build import load
+
+    return load(of_run(path))
+
+
+def check_out(out: str | Path, overwrite: bool, *inputs: str) -> None:
+    """Check that a folder may be written: see `moa.formats.atomic.check_target`."""
+    from ..formats.atomic import check_target
+    from ..runs.run_folder import check_writable
+
+    check_writable(Path(out).absolute(), "the output")
+    check_target(out, overwrite=overwrite, inputs=inputs)
+
+
+def say_dry(what: str, out: str) -> None:
+    """Print what a dry run would have done."""
+    print(f"{what}\nwrites {out}\ndry run: nothing was written")

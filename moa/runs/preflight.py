@@ -1,0 +1,73 @@
+"""Everything about a run that can be checked before anything heavy is imported or anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from .arguments import check_device
+from .base_files import check_base
+from .config import TrainConfig, read_config
+from .run_folder import CONFIG, RunFolder
+from .task_rows import TaskRows, read_tasks
+from .yaml_values import is_folder
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that may start.
+
+    Args:
+        config: of the run.
+        folder: where it will be written.
+        rows: of its tasks.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    rows: list[TaskRows]
+
+
+def check_run(config: TrainConfig, resume: bool = False) -> Checked:
+    """Return a configuration with its folder and its rows, all checked and nothing written.
+
+    What costs least is looked at first; torch is imported last, for the recipe and the device.
+
+    Args:
+        config: of the run.
+        resume: go on with what its folder holds.
+
+    Raises:
+        ConfigError: an output that cannot be written or holds a run, nothing to resume or another configuration, a base
+            or a task's file that cannot be used, a recipe that does not exist.
+    """
+    folder = RunFolder(config, resume)
+    check_base(config.base, config.max_length)
+    rows = read_tasks(config.tasks, config.seed)
+    config.check_recipe()
+    check_device(config.training)
+    return Checked(config, folder, rows)
+
+
+def check_scored(
+    checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """Return the configuration whose tasks score a checkpoint; nothing heavy is imported.
+
+    Args:
+        checkpoint: folder of a run, or of a checkpoint.
+        config: YAML file with the tasks; None takes config.yaml of the run.
+        overrides: "a.b=c" each.
+
+    Raises:
+        ConfigError: no such folder or configuration, or a base that is not there.
+    """
+    folder = Path(checkpoint)
+    if not is_folder(folder):
+        raise ConfigError(f"there is no folder {checkpoint} (looked from {Path.cwd()}).")
+    home = folder if (folder / CONFIG).is_file() else folder.parent
+    own = read_config(config or home / CONFIG, overrides, recipe=False)
+    check_base(own.base, own.max_length)
+    return own
