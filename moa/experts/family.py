@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from torch import nn
 
+from .. import tables
 from ..errors import ConfigError, unknown_name
 from ..layers import Site
 from .bank import ExpertBank
@@ -74,16 +74,11 @@ def register_expert(name: str, paper: str = "") -> Callable[[type[Family]], type
     """
 
     def add(cls: type[Family]) -> type[Family]:
-        taken = FAMILIES.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(
-                f"expert family {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name."
-            )
         for place in cls.places:
             if place not in PLACES:
                 raise ConfigError(unknown_name("place", place, PLACES, f"the family {name!r}"))
+        tables.put(FAMILIES, name, cls, "expert family")
         cls.name, cls.paper = name, paper
-        FAMILIES[name] = cls
         return cls
 
     return add
@@ -95,14 +90,7 @@ def family_class(name: str) -> type[Family]:
     Raises:
         ConfigError: no such family; the nearest known one is named.
     """
-    if name not in FAMILIES:
-        for entry in entry_points(group="moa.experts"):
-            if entry.name == name:
-                register_expert(name)(entry.load())
-    if name not in FAMILIES:
-        known = [*FAMILIES, *(entry.name for entry in entry_points(group="moa.experts"))]
-        raise ConfigError(unknown_name("expert family", name, known))
-    return FAMILIES[name]
+    return tables.find(FAMILIES, name, "expert family", "moa.experts", register_expert)
 
 
 def make_family(name: str, options: Mapping[str, Any] | None = None) -> Family:

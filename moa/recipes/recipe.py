@@ -9,11 +9,11 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from .. import tables
 from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
 from ..experts import ExpertBank, Family, family_class, make_family
 from ..experts.family import COMMON, PLACES
@@ -260,13 +260,8 @@ def register_recipe(name: str, paper: str = "") -> Callable[[type[Recipe]], type
     """
 
     def add(cls: type[Recipe]) -> type[Recipe]:
-        taken = RECIPES.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ConfigError(
-                f"recipe {name!r} is already {taken.__module__}.{taken.__qualname__}: choose another name."
-            )
+        tables.put(RECIPES, name, cls, "recipe")
         cls.name, cls.paper = name, paper
-        RECIPES[name] = cls
         return cls
 
     return add
@@ -278,14 +273,7 @@ def recipe_class(name: str) -> type[Recipe]:
     Raises:
         ConfigError: no such recipe; the nearest known one is named.
     """
-    if name not in RECIPES:
-        for entry in entry_points(group="moa.recipes"):
-            if entry.name == name:
-                register_recipe(name)(entry.load())
-    if name not in RECIPES:
-        known = [*RECIPES, *(entry.name for entry in entry_points(group="moa.recipes"))]
-        raise ConfigError(unknown_name("router", name, known))
-    return RECIPES[name]
+    return tables.find(RECIPES, name, "router", "moa.recipes", register_recipe)
 
 
 def make_recipe(router: str, **options: Any) -> Recipe:
