@@ -1,6 +1,6 @@
 """A weight change as it is: low-rank factors, a few entries, or one dense tensor.
 
-Folding, exporting, merging and switching work on these alone. Low-rank form: LoRA (Hu et al. 2021, arXiv 2106.09685);
+Folding, exporting, merging and switching work only on these. Low-rank form: LoRA (Hu et al. 2021, arXiv 2106.09685);
 sparse form: SHiRA (Bhardwaj et al. 2024, arXiv 2406.13175).
 """
 

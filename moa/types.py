@@ -112,7 +112,7 @@ class Context:
         decisions: what a router has decided for layers that follow it, by the name of its layer; the latest of them
             takes it out, and a new forward of the model forgets what one that failed has left.
         enabled: False makes every mixture its base layer.
-        pinned: an expert that every mixture uses alone with weight 1, in place of its router; None lets routers decide.
+        pinned: the only expert that mixtures use, with weight 1, in place of their routers; None lets routers decide.
     """
 
     task_ids: Tensor | None = None

@@ -71,7 +71,7 @@ class ExpertBank(nn.Module):
         raise NotImplementedError
 
     def expert_forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return one expert alone on x (*rows, i), (*rows, o), without its constant."""
+        """Return one expert's output on x (*rows, i), (*rows, o), without its constant."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:

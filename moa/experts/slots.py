@@ -35,7 +35,7 @@ class SlotBank(ExpertBank):
         self.inner.reset_parameters()
 
     def expert_forward(self, x: Tensor, expert: int) -> Tensor:
-        """Return one expert alone on x (*rows, i), (*rows, o)."""
+        """Return one expert's output on x (*rows, i), (*rows, o)."""
         return self.inner.expert_forward(x, expert)
 
     def delta(self, expert: int) -> Delta:

@@ -22,7 +22,7 @@ class VectorBank(ExpertBank):
     |---|---|---|
     | up (columns of B) | (E, o) | zero |
 
-    Every vector is multiplied, by zero where it is not chosen: at E = 32 the product with (T, E) is bound by writing
+    All E vectors are multiplied; unchosen ones have weight 0. At E = 32 the product with (T, E) is bound by writing
     (T, o), not by its arithmetic, and gathering k of E vectors per row reads more than it saves.
 
     Args:

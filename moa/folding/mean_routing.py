@@ -119,7 +119,7 @@ def mean_change(mixture: Mixture, means: Mapping[Key, MeanRouting]) -> Delta:
         means: of `mean_routings`.
 
     Raises:
-        FoldError: the experts are no weight change, or add a constant, which a LoRA has no place for.
+        FoldError: the experts are not a weight change, or add a constant, which a LoRA has no place for.
     """
 
     def mean(branch: Branch) -> Change:

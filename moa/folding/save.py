@@ -36,13 +36,13 @@ def save_folded(
 
     Raises:
         FoldError: a mixture has no exact weight; the layer and the reason are named.
-        ConfigError: the base is no transformers model, or `out` is the base's folder.
+        ConfigError: the base is not a transformers model, or `out` is the base's folder.
         CheckpointError: `out` exists.
     """
     base: Any = model.base
     if not hasattr(base, "save_pretrained"):
         raise ConfigError(
-            f"a {type(base).__name__} is no transformers model: call merge_and_unload() and save its state_dict."
+            f"a {type(base).__name__} is not a transformers model: call merge_and_unload() and save its state_dict."
         )
     source = Path(getattr(base, "name_or_path", "") or "")
     known = source != Path() and source.is_dir()

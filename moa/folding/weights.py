@@ -26,7 +26,7 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
         task: the inputs are all of this task, for routers that look at it.
 
     Raises:
-        FoldError: the routing depends on the input, the experts are no weight change, or the base holds no dense
+        FoldError: the routing depends on the input, the experts are not a weight change, or the base holds no dense
             weight.
         NumericsError: an expert holds NaN or infinity.
     """

@@ -61,7 +61,7 @@ WEIGHT_SUFFIXES = (
 def staged(out: str | Path, *, overwrite: bool = False, inputs: Sequence[str | Path] = ()) -> Iterator[Path]:
     """Give a new folder beside `out` to write into, and rename it to `out` when the block ends without an error.
 
-    Files in an `out` that is replaced which are no part of a checkpoint go along, unless the new one has them.
+    Files of a replaced `out` that do not belong to a checkpoint are copied, unless the new one has that name, too.
     Until then `out` is untouched. A block that raises leaves nothing behind; a killed process leaves a hidden folder
     ending in ".partial", never a half-written `out`. When `out` is replaced, the old folder is moved aside, the new one
     moved in, and the old one deleted last: a kill between the two moves leaves the old one whole beside `out`,
@@ -124,7 +124,7 @@ def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[s
             )
         if target.is_symlink() or not target.is_dir() or not _replaceable(target):
             raise CheckpointError(
-                f"{target} is no folder with a checkpoint (a model's {' or '.join(MARKS)} in it), so overwrite=True "
+                f"{target} is not a folder with a checkpoint (a model's {' or '.join(MARKS)} in it), so overwrite=True "
                 "does not replace it: remove it yourself or choose another output folder."
             )
     return target
@@ -143,7 +143,7 @@ def _is_mark(file: Path) -> bool:
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
-    """Copy what is no part of a checkpoint from an old folder into a new one that does not have it."""
+    """Copy what does not belong to a checkpoint from an old folder into a new one that does not have it."""
     for source in sorted(old.rglob("*")):
         inside = source.relative_to(old)
         own = source.name.endswith(WEIGHT_SUFFIXES) or any(fnmatch(source.name, pattern) for pattern in REST)

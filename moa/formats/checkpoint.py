@@ -32,7 +32,7 @@ def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
     """Write a checkpoint atomically: the new weights file replaces the old one in one step, or not at all.
 
     Args:
-        folder: made if it does not exist; other files in it are left alone.
+        folder: made if it does not exist; other files in it stay as they are.
         description: plain JSON values that rebuild the model.
         tensors: name -> tensor of any shape, e.g. down (E, r, i).
 
@@ -277,5 +277,5 @@ def warn_of_unsaved(base: nn.Module, saved_whole: Iterable[str]) -> None:
 
 
 def plain_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with JSON values alone; what JSON cannot hold becomes its text."""
+    """Return a configuration with only JSON values; what JSON cannot hold becomes its text."""
     return json.loads(json.dumps(dict(values), default=str))  # type: ignore[no-any-return]

@@ -43,7 +43,7 @@ def is_foreign(folder: Path) -> bool:
 
 
 def read_foreign(folder: Path) -> Foreign:
-    """Return what a folder holds; a pickled .bin is read as tensors alone, nothing in it is run.
+    """Return what a folder holds; of a pickled .bin only tensors are read, and nothing in it runs.
 
     The tensors of a safetensors file are read when they are asked for.
 

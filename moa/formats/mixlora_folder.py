@@ -31,7 +31,7 @@ OLD_LINEARS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_pr
 STRATEGIES = ("mixlora", "mixtral")  # two names of the same top-k softmax gate
 REFUSED = {
     "use_dora": "DoRA rescales the whole weight, which the recipe's experts do not",
-    "bias": "trained biases are no part of the layout's experts",
+    "bias": "the layout's experts have no trained biases",
 }
 Pairs = dict[tuple[str, int], tuple[Tensor, Tensor]]  # (place, e.g. "3.mlp.up_proj", expert) -> A (r, i), B (o, r)
 
@@ -122,7 +122,7 @@ def _sorted(found: Foreign) -> tuple[dict[int, Tensor], Pairs, Pairs]:
         if gate is not None:
             gates[int(gate["layer"])] = tensor
         elif match is None:
-            raise CheckpointError(f"{found.path} holds {key!r}, which is no tensor of the MixLoRA layout.")
+            raise CheckpointError(f"{found.path} holds {key!r}, which is not a tensor of the MixLoRA layout.")
         else:
             expert = match.groupdict().get("expert")
             linear = OLD_LINEARS.get(match["linear"], match["linear"])

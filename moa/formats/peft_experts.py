@@ -31,7 +31,7 @@ def read_adapters(paths: Sequence[str | Path], model: nn.Module) -> list[Deltas]
 
     Raises:
         ConfigError: no path given.
-        CheckpointError: a folder that is no PEFT LoRA adapter, or whose change is not low-rank; the option is named.
+        CheckpointError: a folder that is not a PEFT LoRA adapter, or whose change is not low-rank; the option is named.
         NumericsError: NaN or infinity in a factor.
     """
     if not paths:
@@ -83,7 +83,7 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
         adapters: E of them, layer name -> low-rank change (o, i).
 
     Raises:
-        ConfigError: a recipe whose experts are no LoRAs, or not as many as there are adapters.
+        ConfigError: a recipe whose experts are not LoRAs, or not as many as there are adapters.
         CheckpointError: a factor of another shape than its layer: an adapter for another base.
     """
     for name in names:

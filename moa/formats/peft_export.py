@@ -24,7 +24,7 @@ TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForCondit
 
 
 def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
-    """Write one expert as a PEFT LoRA folder that peft loads alone, with a model card, and return its path.
+    """Write one expert as a PEFT LoRA folder that peft loads by itself, with a model card, and return its path.
 
     Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
     Where the base is a class of moa around a transformers model (task heads on an encoder), the adapter is for the

@@ -44,9 +44,9 @@ def read_peft(
 
     Args:
         path: folder with adapter_config.json and adapter_model.safetensors (or .bin, read as tensors only).
-        base: the base model's folder or state dict. PiSSA, OLoRA, KaSA, DoRA, trained biases and modules saved whole
-            are changes of it that only it tells.
-        initial: the folder of the same adapter before training, which tells what PiSSA, OLoRA, CorDA or LoRA-GA moved
+        base: the base model's folder or state dict. It is needed for PiSSA, OLoRA, KaSA, DoRA, trained
+            biases and modules saved whole, which are changes relative to it.
+        initial: the folder of the same adapter before training, which holds what PiSSA, OLoRA, CorDA or LoRA-GA moved
             from the base into the factors.
 
     Returns:
@@ -56,9 +56,9 @@ def read_peft(
         such a base stores its weights, (i, o): the factors change places.
 
     Raises:
-        CheckpointError: a file is missing, truncated or damaged, is no LoRA, uses an option that is no change of the
-            weights or that is unknown (each refused by name), needs the base and has none, or its ranks are not those
-            of its config.
+        CheckpointError: a file is missing, truncated or damaged, is not a LoRA, uses an option that is not a change of
+            the weights or that is unknown (each refused by name), needs the base and has none, or its ranks are not
+            those of its config.
         ShapeError: factors do not fit together.
 
     Source: Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732, for the scale of rsLoRA.
@@ -158,7 +158,7 @@ class Lora:
     def _sort(self, key: str) -> None:
         if "lora_embedding_" in key:
             raise CheckpointError(
-                f"{self.source} holds {key!r}: LoRA on an embedding is no change of a linear layer, and is refused; "
+                f"{self.source} holds {key!r}: LoRA on an embedding is not a change of a linear layer, and is refused; "
                 "take the difference of two full checkpoints."
             )
         match = KEY.fullmatch(key)

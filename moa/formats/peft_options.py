@@ -85,7 +85,7 @@ OPTIONS: dict[str, Option] = {
         alora_invocation_tokens="an activated LoRA (aLoRA) acts only after given tokens: no constant change",
         use_qalora="QALoRA pools groups of inputs of a GPTQ layer before the factors, whose codes take no change",
         layer_replication="it repeats layers of the base, so its layers are not the base's",
-        trainable_token_indices="it replaces rows of the embedding, which is no linear layer",
+        trainable_token_indices="it replaces rows of the embedding, which is not a linear layer",
         target_parameters="its factors belong to fused expert parameters, not to linear layers",
         arrow_config="it is a router over other adapters: moa.build(model, 'arrow', experts=[…]) takes those",
         monteclora_config="its factors are random variables",
@@ -113,7 +113,7 @@ INITS: dict[str, Option] = {
     ),
     **_all("refused", loftq="it replaces the base's weights by quantised ones, and the factors carry the difference"),
 }
-# mixtures behind a router, which are no one weight change, and what to do with them
+# mixtures behind a router, which are not one weight change, and what to do with them
 ROUTED = {
     "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those, or moa.load it.",
     "MIXLORA": "Its experts are feed-forward blocks behind a gate: no weight change; moa.load reads it as a model.",
@@ -132,8 +132,8 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
     """Check that a LoRA configuration holds only options whose meaning for the saved tensors is known; no tensors.
 
     Raises:
-        CheckpointError: no LoRA; an option that is refused, or unknown and set (null, false and empty are harmless);
-            a rank or an alpha that is no number. It is named, with the reason.
+        CheckpointError: it is not a LoRA; an option that is refused, or unknown and set (null, false and empty are
+            harmless); a rank or an alpha that is not a number. The message names it, with the reason.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -198,7 +198,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any, so
     """Return the value of the first pattern that fits the end of a module's path, as PEFT matches them; no tensors.
 
     Raises:
-        CheckpointError: a pattern that is no regular expression, or takes seconds on one name.
+        CheckpointError: a pattern that is not a regular expression, or takes seconds on one name.
     """
     for pattern, value in (patterns or {}).items():
         try:

@@ -44,10 +44,10 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
             complete or of another shape.
 
     Source: PEFT 0.21, tuners/xlora.
-    Differs: PEFT 0.21.2 saves tensors by a filter that takes the number of a layer for the number of an adapter. Of
-        its folders, the classifier is put together again; adapters in them are not complete, so those that the
-        configuration names are used where they were frozen, and nothing where they were trained. With
-        layerwise_scalings each layer gets a classifier of its own, inner layers copied: equal until trained further.
+    Differs: PEFT 0.21.2 saves with a filter that mistakes a layer index for an adapter index. Of
+        its folders, this reader puts the classifier together again. Their adapters are not complete: frozen ones are
+        read from the folders that the configuration names, trained ones are refused. With layerwise_scalings each layer
+        gets a classifier of its own, inner layers copied, so they are equal until trained further.
     """
     config = found.config
     _check(found)
@@ -66,7 +66,7 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
             layerwise=config.get("layerwise_scalings", False),
             depth=depth,
             **(inner if depth > 1 else {}),
-            temperature=1.0 if raw else config.get("softmax_temperature", 1.0),  # peft divides in the softmax alone
+            temperature=1.0 if raw else config.get("softmax_temperature", 1.0),  # peft divides only in the softmax
             score="raw" if raw else "softmax",
             renormalize=config.get("enable_softmax_topk", False),
             targets=tuple(layers),
@@ -150,7 +150,7 @@ def _classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:
     for key, tensor in found.tensors.items():
         match = CLASSIFIER.fullmatch(key)
         if match is None or match[1] is None:
-            raise CheckpointError(f"{found.path} holds {key!r}, which is no tensor of an X-LoRA classifier.")
+            raise CheckpointError(f"{found.path} holds {key!r}, which is not a tensor of an X-LoRA classifier.")
         out.setdefault(int(match[1]), {})[match[2]] = tensor
     for number in range(len(found.config["adapters"])):  # PEFT 0.21 puts layer j into folder j, without its number
         beside = found.path / str(number)

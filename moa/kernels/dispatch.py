@@ -126,7 +126,7 @@ def choose(
     else:
         n_experts, rank, d_in = factors
         if ability == "few_rows" and n_rows == 1 and device.type == "cpu":
-            name = "concat"  # it reads the experts of a single row alone
+            name = "concat"  # for a single row it reads only that row's experts
         else:
             name = choose_engine(n_rows, d_in, d_out, n_experts, rank, k, dtype, device)
         if needed and needed not in abilities(name):

@@ -1,4 +1,7 @@
-"""The dtypes that products run in. `Tensor.to` costs microseconds even where nothing is to do: here it is asked."""
+"""The dtypes that products run in.
+
+`Tensor.to` costs microseconds even when it is a no-op, so these helpers test the dtype first.
+"""
 
 from __future__ import annotations
 

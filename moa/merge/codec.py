@@ -35,7 +35,7 @@ def _density(x: Tensor) -> Tensor:
 def _levels(bits: int) -> tuple[float, ...]:
     count = 2**bits
     levels = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    # Lloyd's iteration alone creeps (256 levels still move by 1e-4 after 2,000 rounds); Newton's finishes it.
+    # Lloyd's iteration by itself creeps (256 levels still move by 1e-4 after 2,000 rounds); Newton's finishes it.
     for _ in range(100):
         levels = _medians(levels)
     for _ in range(20):

@@ -20,7 +20,7 @@ def check_weights(weights: Sequence[float] | None, n: int, where: str) -> tuple[
     """Return one finite number per adapter; ones where none were given.
 
     Raises:
-        ConfigError: another number of weights than adapters, or a weight that is no finite number.
+        ConfigError: another number of weights than adapters, or a weight that is not a finite number.
     """
     if weights is None:
         return (1.0,) * n
@@ -40,7 +40,7 @@ def normalised(weights: Sequence[float], where: str) -> tuple[float, ...]:
     """
     if abs(sum(weights)) < 1e-12:
         raise ConfigError(
-            f"{where}: the weights {list(weights)} sum to 0, so they are no average; use task_arithmetic."
+            f"{where}: the weights {list(weights)} sum to 0, so they do not form an average; use task_arithmetic."
         )
     return tuple(w / sum(weights) for w in weights)
 

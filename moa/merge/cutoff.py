@@ -23,7 +23,7 @@ def _keys(tensor: Tensor, dtype: torch.dtype) -> NDArray[np.signedinteger]:
     if tensor.dtype != dtype:
         raise ShapeError(
             f"one threshold over tensors of two types, {dtype} and {tensor.dtype}: convert the adapter to one type, or "
-            "rank each tensor alone (scope='tensor')."
+            "rank each tensor by itself (scope='tensor')."
         )
     view = torch.int64 if dtype == torch.float64 else torch.int32
     # numpy's counting and selecting is two to five times as fast as torch's on CPU.

@@ -1,4 +1,4 @@
-"""EMR: one unified change, and per task one bit an entry and one number.
+"""EMR: one unified change, and, for each task, a 1-bit mask and one scale.
 
 EMR-Merging (arXiv 2405.17461).
 """

@@ -187,7 +187,7 @@ def scope(options: Mapping[str, Any]) -> str:
 
 
 def thresholds(plan: Plan) -> tuple[float, ...] | None:
-    """Return each adapter's magnitude threshold over the whole model, or None if tensors are trimmed alone."""
+    """Return each adapter's magnitude threshold over the whole model, or None if each tensor is trimmed by itself."""
     densities = per_adapter(plan.options["density"], len(plan.adapters), "density")
     for density in densities:
         check_density(density, plan.method.name)

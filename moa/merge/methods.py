@@ -158,7 +158,7 @@ METHODS: dict[str, Method] = _table(
     ),
     Method(
         "magnitude",
-        "the trim of TIES (arXiv 2306.01708) alone",
+        "only the trim of TIES (arXiv 2306.01708)",
         "λ Σ w_t top(δ_t)",
         elementwise,
         {"density": DENSITY, "scope": SCOPE, "scale": SCALE},

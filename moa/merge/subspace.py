@@ -51,7 +51,7 @@ def aligned(deltas: Sequence[Delta]) -> tuple[Tensor, Tensor, list[Tensor]]:
         U (o, q), σ (q,), and n blocks V_tᵀ (q, i); q is the numerical rank of the concatenation.
 
     Raises:
-        ShapeError: the changes are no matrices of one shape.
+        ShapeError: the changes are not matrices of one shape.
 
     Source: Stoica et al. 2024, arXiv 2410.19735 (shared singular basis).
     """
@@ -86,13 +86,13 @@ def knots(deltas: Sequence[Delta], combine: Callable[[Sequence[Tensor]], Tensor]
         Low-rank: up U (o, q), down (q, i).
 
     Raises:
-        ShapeError: the changes are no matrices of one shape.
+        ShapeError: the changes are not matrices of one shape.
         ConfigError: an unknown share.
 
     Source: Stoica et al. 2024, arXiv 2410.19735.
     Differs: the paper combines V_t ("plain"); its released code puts the singular values on V_t first ("scaled",
-        `s_on_V`) in every configuration of its tables, and so do we unless told. Their code ranks entries over the
-        whole model, here each tensor is combined alone.
+        `s_on_V`) in every configuration of its tables, and so do we by default. Their code ranks entries over the
+        whole model, here each tensor is combined by itself.
     """
     if share not in ("scaled", "plain"):
         raise ConfigError(unknown_name("share", share, ("scaled", "plain"), "knots"))

@@ -60,7 +60,7 @@ def write_checkpoint(
     for bit (unless `dtype` is given). The sum is taken in float32, or float64 if either is, and rounded once.
 
     Args:
-        base: the base model's folder; its config, tokenizer and every other file that is no weight are copied.
+        base: the base model's folder; its config, tokenizer and every other file that holds no weights are copied.
         deltas: name -> ΔW (o, i); lazy ones (`merge_lazily`) are made as they are written.
         out: the folder to make.
         dtype: floating type to store; each tensor's own if None.
@@ -208,8 +208,8 @@ def write_peft(
         `Written`, with the relative error of every module that was squeezed.
 
     Raises:
-        ConfigError: a dense delta and no rank, a name that is no weight, nothing to write, or an unusable type.
-        ShapeError: a delta that is no matrix.
+        ConfigError: a dense delta and no rank, a name that is not a weight, nothing to write, or an unusable type.
+        ShapeError: a delta that is not a matrix.
         NumericsError: a delta has NaN or infinity, also after rounding to `dtype`.
         CheckpointError: `out` exists.
     """
@@ -228,7 +228,7 @@ def write_peft(
         for name in tqdm(deltas, desc="write", disable=not progress):
             module = name.removesuffix(".weight")
             if module == name:
-                raise ConfigError(f"write_peft: {name!r} is no linear layer's weight; LoRA cannot hold its change.")
+                raise ConfigError(f"write_peft: {name!r} is not a linear layer's weight; LoRA cannot hold its change.")
             delta = check_finite(as_delta(deltas[name], name), name, source)
             small, squeezed = _at_rank(delta, name, rank)
             if squeezed is not None:

@@ -42,7 +42,7 @@ class Block:
             found = branch.bank.fused.shared_hidden([bank.fused for bank in banks], x, indices)
             decision.source = x
             decision.hidden = {id(bank): hidden for bank, hidden in zip(banks, found, strict=False)}
-        # Taken out: a recomputed forward may stop before the block's last layer, and must not keep activations alive.
+        # pop, not get: a recomputed forward may stop early, and a kept entry would keep activations alive.
         hidden = decision.hidden.pop(id(branch.bank), None)
         if not decision.hidden:
             decision.source = None

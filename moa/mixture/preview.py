@@ -1,4 +1,4 @@
-"""The first pass: what the frozen base alone makes of a batch, for routers that decide before the layers run."""
+"""The first pass: what only the frozen base makes of a batch, for routers that decide before the layers run."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _followed(cache: Any) -> Any:
         if here != there:
             raise ContextError(
                 f"this cache holds {here} positions and its first pass {there}: a forward between them ran without "
-                "the experts, or one of the two was cropped alone. Start from an empty cache."
+                "the experts, or only one of the two was cropped. Start from an empty cache."
             )
     return cache
 

@@ -180,7 +180,7 @@ def find_body(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[n
         what = f"{', '.join(outside[:4])} lie outside" if outside else f"there are several: {', '.join(lists)}"
         raise ConfigError(
             f"streams run through one stack of blocks, and {what} in {type(model).__name__}: choose other targets, or "
-            "adapters of the blocks alone."
+            "adapters of only the blocks."
         )
     path, blocks = next(iter(lists.items()))
     parts = path.split(".")

@@ -62,7 +62,7 @@ class RoutingMonitor(TrainerCallback):
         images: write heat maps.
         dead_share: an expert is dead below this fraction of its even share.
         collapse_below: see `moa.monitor.statistics.has_collapsed`.
-        all_reduce: add up the processes of torch.distributed; False shows the first process alone.
+        all_reduce: add up the processes of torch.distributed; False shows only the first process.
 
     Raises:
         ConfigError: every < 1, no tasks, or dead_share or collapse_below outside (0, 1].
@@ -232,7 +232,7 @@ class RoutingMonitor(TrainerCallback):
             return []
         self._told_about_tasks = True
         message = (
-            f"{stray:.0f} rows belong to no task 0 … {len(self.tasks) - 1}; they count in the total load alone. "
+            f"{stray:.0f} rows belong to no task 0 … {len(self.tasks) - 1}; they count only in the total load. "
             "Give RoutingMonitor the tasks=[names] (or their number) of your data."
         )
         if _rank() == 0:

@@ -62,7 +62,7 @@ def expert_load(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     Args:
         routing: weights (*rows, K).
-        mask: (*rows,) bool, True on rows that count; a routing of other rows (sequence, constant) counts all of its.
+        mask: (*rows,) bool, True on rows that count; a routing of other rows (sequence, constant) is averaged unmasked.
     """
     use = expert_use(routing)
     if mask is not None and mask.shape == use.shape[:-1]:
@@ -173,7 +173,7 @@ def has_collapsed(layer: LayerLoad, below: float = COLLAPSE_BELOW) -> bool:
     """Tell whether a layer has collapsed: its `spread` is less than `below`, seen on at least 16 slots per expert.
 
     The measure is relative to k, so k = 1 with even load is as far from a warning as k = 4, and a layer without a
-    choice (E = k) never warns. Fewer slots say nothing: one row uses k experts alone.
+    choice (E = k) never warns. Fewer slots say nothing: one row uses only k experts.
     """
     return layer.rows * (layer.k or 1) >= 16 * layer.n_experts and spread(layer) < below
 
@@ -227,7 +227,7 @@ class RoutingStatistics:
 
         Args:
             trace: the records.
-            task_ids: (B,) int64 task of each example, broadcast to its rows; rows that are no multiple of B count
+            task_ids: (B,) int64 task of each example, broadcast to its rows; rows that are not a multiple of B count
                 without a task.
         """
         groups: dict[tuple[Any, ...], list[tuple[str, Routing, Tensor | None]]] = {}
@@ -267,7 +267,7 @@ class RoutingStatistics:
         else:
             kept = mask.reshape(outer, inner).float()
             use, counted = use * kept.unsqueeze(-1), kept.sum(1)
-        # fp64: autocast leaves it alone (counts in bf16 would stop at 256), and long windows stay exact
+        # fp64: autocast does not cast it (counts in bf16 would stop at 256), and long windows stay exact
         exact = torch.float32 if weights.device.type == "mps" else torch.float64
         table = self._task_table(outer, task_ids, weights.device).to(exact)
         counts, n_rows = table @ use.sum(2).to(exact), table @ counted.to(exact)

@@ -18,7 +18,7 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     Args:
         values: (*rows, E), or (*rows,) for a scalar mean.
         mask: (*rows,) bool, True on rows that count; None counts all. A routing of fewer rows than the mask
-            (sequence or task rows) counts every one of its rows.
+            (sequence or task rows) is averaged unmasked.
     """
     if mask is None or values.ndim < mask.ndim or values.shape[: mask.ndim] != mask.shape:
         rows = values if values.ndim > 0 else values.unsqueeze(0)

@@ -56,7 +56,7 @@ class Objective:
         return total, {name: value.detach() for name, value in parts.items()}
 
     def per_example(self, losses: list[Tensor], logits: list[Tensor | None], labels: Any) -> Tensor | None:
-        """Return each example's share of the task loss under each selection (M, B), or None where it cannot be told.
+        """Return each example's share of the task loss under each selection (M, B), or None where nothing gives it.
 
         Args:
             losses: M task losses () that the model reports.

@@ -226,7 +226,7 @@ class MOELoRA(Recipe):
         check_size("d_embedding", self.d_embedding)
 
     def build(self, site: Site) -> list[Branch]:
-        """Return one branch: a gate that looks at the task of x (*rows, i) alone."""
+        """Return one branch: a gate that looks only at the task of x (*rows, i)."""
         router = TaskEmbeddingRouter(
             site.d_in, self.n_experts, self.n_tasks, d_embedding=self.d_embedding, unknown=self.unknown_tasks
         )

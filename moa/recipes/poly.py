@@ -32,7 +32,7 @@ class Poly(Recipe):
     The table wants a larger learning rate than the skills: `model.optimizer_groups(lr=1e-3)` gives it its own.
 
     Args:
-        mode: "full" trains table and skills, "z" the table alone (for skills trained before), "mu" has no table:
+        mode: "full" trains table and skills, "z" only the table (for skills trained before), "mu" has no table:
             equal weights, all skills trained; the keywords below are for the other two.
         n_tasks: rows of the table.
         relaxed: relaxed Bernoulli gates in training; False for the plain sigmoid.

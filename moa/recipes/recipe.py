@@ -43,7 +43,7 @@ class Recipe:
         targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name; the last two
             find convolutions too.
         engine: kernel engine by name; None lets the dispatcher choose.
-        train_experts: False freezes the experts, so that the routers alone learn; the default with `experts=[…]`.
+        train_experts: False freezes the experts, so that only the routers learn; the default with `experts=[…]`.
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
@@ -219,7 +219,7 @@ class Recipe:
         raise ConfigError(f"recipe {self.name!r} does not route by task: there is nothing to adapt to a new one.")
 
     def carry_over(self, old: Sequence[Branch], new: Sequence[Branch]) -> None:
-        """Copy what the adapted branches of a layer, (*rows, i) -> (*rows, o), keep of the old ones: the experts."""
+        """Copy the experts of a layer's old branches, (*rows, i) -> (*rows, o), into the adapted ones."""
         for source, target in zip(old, new, strict=True):
             target.bank.load_state_dict(source.bank.state_dict())
 

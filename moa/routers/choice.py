@@ -105,7 +105,7 @@ class SoftRouter(Router):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         logits = exact_linear(F.normalize(wide, dim=-1), F.normalize(self.slots, dim=-1)) * self.scale
         rows, real = sequence_rows(logits, x, context)
-        # a row that does not count is no part of any slot; finite, so that its own combination stays a number
+        # a row that does not count belongs to no slot; finite, so that its own combination stays a number
         logits = rows.masked_fill(~real, torch.finfo(rows.dtype).min).view_as(logits)
         share = logits.softmax(-1)
         weights = reduce(share, "... (e p) -> ... e", "sum", e=self.n_experts)

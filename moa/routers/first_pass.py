@@ -84,7 +84,7 @@ class PreviewRouter(Router):
         if context.preview is None:
             raise ContextError(
                 "this router looks at a first pass of the frozen base, and there was none: call the MoAModel, or its "
-                "base inside it, not a layer alone."
+                "base inside it, not one of its layers."
             )
         hidden = self._rows(context.preview, x, context)
         logits = self.classify(hidden) / self.temperature

@@ -25,7 +25,7 @@ class IdRouter(Router):
         """Return the routing of x (n · B, …, i): weight 1 for one expert, rows (n · B, 1, …).
 
         Raises:
-            ShapeError: the rows are no multiple of n.
+            ShapeError: the rows are not a multiple of n.
         """
         rows = x.shape[:-1]
         if not rows or rows[0] % self.n_experts:

@@ -89,7 +89,7 @@ class ProjectionRouter(BalancedRouter):
         return (y if self.choice == "signed" else y.abs()) + bias
 
     def pinned(self, x: Tensor, expert: int) -> Routing:
-        """Return the routing that uses one expert alone on x (*rows, i), with its own product as weight (*rows, 1).
+        """Return the routing that uses only one expert on x (*rows, i), with its own product as weight (*rows, 1).
 
         Raises:
             ConfigError: expert is outside 0 … n_experts - 1.
@@ -128,9 +128,8 @@ def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tenso
     Source: arXiv 2510.08396, eq. 7.
     """
     check_nonzeros(nonzeros, d_in)
-    rng = np.random.RandomState(
-        seed
-    )  # its stream is frozen by promise, unlike torch's: checkpoints hold the seed alone
+    # NumPy promises that this stream never changes, PyTorch does not; checkpoints hold only the seed.
+    rng = np.random.RandomState(seed)
     places = rng.random_sample((n_rows, d_in)).argsort(1, kind="stable")[:, :nonzeros]
     values = rng.standard_normal((n_rows, nonzeros)) / n_rows
     dense = np.zeros((n_rows, d_in), dtype=np.float32)

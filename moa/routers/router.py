@@ -28,7 +28,7 @@ class Router(nn.Module):
         loss_weights: name in `LOSSES` or `MODEL_LOSSES` of `moa.objective.losses` -> coefficient, added to the
             training loss.
         known_tasks: the task ids it can route; None where it does not look at them or takes any.
-        learning_rate: its parameters' own, for `MoAModel.optimizer_groups`; None is everyone's.
+        learning_rate: of this router's parameters, see `MoAModel.optimizer_groups`; None uses the optimizer's.
 
     Raises:
         ConfigError: k < 1 or k > n_experts.
@@ -59,7 +59,7 @@ class Router(nn.Module):
         return None
 
     def pinned(self, x: Tensor, expert: int) -> Routing:
-        """Return the routing that uses one expert alone on x (*rows, i): its weight is 1.
+        """Return the routing that uses only one expert on x (*rows, i): its weight is 1.
 
         Raises:
             ConfigError: expert is outside 0 … n_experts - 1.

@@ -23,8 +23,8 @@ class SampledRouter(Router):
     |---|---|---|
     | weight | (E, i) | uniform ±1/√i (the paper does not give one) |
 
-    The constant ω of the paper is the bank's scaling. The router sees x detached: the policy term can move the
-    router alone, never the experts of earlier layers.
+    The constant ω of the paper is the bank's scaling. The router sees x detached, so the policy term moves only
+    the router, never the experts of earlier layers.
 
     The M forwards of a step start from the same random state, so that they have the same dropout. Each draws from it
     the noise of all M selections and takes its own, so that the selections are independent all the same, and the

@@ -86,7 +86,8 @@ def distill(
         model: the mixture; it is not changed, and runs in eval mode.
         rank: r of the LoRA.
         data: batches of the model's inputs, input_ids (B, S) and so on, on its device; labels, if there, give the gap
-            in loss. A list or a DataLoader: it is gone through several times. None needs constant routings.
+            in loss. A list or a DataLoader, as several passes go over it. None is allowed only if all routings are
+            constant.
         task_id: the LoRA stands for this task's rows, for routers that look at the task.
         steps: gradient steps, one batch each, the data again from its start where it ends; none are taken where the
             closed form is exact.
@@ -100,7 +101,7 @@ def distill(
     Raises:
         ConfigError: a rank below 1, an unknown objective, steps without data, data that can be gone through only
             once or is empty, or a routing that depends on the input and no data.
-        FoldError: experts that are no weight change, or streams.
+        FoldError: experts that are not a weight change, or streams.
         NumericsError: the divergence became NaN or infinite.
     """
     if rank < 1:

@@ -2,7 +2,7 @@
 
 Columns are the E·r concatenated ranks: column c belongs to expert c // r. A gate is the sum of a row's weights for
 the expert of a column; 0 means not chosen, and `where` instead of a product keeps 0 · inf out of the results.
-Row counts are not specialised: a batch of another length compiles nothing, and a single row is no special case.
+Row counts are not specialised: a batch of another length compiles nothing, and a single row is not a special case.
 Launches and sizes: `launches.py`.
 """
 
