@@ -155,8 +155,9 @@ def _jittered(rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
 
 def _logits(rows: Tensor, gate: Tensor) -> Tensor:
     """Return the logits (T, E) of rows (T, i): near-ties must not flip with the activation dtype."""
-    dtype = wide(rows.dtype)
-    rows, gate = cast(rows, dtype), cast(gate, dtype)
+    if rows.dtype != gate.dtype or rows.itemsize < 4:
+        dtype = wide(rows.dtype)
+        rows, gate = cast(rows, dtype), cast(gate, dtype)
     # For many rows a CPU takes two thirds of the time in this order.
     return F.linear(rows, gate) if len(rows) <= _FEW_ROWS else (gate @ rows.T).T
 

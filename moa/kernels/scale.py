@@ -13,13 +13,12 @@ def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
     # The product is formed in the wider dtype, so that fp32 weights round once.
     scaled = values.mul_(gate) if onto_itself else values * gate
     # 0 · inf is NaN. Masking costs several times the product: a CPU looks first, a GPU would have to wait for it.
-    if weights.device.type != "cpu" or _is_suspect(scaled, weights):
+    if weights.device.type != "cpu":
+        suspect = True
+    elif len(weights) == 1 or weights.stride(0) == 0:  # Python has looked at one row before a tensor op starts
+        suspect = 0.0 in weights[:1].flatten().tolist()
+    else:
+        suspect = math.isnan(scaled.sum())
+    if suspect:
         scaled.masked_fill_(gate == 0, 0)
     return scaled if scaled.dtype == values.dtype else scaled.to(values.dtype)
-
-
-def _is_suspect(scaled: Tensor, weights: Tensor) -> bool:
-    """Return whether a weight of 0 (T, K) may have made a NaN in scaled (T, K, r)."""
-    if len(weights) == 1 or weights.stride(0) == 0:  # Python has looked at one row before a tensor op starts
-        return 0.0 in weights[0].tolist()
-    return math.isnan(scaled.sum())

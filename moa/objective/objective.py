@@ -52,7 +52,9 @@ class Objective:
             credit = torch.stack([loss.detach().reshape(1) for loss in losses]) if examples is None else examples
             log_probs = torch.stack([log_prob_per_example(t, credit.shape[1]) for t in traces])
             parts["policy"] = rloo(credit, log_probs)
-        total = sum((value.to(task.dtype) for name, value in parts.items() if name != "task"), task)
+        total = task
+        for name, value in parts.items():
+            total = total if name == "task" else total + value.to(task.dtype)
         return total, {name: value.detach() for name, value in parts.items()}
 
     def per_example(self, losses: list[Tensor], logits: list[Tensor | None], labels: Any) -> Tensor | None:
@@ -203,17 +205,20 @@ def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
         trace: of one selection of the whole network.
         n_examples: B; 1 sums the whole batch.
     """
-    total: Tensor | None = None
+    alike: dict[tuple[torch.Size, int | None], list[Tensor]] = {}
+    masks: dict[int | None, Tensor | None] = {None: None}
     for record in trace:
-        log_prob = record.routing.log_prob
-        if log_prob is None:
-            continue
-        if record.mask is not None and record.mask.shape == log_prob.shape:
-            log_prob = torch.where(record.mask, log_prob, 0)
-        rows = log_prob.reshape(n_examples, -1).sum(1)
-        total = rows if total is None else total + rows
-    assert total is not None
-    return total
+        log_prob, mask = record.routing.log_prob, record.mask
+        if log_prob is not None:
+            key = None if mask is None or mask.shape != log_prob.shape else id(mask)
+            masks[key] = None if key is None else mask
+            alike.setdefault((log_prob.shape, key), []).append(log_prob)
+    sums = []
+    for (_, key), values in alike.items():  # layers together: one by one, they cost more than the layers' products
+        layers, mask = torch.stack(values), masks[key]  # (L, *rows)
+        layers = layers if mask is None else torch.where(mask, layers, 0)
+        sums.append(layers.reshape(len(values), n_examples, -1).sum((0, 2)))
+    return torch.stack(sums).sum(0)
 
 
 def _matching_rule(loss: Tensor, logits: Tensor, labels: Tensor) -> str:

@@ -105,13 +105,13 @@ def plackett_luce(logits: Tensor, indices: Tensor) -> Tensor:
         indices: (*rows, K) int64, in the order drawn.
     Source: arXiv 2603.10160, §4 (sequential draws, the remaining mass renormalised).
     """
-    rest = logits
-    total = logits.new_zeros(logits.shape[:-1])
-    for j in range(indices.shape[-1]):
-        chosen = indices[..., j : j + 1]
-        total = total + logits.gather(-1, chosen).squeeze(-1) - rest.logsumexp(-1)
-        rest = rest.scatter(-1, chosen, float("-inf"))
-    return total
+    k = indices.shape[-1]
+    turn = torch.arange(k, device=logits.device)
+    # at which turn each expert was drawn, k where at none: (*rows, E)
+    drawn = torch.full_like(logits, k, dtype=torch.int64).scatter(-1, indices, turn.expand(indices.shape))
+    before = drawn.unsqueeze(-2) < turn.unsqueeze(-1)  # (*rows, K, E)
+    rest = logits.unsqueeze(-2).masked_fill(before, float("-inf")).logsumexp(-1)  # (*rows, K)
+    return (logits.gather(-1, indices) - rest).sum(-1)
 
 
 def check_sampling(samples: int, granularity: str) -> None:
