@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .errors import ContextError, ShapeError
 
@@ -94,23 +95,33 @@ class Decision:
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
+class Scope(Protocol):
+    """Where mixtures find the context of the forward that runs: a `Context` is its own."""
+
+    def current(self) -> Context:
+        """Return the context of what runs in this thread."""
+
+
 @dataclass
 class Context:
-    """What a layer cannot see in x; one object shared by the mixtures of one model.
+    """What a layer cannot see in x: the batch, and the part of the model that the layer is in.
 
-    Values stay until they are set again: a scope that closed with the forward would be gone when gradient
-    checkpointing runs the layer a second time.
+    A model makes one at every entry and forgets it when that ends, see `moa.model.entries`; each thread has its own.
 
     Args:
         task_ids: (B,) int64 task or domain of each example.
-        masks: (B, S) bool masks, True on real tokens; the first whose size fits a layer's rows is used.
+        masks: (B, S) bool masks of the part of the model that the layer is in, True on real tokens; the first whose
+            size fits a layer's rows is used, and none at all counts every row.
         routing_masks: (B, S) bool masks of what a pooled (sequence-level) router may look at: the prompt.
+        source: (B, S', d) what comes from another part (an encoder's output), with its own masks (B, S').
         trace: where mixtures record their routings; None records nothing.
         draws: which of a step's M forwards runs, for routers that sample; None where each forward is by itself.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it.
         decisions: what a router has decided for layers that follow it, by the name of its layer; the latest of them
             takes it out, and a new forward of the model forgets what one that failed has left.
+        batch: what the outermost entry of the forward was told, for the parts inside; None outside of a forward.
+        handed_on: masks hold for a part inside that gets none of its own.
         enabled: False makes every mixture its base layer.
         pinned: the only expert that mixtures use, with weight 1, in place of their routers; None lets routers decide.
     """
@@ -118,15 +129,41 @@ class Context:
     task_ids: Tensor | None = None
     masks: Sequence[Tensor] = ()
     routing_masks: Sequence[Tensor] = ()
+    source: tuple[Tensor, Sequence[Tensor]] | None = field(default=None, repr=False)
     trace: Recorder | None = None
     draws: Draws | None = field(default=None, repr=False)
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     preview: Tensor | None = field(default=None, repr=False)
     decisions: dict[str, Decision] = field(default_factory=dict, repr=False)
+    batch: object | None = field(default=None, repr=False)
+    handed_on: bool = True
     enabled: bool = True
     pinned: int | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _known: range | None = field(default=None, init=False, repr=False, compare=False)
+
+    def current(self) -> Context:
+        """Return this context: a mixture by itself has one that stays."""
+        return self
+
+    def within(
+        self, masks: Sequence[Tensor], routing_masks: Sequence[Tensor], source: tuple[Tensor, Sequence[Tensor]] | None
+    ) -> Context:
+        """Return the context of a part of the model in the same forward, with masks (B, S) of its own."""
+        return Context(
+            task_ids=self.task_ids,
+            masks=masks,
+            routing_masks=routing_masks,
+            source=source,
+            trace=self.trace,
+            draws=self.draws,
+            frozen_routings=self.frozen_routings,
+            preview=self.preview,
+            batch=self.batch,
+            handed_on=self.handed_on,
+            enabled=self.enabled,
+            pinned=self.pinned,
+        )
 
     def decided(self, name: str) -> Decision:
         """Return what the router of a layer has decided, weights and indices (*rows, K).
@@ -144,17 +181,38 @@ class Context:
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""
-        if not self.masks:
+        rows, masks = x.shape[:-1], self._of_source(x)
+        masks = self.masks if masks is None else masks
+        if not masks:
             return None
-        rows = x.shape[:-1]
-        for mask in self.masks:
+        for mask in masks:
             if mask.shape == rows:
                 return mask
         size = rows.numel()
-        for mask in self.masks:
+        for mask in masks:
             if mask.numel() == size:
                 return mask.reshape(rows)
         return None
+
+    def routing_masks_for(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the masks (B, S) of what a pooled router may look at in x (B, S, i)."""
+        masks = self._of_source(x)
+        masks = self.routing_masks if masks is None else masks
+        if self.frozen_routings is None:
+            return masks
+        # decoding: what comes after the prompt, such as tokens that are only proposed, is no part of it
+        return [F.pad(mask, (0, max(0, x.shape[1] - mask.shape[1]))) for mask in masks] if x.ndim > 2 else masks
+
+    def _of_source(self, x: Tensor) -> Sequence[Tensor] | None:
+        """Return the masks of the source where x is it, as it is for the keys and values of cross-attention."""
+        if self.source is None:
+            return None
+        source, masks = self.source
+        if x is source:
+            return masks
+        if torch.compiler.is_compiling() or x.shape != source.shape:
+            return None
+        return masks if x.data_ptr() == source.data_ptr() else None  # detached, as reentrant checkpointing gives it
 
     def task_rows(self, x: Tensor, known: range | None = None) -> Tensor:
         """Return the task ids shaped to broadcast against the rows of x (*rows, i): (B, 1, …), or (T,) if flattened.

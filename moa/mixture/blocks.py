@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from ..routers import Router
-from ..types import Context, Decision, Routing
+from ..types import Context, Decision, Routing, Scope
 from .mixture import Branch, Mixture, add_constants
 
 
@@ -77,15 +77,15 @@ class BlockLayer(Mixture):
     Args:
         base: the frozen layer.
         branches: one; the first layer's holds the router, the others a `FollowRouter`.
-        context: shared by all mixtures of the model.
+        scope: shared by all mixtures of the model.
         name: dotted path of the layer.
         block: which it belongs to.
     """
 
     why_not_fold = "it is a layer of a block whose experts are whole blocks"
 
-    def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str, block: Block) -> None:
-        super().__init__(base, branches, context, name)
+    def __init__(self, base: nn.Module, branches: list[Branch], scope: Scope, name: str, block: Block) -> None:
+        super().__init__(base, branches, scope, name)
         self.block = block
 
     @property
@@ -164,7 +164,7 @@ class BlockExit(BlockLayer):
 def routed_block(
     entries: Sequence[tuple[nn.Module, str, Branch]],
     last: tuple[nn.Module, str, Branch],
-    context: Context,
+    scope: Scope,
 ) -> list[Mixture]:
     """Return the layers of one block whose experts are whole blocks, entries first.
 
@@ -172,7 +172,7 @@ def routed_block(
         entries: (layer, name, branch) of those that read the block's input, in the order in which they run; the first
             one's branch holds the router, whose rows (*rows, K) all of them share.
         last: (layer, name, branch) of the one that writes the block's output.
-        context: shared by all mixtures of the model.
+        scope: shared by all mixtures of the model.
 
     Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, §3.2.
     Differs: the paper's last layer multiplies once per active expert; here all frozen products run once per row.
@@ -184,7 +184,7 @@ def routed_block(
         for module, name, branch in members:
             if layers:
                 branch.router = FollowRouter(branch.bank.d_in, leader, block.name)
-            layers.append(kind(module, [branch], context, name, block))
+            layers.append(kind(module, [branch], scope, name, block))
     return layers
 
 

@@ -12,7 +12,7 @@ from ..errors import ConfigError, ShapeError
 from ..experts import ExpertBank
 from ..layers import features, is_conv1d, is_convolution, is_dense, patches
 from ..routers import Router
-from ..types import Context, Routing
+from ..types import Context, Routing, Scope
 
 
 class Branch(nn.Module):
@@ -35,7 +35,7 @@ class Mixture(nn.Module):
     Args:
         base: the frozen layer, (*rows, i) -> (*rows, o).
         branches: what is added.
-        context: shared by all mixtures of one model.
+        scope: gives it the context of what runs; shared by all mixtures of one model.
         name: dotted path of the layer, for traces and messages.
 
     Attributes:
@@ -44,12 +44,17 @@ class Mixture(nn.Module):
 
     why_not_fold: str | None = None
 
-    def __init__(self, base: nn.Module, branches: list[Branch], context: Context, name: str) -> None:
+    def __init__(self, base: nn.Module, branches: list[Branch], scope: Scope, name: str) -> None:
         super().__init__()
         self.base = base
         self.branches = nn.ModuleList(branches)
-        self.context = context
+        self.scope = scope
         self.name = name
+
+    @property
+    def context(self) -> Context:
+        """The context of what runs in this thread."""
+        return self.scope.current()
 
     @property
     def weight(self) -> Any:
@@ -191,15 +196,15 @@ class ConvMixture(Mixture):
         return self.add(patches(self.base, x), base_out.flatten(2).mT).mT.reshape(base_out.shape)
 
 
-def mixture_on(base: nn.Module, branches: list[Branch], context: Context, name: str) -> Mixture:
+def mixture_on(base: nn.Module, branches: list[Branch], scope: Scope, name: str) -> Mixture:
     """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution, or a block.
 
     Args:
-        base, branches, context, name: see `Mixture`.
+        base, branches, scope, name: see `Mixture`.
     """
     if features(base) is None:
-        return BlockMixture(base, branches, context, name)
-    return (ConvMixture if is_convolution(base) else Mixture)(base, branches, context, name)
+        return BlockMixture(base, branches, scope, name)
+    return (ConvMixture if is_convolution(base) else Mixture)(base, branches, scope, name)
 
 
 def add_constants(y: Tensor, bank: ExpertBank, routing: Routing) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError
-from ..types import Context
+from ..types import Scope
 from .caches import JointCache, is_cache, with_follower
 from .hooks import check_hooks_run
 
@@ -24,16 +24,15 @@ class Preview:
 
     Args:
         base: a model of one stack whose body returns `last_hidden_state`.
-        context: of its mixtures.
+        scope: of its mixtures.
 
     Raises:
         ConfigError: an encoder-decoder, or a model whose width is not known.
     """
 
-    def __init__(self, base: nn.Module, context: Context) -> None:
+    def __init__(self, base: nn.Module, scope: Scope) -> None:
         hidden_width(base)
-        self.base, self.context = base, context
-        self._running = False
+        self.base, self.scope = base, scope
 
     @contextlib.contextmanager
     def before_each_forward(self) -> Iterator[None]:
@@ -62,14 +61,15 @@ class Preview:
         Raises:
             ContextError: a key-value cache that began without a first pass, or that the first pass has not followed.
         """
-        if self._running or not self.context.enabled or self.context.pinned is not None:
+        context = self.scope.current()
+        if not context.enabled or context.pinned is not None:
             return args, kwargs
         args, kwargs = (_with_followers(args), _with_followers(kwargs))
         bound = inspect.signature(self.base.forward).bind_partial(*args, **kwargs)
         inputs = {**bound.arguments}
         for extra in [p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
             inputs.update(inputs.pop(extra, {}))
-        self.context.preview = self._hidden(inputs)
+        context.preview = self._hidden(inputs)
         return args, kwargs
 
     @torch.no_grad()
@@ -83,13 +83,14 @@ class Preview:
         if cache is not None:
             inputs["past_key_values"] = cache.follower
         training = [m for m in body.modules() if m.training]
-        self._running, self.context.enabled = True, False
+        context = self.scope.current()
+        context.enabled = False
         try:
             for m in training:
                 m.training = False
             hidden = body(**inputs).last_hidden_state
         finally:
-            self._running, self.context.enabled = False, True
+            context.enabled = True
             for m in training:
                 m.training = True
         assert isinstance(hidden, Tensor)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..types import Context
+from ..types import Scope
 from .caches import in_streams, is_cache
 
 FIRST_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
@@ -74,7 +74,7 @@ class Streams(nn.Module):
         d: features of a hidden state.
         body: the module whose forward takes a batch.
         blocks: its blocks in order, each (rows, S, d) -> (rows, S, d) or a tuple that begins with it.
-        context: of the mixtures inside.
+        scope: of the mixtures inside.
         beta, gamma: of the crossings.
     """
 
@@ -84,13 +84,13 @@ class Streams(nn.Module):
         d: int,
         body: nn.Module,
         blocks: Sequence[nn.Module],
-        context: Context,
+        scope: Scope,
         *,
         beta: float = 1.0,
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        self.n, self.context = n, context
+        self.n, self.scope = n, scope
         self.crossings = nn.ModuleList(Crossing(n, d, beta, gamma) for _ in blocks)
         self.weights = nn.Parameter(torch.full((n,), 1.0 / n))
         last = len(blocks) - 1
@@ -100,7 +100,8 @@ class Streams(nn.Module):
     @property
     def running(self) -> bool:
         """Whether the streams run: not while the experts are switched off, nor with one of them pinned."""
-        return self.context.enabled and self.context.pinned is None
+        context = self.scope.current()
+        return context.enabled and context.pinned is None
 
     def remove(self) -> None:
         """Take the hooks out: the body is as before."""

@@ -31,6 +31,8 @@ from ..objective.trace import Trace
 from ..recipes import Recipe
 from ..types import Context
 from .adapt import adapted, optimizer_groups
+from .entries import close_entries, open_entries
+from .scope import ModelScope
 
 
 class Host(nn.Module):
@@ -38,7 +40,7 @@ class Host(nn.Module):
 
     Attributes:
         base: the model that holds the mixtures.
-        context: what they share; the encoder half of an encoder-decoder shares `encoder_context`, which has its mask.
+        scope: gives them the context of the forward that runs.
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
         shared_by_experts: what the families of recipes share over their layers, by the recipe's number.
@@ -47,8 +49,7 @@ class Host(nn.Module):
     """
 
     base: nn.Module
-    context: Context
-    encoder_context: Context
+    scope: ModelScope
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
     shared_by_experts: nn.ModuleDict
@@ -77,27 +78,31 @@ class Host(nn.Module):
             shared = shared.to(*placement(chosen[0].module)).train(self.training)
             chosen = [dataclasses.replace(s, shared=shared) for s in chosen]
             self.shared_by_experts[str(len(self.recipes))] = shared.requires_grad_(recipe.train_experts)
-        side = _encoder_modules(self.base)
-        for context, part in (
-            (self.context, [s for s in chosen if id(s.module) not in side]),
-            (self.encoder_context, [s for s in chosen if id(s.module) in side]),
-        ):
-            if part:
-                mixtures = recipe.mixtures(part, context)
-                if not recipe.train_experts:
-                    for branch in (branch for mixture in mixtures for branch in mixture.branches):
-                        branch.bank.requires_grad_(False)
-                inject(self.base, part, mixtures)
+        mixtures = recipe.mixtures(chosen, self.scope)
+        if not recipe.train_experts:
+            for branch in (branch for mixture in mixtures for branch in mixture.branches):
+                branch.bank.requires_grad_(False)
+        inject(self.base, chosen, mixtures)
         names = [s.name for s in chosen]
-        streams = recipe.streams(self.base, names, self.context)
+        streams = recipe.streams(self.base, names, self.scope)
         if streams is not None:
             if self.streams is not None:
                 streams.remove()
                 raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
             self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
+        open_entries(self.base, self.scope, self._kind())  # after the streams' hooks: masks are those of all streams
         self.recipes.append((recipe, names))
         self.routers_changed()
         return names
+
+    @property
+    def context(self) -> Context:
+        """The context of the forward that runs in this thread; outside of one, what the next starts from."""
+        return self.scope.current()
+
+    def _kind(self) -> str:
+        """Return "decoder", "encoder-decoder" or "encoder", by which labels and prompts are read."""
+        raise NotImplementedError
 
     def train_whole(self, names: Sequence[str]) -> None:
         """Train modules of the base whole, and save them whole, e.g. a head (d -> C).
@@ -150,7 +155,7 @@ class Host(nn.Module):
         if not self._needs_preview:
             return None
         if self._preview is None:
-            self._preview = Preview(self.base, self.context)
+            self._preview = Preview(self.base, self.scope)
         return self._preview
 
     def optimizer_step_done(self) -> None:
@@ -161,12 +166,13 @@ class Host(nn.Module):
     @contextlib.contextmanager
     def tracing(self) -> Iterator[Trace]:
         """Record the routings of the forwards inside, training or not: `with model.tracing() as trace: model(...)`."""
-        trace, before = Trace(), self.context.trace
-        self.context.trace = self.encoder_context.trace = trace
+        trace, context = Trace(), self.context
+        before, context.trace = context.trace, trace
+        trace.task_ids = context.task_ids
         try:
             yield trace
         finally:
-            self.context.trace = self.encoder_context.trace = before
+            context.trace = before
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -176,12 +182,12 @@ class Host(nn.Module):
             ConfigError: inside `folded`, where the base is not the frozen one.
         """
         self._check_not_folded("disable_adapter")
-        before = self.context.enabled
-        self.context.enabled = self.encoder_context.enabled = False
+        context = self.context
+        before, context.enabled = context.enabled, False
         try:
             yield
         finally:
-            self.context.enabled = self.encoder_context.enabled = before
+            context.enabled = before
 
     @contextlib.contextmanager
     def pin_expert(self, expert: int) -> Iterator[None]:
@@ -191,12 +197,12 @@ class Host(nn.Module):
             ConfigError: at the first layer that has no such expert; inside `folded`.
         """
         self._check_not_folded("pin_expert")
-        before = self.context.pinned
-        self.context.pinned = self.encoder_context.pinned = expert
+        context = self.context
+        before, context.pinned = context.pinned, expert
         try:
             yield
         finally:
-            self.context.pinned = self.encoder_context.pinned = before
+            context.pinned = before
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters, counted once each."""
@@ -241,16 +247,17 @@ class Host(nn.Module):
     @contextlib.contextmanager
     def _swapped(self, swap: contextlib.AbstractContextManager[None]) -> Iterator[nn.Module]:
         with swap:
-            enabled, self._folded = self.context.enabled, True
-            self.context.enabled = self.encoder_context.enabled = False
+            context, self._folded = self.context, True
+            before, context.enabled = context.enabled, False
             try:
                 yield self.base
             finally:
-                self.context.enabled = self.encoder_context.enabled = enabled
+                context.enabled = before
                 self._folded = False
 
     def unload(self) -> nn.Module:
         """Take the mixtures out and return the base with its own layers, their weights untouched."""
+        close_entries(self.base)
         take_out(self.base)
         if self.streams is not None:
             self.streams.remove()
@@ -329,14 +336,6 @@ class Host(nn.Module):
             raise ConfigError(
                 f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
             )
-
-
-def _encoder_modules(base: nn.Module) -> set[int]:
-    """Return the ids of the modules below the encoder of an encoder-decoder, empty for other models."""
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        return set()
-    encoder = base.get_encoder()  # type: ignore[operator]
-    return {id(m) for m in encoder.modules()} if isinstance(encoder, nn.Module) else set()
 
 
 def _inside(name: str, module: str) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,45 +13,78 @@ from torch import Tensor, nn
 from ..types import Context
 
 
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What the outermost entry of a forward was told.
+
+    Args:
+        task_ids: (B,) or None.
+        attention: (B, S) masks, True on real tokens.
+        routing: (B, S) masks of what pooled routers may look at.
+        decoder: (B, S') masks of the decoder of an encoder-decoder.
+        decoder_routing: (B, S') masks of what pooled routers may look at there.
+        generating: the masks are those of a prompt, which grows and whose rows may be repeated.
+    """
+
+    task_ids: Tensor | None = None
+    attention: tuple[Tensor, ...] = ()
+    routing: tuple[Tensor, ...] = ()
+    decoder: tuple[Tensor, ...] = ()
+    decoder_routing: tuple[Tensor, ...] = ()
+    generating: bool = False
+
+    def routing_of(self, own: tuple[Tensor, ...], *, decoder: bool = False) -> tuple[Tensor, ...]:
+        """Return the masks of what pooled routers may look at in a part whose own masks (B, S) are these."""
+        given = self.decoder_routing if decoder else self.routing
+        if not given or not own:
+            return given or own
+        same_rows = self.generating or decoder or (bool(self.attention) and own[0].shape == self.attention[0].shape)
+        return given if same_rows else own
+
+
 def describe_batch(
-    context: Context,
-    encoder: Context,
-    inputs: dict[str, Any],
+    inputs: Mapping[str, Any],
     *,
     kind: str,
     task_ids: Tensor | None = None,
     routing_mask: Tensor | None = None,
     labels: Any = None,
-) -> None:
-    """Tell the contexts of a model what a batch holds.
+    generating: bool = False,
+) -> Batch:
+    """Return what a batch holds.
 
     Args:
-        context: of the decoder, or of the whole model where it has one part.
-        encoder: of the encoder half.
         inputs: the model's inputs; attention_mask (B, S), decoder_attention_mask and decoder_input_ids are read.
         kind: "decoder", "encoder-decoder" or "encoder".
-        task_ids: (B,); None forgets those of the batch before.
+        task_ids: (B,).
         routing_mask: (B, S) what pooled routers may look at; None finds the prompt.
         labels: (B, S) labels tell where a prompt ends.
+        generating: the inputs are a prompt.
     """
     attention = as_masks(inputs.get("attention_mask"))
-    context.decisions, encoder.decisions = {}, {}
-    context.task_ids = encoder.task_ids = task_ids
-    encoder.masks = encoder.routing_masks = attention
-    context.masks = context.routing_masks = attention
     token_labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
+    routing, decoder_routing = attention, as_masks(routing_mask)
+    decoder: tuple[Tensor, ...] = ()
     if kind == "encoder-decoder":
-        decoder = inputs.get("decoder_input_ids", token_labels)
-        own = as_masks(inputs.get("decoder_attention_mask"))
-        if not own and token_labels is not None:
-            own = (token_labels != -100,)
-        context.masks = (*own, *attention)
-        if decoder is not None:  # the decoder may look at its first position alone: the rest is its answer
-            context.routing_masks = (first_position(decoder), *attention)
+        tokens = inputs.get("decoder_input_ids", token_labels)
+        decoder = as_masks(inputs.get("decoder_attention_mask"))
+        if not decoder and token_labels is not None:
+            decoder = (token_labels != -100,)
+        if tokens is not None and not decoder_routing:  # only the first position: the rest is the answer
+            decoder_routing = (first_position(tokens),)
+    elif routing_mask is not None:
+        routing = as_masks(routing_mask)
     elif kind == "decoder" and token_labels is not None:
-        context.routing_masks = (prompt_mask(token_labels, attention[0] if attention else None),)
-    if routing_mask is not None:
-        context.routing_masks = as_masks(routing_mask)
+        routing = (prompt_mask(token_labels, attention[0] if attention else None),)
+    return Batch(task_ids, attention, routing, decoder, decoder_routing, generating)
+
+
+def outermost(around: Context, batch: Batch) -> Context:
+    """Return the context of a forward that begins, given that outside of it; its masks (B, S) are the batch's."""
+    context = around.within(batch.attention, batch.routing, None)
+    context.task_ids = around.task_ids if batch.task_ids is None else batch.task_ids
+    context.batch, context.handed_on, context.preview = batch, True, None
+    return context
 
 
 def first_position(tokens: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ from ..mixture import Mixture
 from ..objective.objective import Objective
 from ..objective.trace import Trace
 from ..recipes import Recipe
-from ..types import Context
-from .inputs import describe_batch, input_names, prompt_attention
+from .inputs import describe_batch, input_names, outermost, prompt_attention
 from .learned import Learned
 from .load import load_host
 from .outputs import loss_of, with_loss
 from .recompute import Recomputed
+from .scope import ModelScope
 from .selections import Selections
 from .signature import joint_signature
 from .stepping import watch
@@ -40,7 +40,7 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
 
     Attributes:
         base: the wrapped model.
-        context: what the mixtures share, see `moa.types.Context`.
+        scope: gives the mixtures the context of the forward that runs, see `moa.types.Context`.
         recipes: (recipe, names of its layers), in the order in which they were built.
         last_losses: name -> scalar of the last training forward, detached: "task", "policy", each auxiliary loss.
         observers: called after each training forward with the list of its traces.
@@ -54,8 +54,7 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
         super().__init__(config if isinstance(config, PreTrainedConfig) else PreTrainedConfig())
         self.base = base
         self.selections = Selections()
-        self.context = Context(draws=self.selections)
-        self.encoder_context = Context(draws=self.selections)
+        self.scope = ModelScope(self.selections)
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
         self.shared_by_experts = nn.ModuleDict()
@@ -105,19 +104,22 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
             labels = inputs.get("labels")
         elif "labels" not in inputs:
             kwargs["labels"] = labels
-        describe_batch(
-            self.context,
-            self.encoder_context,
-            inputs,
-            kind=self._kind(),
-            task_ids=task_ids,
-            routing_mask=routing_mask,
-            labels=labels,
-        )
+        batch = describe_batch(inputs, kind=self._kind(), task_ids=task_ids, routing_mask=routing_mask, labels=labels)
         if task_ids is not None and "task_ids" in self._input_names:
             kwargs["task_ids"] = task_ids
+        outputs = None
+        self.scope.enter(self, outermost(self.context, batch))
+        try:
+            outputs = self._described(args, kwargs, labels, num_items_in_batch)
+            return outputs
+        finally:
+            self.scope.leave(self, outputs)
 
-        preview = self.preview
+    def _described(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, num_items: Any) -> Any:
+        """Return the base's outputs with the training loss (), the batch having been described."""
+        context, preview = self.context, self.preview
+        if isinstance(context.trace, Trace):
+            context.trace.task_ids = context.task_ids
         if preview is not None:
             args, kwargs = preview.run(args, kwargs)
 
@@ -130,7 +132,7 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
             outputs, loss = self._train_forward(run, labels)
         else:
             outputs, loss = run()
-        share = self.objective.share(labels, num_items_in_batch, self._shifts())
+        share = self.objective.share(labels, num_items, self._shifts())
         return outputs if loss is None else with_loss(outputs, loss if share is None else loss * share)
 
     # ---------------------------------------------------------------- what transformers asks of a model
@@ -151,21 +153,22 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
             raise ContextError(f"cannot generate: the routing of {wrong[0]} (and {len(wrong) - 1} more) is not causal.")
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         mask = kwargs.get("attention_mask")
-        if mask is None and isinstance(inputs, Tensor):
+        if mask is None and isinstance(inputs, Tensor) and inputs.ndim == 2:
             mask = prompt_attention(inputs, self.generation_config)
         decoder = kwargs.get("decoder_input_ids")
-        if decoder is None and mask is not None:
-            decoder = mask[:, :1]
+        if decoder is None:
+            decoder = next((v.flatten(1)[:, :1] for v in (mask, inputs, *kwargs.values()) if _has_rows(v)), None)
         prompt = {"attention_mask": mask, "decoder_input_ids": decoder}
-        describe_batch(self.context, self.encoder_context, prompt, kind=self._kind(), task_ids=task_ids)
-        self.context.frozen_routings = {}
-        self.encoder_context.frozen_routings = {}
+        batch = describe_batch(prompt, kind=self._kind(), task_ids=task_ids, generating=True)
+        context = outermost(self.context, batch)
+        context.frozen_routings = {}
         preview = self.preview
+        self.scope.enter(self, context)
         try:
             with preview.before_each_forward() if preview is not None else contextlib.nullcontext():
                 return self.base.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
-            self.context.frozen_routings = self.encoder_context.frozen_routings = None
+            self.scope.leave(self)
 
     def can_generate(self) -> bool:  # type: ignore[override]
         """Tell whether the base generates."""
@@ -296,3 +299,8 @@ def _empty(base_class: type[nn.Module]) -> MoAModel:
     """Return a model without state, which `pickle` and `copy` fill: classes made at run time have no name to import."""
     cls = model_class(base_class)  # type: ignore[arg-type]
     return cls.__new__(cls)
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether a value among the inputs of `generate` has an axis of examples, (B, S, …)."""
+    return isinstance(value, Tensor) and value.ndim >= 2

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..mixture import Mixture, take_out
+from .entries import close_entries
 from .host import Host
 
 
@@ -20,6 +21,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if not isinstance(model, Host):
+            close_entries(model)
         take_out(model, {id(m) for m in model.modules() if isinstance(m, Mixture)} - before)
         for parameter, flag in trained:
             parameter.requires_grad_(flag)

@@ -281,10 +281,9 @@ class Window:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, traces: list[Trace]) -> None:
         """Count the M traces of one training forward, and its losses ()."""
-        task_ids = self.model.context.task_ids
-        self.saw_tasks = self.saw_tasks or task_ids is not None
         for trace in traces:
-            self.statistics.add(trace, task_ids)
+            self.saw_tasks = self.saw_tasks or trace.task_ids is not None
+            self.statistics.add(trace, trace.task_ids)
         losses = self.model.last_losses
         if losses is not self._last_losses:  # a forward without a loss leaves those of an earlier one
             for name, value in losses.items():

@@ -166,14 +166,31 @@ def _alike(records: list[Record], losses: Losses) -> list[list[Record]]:
 
     Records of a group share their mask.
     """
-    groups: dict[Any, list[Record]] = {}
+    groups: list[list[Record]] = []
     for record in records:
         weights: Any = record.router.loss_weights
         if not weights.keys().isdisjoint(losses):
-            routing = record.routing
-            shapes = [None if value is None else (value.shape, value.dtype) for value in _fields(routing)]
-            groups.setdefault((*weights.items(), routing.n_experts, id(record.mask), *shapes), []).append(record)
-    return list(groups.values())
+            group = next((group for group in groups if _are_alike(group[0], record)), None)
+            if group is None:
+                groups.append([record])
+            else:
+                group.append(record)
+    return groups
+
+
+def _are_alike(one: Record, other: Record) -> bool:
+    """Whether a loss is one function of both; sizes are compared and not hashed, which would fix them when compiled."""
+    if one.mask is not other.mask or one.routing.n_experts != other.routing.n_experts:
+        return False
+    if one.router.loss_weights != other.router.loss_weights:
+        return False
+    for mine, theirs in zip(_fields(one.routing), _fields(other.routing), strict=True):
+        if mine is None or theirs is None:
+            if mine is not theirs:
+                return False
+        elif mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+            return False
+    return True
 
 
 def _of_layers(losses: Losses, records: list[Record]) -> dict[str, Tensor]:

@@ -24,10 +24,14 @@ class Record:
 class Trace:
     """An ordered list of `Record`s; give it to `Context.trace` and run a forward.
 
+    Attributes:
+        task_ids: (B,) of the batch whose forward is recorded, or None.
+
     A module that runs several times in one forward (shared layers) is recorded each time.
     """
 
     records: list[Record] = field(default_factory=list)
+    task_ids: Tensor | None = None
 
     def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
         """Append one record; `mask` (*rows,) is True on rows that count."""

@@ -15,7 +15,7 @@ from ..mixture.preview import hidden_width
 from ..routers import PreviewRouter, PrototypeRouter
 from ..routers.first_pass import check_classifier
 from ..routers.prototype import check_temperature
-from ..types import Context
+from ..types import Scope
 from .recipe import Recipe, TopKRecipe, register_recipe
 
 
@@ -84,9 +84,9 @@ class XLoRA(TopKRecipe):
         )
         return [Branch(router, self.bank(site))]
 
-    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+    def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return the mixtures of the sites, (*rows, i) -> (*rows, o), with one classifier unless layerwise."""
-        out = super().mixtures(sites, context)
+        out = super().mixtures(sites, scope)
         routers = [mixture.branches[0].router for mixture in out]
         for router in routers[1:]:
             if not self.layerwise:
@@ -137,7 +137,7 @@ class Arrow(TopKRecipe):
         router.experts_changed(*factors)
         return [Branch(router, bank)]
 
-    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+    def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return the mixtures of the sites, (*rows, i) -> (*rows, o).
 
         Raises:
@@ -148,7 +148,7 @@ class Arrow(TopKRecipe):
             raise ConfigError(
                 f"tied={self.tied} names no two layers side by side among {_some(s.name for s in sites)}."
             )
-        out = super().mixtures(sites, context)
+        out = super().mixtures(sites, scope)
         sizes = {mixture.name: _branch(mixture).router.d_in for mixture in out}
         for names in groups:
             if len({sizes[name] for name in names}) > 1:

@@ -13,7 +13,7 @@ from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, li
 from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
 from ..routers.linear import check_jitter
-from ..types import Context
+from ..types import Scope
 from .balance import BalancedRecipe
 from .recipe import Recipe, TopKRecipe, register_recipe
 
@@ -71,7 +71,7 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
         """Return one branch: a plain LoRA on x (*rows, i), for layers outside feed-forward blocks."""
         return [Branch(FixedRouter(site.d_in, 1), self._bank(site, 1))]
 
-    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+    def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return the sites' layers, (*rows, i) -> (*rows, o): blocks with one gate each, plain LoRAs elsewhere.
 
         Raises:
@@ -90,11 +90,11 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
             for site in block:
                 router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter, losses=losses)
                 members.append((site.module, site.name, Branch(router, self._bank(site, self.n_experts))))
-            for layer in routed_block(members[:-1], members[-1], context):
+            for layer in routed_block(members[:-1], members[-1], scope):
                 made[layer.name] = layer
         for site in sites:
             if site.name not in made:
-                made[site.name] = mixture_on(site.module, self.build(site), context, site.name)
+                made[site.name] = mixture_on(site.module, self.build(site), scope, site.name)
         return [made[site.name] for site in sites]
 
     def _bank(self, site: Site, n_experts: int) -> ExpertBank:

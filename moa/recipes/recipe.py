@@ -21,7 +21,7 @@ from ..kernels import engines
 from ..mixture import Branch, Mixture, Site, mixture_on
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
-from ..types import Context
+from ..types import Scope
 from .keywords import unknown_keyword
 
 Folds = Literal["always", "by task", "never"]
@@ -156,14 +156,14 @@ class Recipe:
         """Return what the family shares over all layers (*rows, i) -> (*rows, o) of this recipe, or None."""
         return self.family.shared(sites)
 
-    def mixtures(self, sites: Sequence[Site], context: Context) -> list[Mixture]:
+    def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return one mixture for each site, (*rows, i) -> (*rows, o); recipes whose sites share something override it.
 
         Args:
             sites: of one model, in order.
-            context: shared by the mixtures.
+            scope: gives the mixtures the context of what runs.
         """
-        return [mixture_on(site.module, self.branches(site), context, site.name) for site in sites]
+        return [mixture_on(site.module, self.branches(site), scope, site.name) for site in sites]
 
     def experts_changed(self, mixtures: Sequence[Mixture]) -> None:
         """Take note of low-rank experts read in or trained, where layers (*rows, i) look at each other's.
@@ -188,13 +188,13 @@ class Recipe:
         """
         return self
 
-    def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams | None:
+    def streams(self, base: nn.Module, names: Sequence[str], scope: Scope) -> Streams | None:
         """Return the streams in which the base runs its batch (B, …), or None for a recipe that has one.
 
         Args:
             base: with the recipe's mixtures inside.
             names: of their layers.
-            context: of the mixtures.
+            scope: of the mixtures.
         """
         return None
 

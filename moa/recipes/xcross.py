@@ -13,7 +13,7 @@ from ..mixture.hooks import check_hooks_run
 from ..mixture.preview import hidden_width
 from ..mixture.streams import Streams, find_body
 from ..routers import IdRouter
-from ..types import Context
+from ..types import Scope
 from .recipe import Recipe, register_recipe
 
 
@@ -59,7 +59,7 @@ class XCross(Recipe):
         hidden_width(base)
         return self
 
-    def streams(self, base: nn.Module, names: Sequence[str], context: Context) -> Streams:
+    def streams(self, base: nn.Module, names: Sequence[str], scope: Scope) -> Streams:
         """Return the streams of the base, whose crossings have weights (2 n (n − 1), n · d).
 
         Raises:
@@ -68,4 +68,4 @@ class XCross(Recipe):
         body, blocks = find_body(base, names)
         width = hidden_width(base)
         check_hooks_run(base, [body, *blocks])
-        return Streams(self.n_experts, width, body, blocks, context, beta=self.beta, gamma=self.gamma)
+        return Streams(self.n_experts, width, body, blocks, scope, beta=self.beta, gamma=self.gamma)

@@ -106,7 +106,7 @@ class PreviewRouter(Router):
         if hidden.shape[:-1].numel() == rows.numel():
             return hidden.reshape(*rows, hidden.shape[-1])
         if rows == hidden.shape[:1]:
-            return pool(hidden, context.routing_masks).squeeze(1)
+            return pool(hidden, context.routing_masks_for(x)).squeeze(1)
         raise ContextError(
             f"the first pass saw rows {tuple(hidden.shape[:-1])}, this layer has {tuple(rows)}: choose targets that "
             "see one row per token."

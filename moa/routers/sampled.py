@@ -73,7 +73,7 @@ class SampledRouter(Router):
         kept = frozen_while_decoding(self, context, x.shape[0])
         if kept is not None:
             return kept
-        routing = self._decide(pool(x.detach(), context.routing_masks), draw)
+        routing = self._decide(pool(x.detach(), context.routing_masks_for(x)), draw)
         if context.frozen_routings is not None:
             context.frozen_routings[id(self)] = routing
         return routing

@@ -237,7 +237,7 @@ class Run:
         arguments = self._quiet({})
         trainer = self.trainer(model, arguments)
         if statistics is not None:
-            model.context.trace = model.encoder_context.trace = _EvaluationTrace(model, statistics)
+            model.context.trace = _EvaluationTrace(model, statistics)
         try:
             scores = {}
             for task, own in zip(self.tasks, rows or [task.eval for task in self.tasks], strict=True):
@@ -245,7 +245,7 @@ class Run:
                 scores[task.name] = {"loss": got["eval_loss"], "accuracy": got["eval_accuracy"]}
             return scores
         finally:
-            model.context.trace = model.encoder_context.trace = None
+            model.context.trace = None
 
     def _quiet(self, changes: Mapping[str, Any]) -> TrainingArguments:
         """Return the run's arguments with changes, writing nothing."""

@@ -18,7 +18,9 @@ from ..errors import ConfigError, FoldError, NumericsError, unknown_name
 from ..folding.mean_routing import branch_key, mean_change, mean_routings
 from ..merge import Squeezed, squeeze
 from ..mixture import Branch, copy_sharing, take_out
+from ..model.inputs import describe_batch
 from ..model.outputs import logits_of, loss_of
+from ..types import Context
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -188,7 +190,7 @@ def _measure(
             if count and loss is not None:
                 totals[name] += float(loss) * count
         items += count if loss_of(theirs) is not None else 0
-        per_row = _divergence(model, theirs, ours, objective)
+        per_row = _divergence(model, batch, theirs, ours, objective)
         divergence += float(per_row.double().sum())
         rows += per_row.numel()
     return {name: total / items for name, total in totals.items()} if items else {}, divergence / max(rows, 1)
@@ -203,7 +205,7 @@ def _labelled(model: MoAModel, labels: Any) -> int:
     return int(((labels[:, 1:] if labels.ndim == 2 and model._shifts() else labels) != -100).sum())
 
 
-def _divergence(model: MoAModel, theirs: Any, ours: Any, objective: str) -> Tensor:
+def _divergence(model: MoAModel, batch: Mapping[str, Any], theirs: Any, ours: Any, objective: str) -> Tensor:
     """Return the divergence of each row that counts, (n,), between the outputs of the mixture and of the LoRA.
 
     Raises:
@@ -218,7 +220,8 @@ def _divergence(model: MoAModel, theirs: Any, ours: Any, objective: str) -> Tens
         per_row = (log_p.exp() * (log_p - log_q)).sum(-1)
     else:
         per_row = (logits.to(wide) - target.to(wide)).square().mean(-1)
-    mask = model.context.mask_for(target)
+    told = describe_batch(batch, kind=model._kind(), labels=batch.get("labels"))
+    mask = Context(masks=(*told.decoder, *told.attention)).mask_for(target)
     return per_row[mask] if mask is not None else per_row.reshape(-1)
 
 
@@ -239,7 +242,7 @@ def _refine(
     for number, batch in enumerate(bar):
         with torch.no_grad():
             theirs = model(**batch)
-        value = _divergence(model, theirs, student(**batch), objective).mean()
+        value = _divergence(model, batch, theirs, student(**batch), objective).mean()
         reached = float(value.detach())
         if not math.isfinite(reached):
             raise NumericsError(f"the divergence from the mixture is {reached} at step {number}: lower lr={lr}.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import moa
 from moa.mixture.streams import Cross, Fold
+from moa.model.scope import ModelScope
 from tests import laws, models
 from tests.laws import assert_close
 
@@ -45,10 +46,10 @@ def step(model: Any, batch: dict[str, Tensor], seed: int = 5) -> dict[str, Tenso
 
 
 def held(model: nn.Module) -> set[int]:
-    """Return the ids of everything of a model that can change: modules, tensors, contexts, hooks."""
+    """Return the ids of everything of a model that can change: modules, tensors, scopes, hooks."""
     things: list[Any] = [*model.modules(), *model.parameters(), *model.buffers()]
     for module in model.modules():
-        things += [value for key, value in vars(module).items() if isinstance(value, (moa.Context, Tensor))]
+        things += [value for key, value in vars(module).items() if isinstance(value, (ModelScope, Tensor))]
         things += [h for h in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
         things += [h.streams for h in things if isinstance(h, (Fold, Cross))]
     return {id(thing) for thing in things}
@@ -105,7 +106,7 @@ def test_a_copy_lives_on_without_the_original(name: str, way: str) -> None:
 def test_sharing_is_seen() -> None:
     model, _ = build("xcross", "default")
     twin = copy.deepcopy(model)
-    twin.mixtures()[next(iter(twin.mixtures()))].context = model.context
+    twin.mixtures()[next(iter(twin.mixtures()))].scope = model.scope
     with pytest.raises(AssertionError):
         nothing_is_shared(model, twin)
     twin = copy.deepcopy(model)

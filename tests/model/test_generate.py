@@ -100,7 +100,7 @@ def test_the_routing_of_a_sequence_is_kept_and_then_forgotten():
     first = next(iter(model.mixtures()))
     kept = [record.routing for record in trace if record.name == first]
     assert len(kept) == 4 and all(routing is kept[0] for routing in kept)
-    assert model.context.frozen_routings is None and model.encoder_context.frozen_routings is None
+    assert model.context.frozen_routings is None
     other = model.generate(ids.flip(0), attention_mask=mask.flip(0), max_new_tokens=4, do_sample=False)
     again = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
     assert torch.equal(other.flip(0), again)

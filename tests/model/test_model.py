@@ -373,14 +373,14 @@ def test_tracing_and_scopes_end_where_they_end():
     assert torch.equal(models.outputs_of(model, batch), plain)
 
 
-def test_task_ids_outlive_the_forward():
-    """A scope that closed with the forward would be gone when checkpointing runs the layer a second time."""
-    model, batch = build(), models.lm_batch()
+def test_task_ids_are_seen_inside_and_forgotten_afterwards():
+    model, batch, seen = build(), models.lm_batch(), []
     ids = torch.tensor([0, 1, 2, 0])
-    loss = model(**batch, task_ids=ids).loss
-    assert model.context.task_ids is ids
-    loss.backward()
-    assert model.context.task_ids is ids
+    model.observers.append(lambda _: seen.append(model.context.task_ids))
+    model.lm_head.register_forward_hook(lambda *_: seen.append(model.context.task_ids))
+    model(**batch, task_ids=ids)
+    assert len(seen) == 2 and all(value is ids for value in seen)
+    assert model.context.task_ids is None
 
 
 def test_two_models_share_nothing():

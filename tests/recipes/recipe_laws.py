@@ -250,7 +250,7 @@ def copies_apart(subject: Subject) -> None:
     before = models.outputs_of(model, batch)
     twin = copy.deepcopy(model)
     assert torch.equal(models.outputs_of(twin, batch), before), "the copy gives other outputs"
-    assert all(m.context in (twin.context, twin.encoder_context) for m in twin.mixtures().values())
+    assert all(m.scope is twin.scope for m in twin.mixtures().values())
     tensors = [{id(t) for t in (*m.parameters(), *m.buffers())} for m in (twin, model)]
     assert not tensors[0] & tensors[1], "the copy shares tensors"
     models.randomise(twin, seed=9)

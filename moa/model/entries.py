@@ -1,0 +1,129 @@
+"""Every way into a model describes its batch: hooks on the base and on each part of it that takes a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..types import Context
+from .inputs import Batch, as_masks, describe_batch, input_names, outermost
+from .scope import ModelScope
+
+SAMPLED = ("pixel_values", "input_values", "input_features")  # one row does not stand for one of their places
+_NO_MASKS: Sequence[Tensor] = ()
+
+
+class Entry:
+    """The hook at the entry of one part: its layers see its own mask, and the tasks of the outermost entry.
+
+    A part that gets no mask counts all its rows, but for the one part inside another that has no layers beside it.
+
+    Args:
+        scope: of the model.
+        names: of the part's inputs, in order.
+        kind: "decoder", "encoder-decoder" or "encoder": how labels are read where the batch enters here.
+        shared: several parts lie inside, so that a mask given here may be another's rows.
+        stacked: blocks of its own lie in it, beside other parts.
+    """
+
+    def __init__(
+        self,
+        scope: ModelScope,
+        names: Sequence[str],
+        kind: str,
+        *,
+        shared: bool,
+        stacked: bool,
+    ) -> None:
+        self.scope, self.names, self.kind = scope, tuple(names), kind
+        self.shared, self.stacked = shared, stacked
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Enter the part's context; return the inputs without task_ids where only the mixtures take them."""
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        around, changed = self.scope.current(), False
+        if around.batch is None:
+            batch = describe_batch(inputs, kind=self.kind, task_ids=inputs.get("task_ids"), labels=inputs.get("labels"))
+            around = outermost(around, batch)
+            changed = "task_ids" in kwargs and "task_ids" not in self.names
+        self.scope.enter(self, self._context(around, inputs))
+        if changed:
+            return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
+        return None
+
+    def leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        """Go back to the context around."""
+        self.scope.leave(self, outputs)
+
+    def _context(self, around: Context, inputs: dict[str, Any]) -> Context:
+        batch = around.batch
+        assert isinstance(batch, Batch)
+        given = inputs.get("attention_mask")
+        own, masks, looked_at = as_masks(given), _NO_MASKS, _NO_MASKS
+        source: tuple[Tensor, Sequence[Tensor]] | None = None
+        crossed = inputs.get("encoder_hidden_states")
+        if isinstance(crossed, Tensor):
+            there = as_masks(inputs.get("encoder_attention_mask"))
+            source = (crossed, there) if there or around.source is None else around.source
+            masks, looked_at = own or batch.decoder, batch.routing_of(own, decoder=True)
+        elif own:
+            masks, looked_at = own, batch.routing_of(own)
+        elif given is not None and batch.attention:  # in a form of the attention's: the same rows
+            masks, looked_at = batch.attention, batch.routing
+        elif around.handed_on:
+            masks, looked_at, source = around.masks, around.routing_masks, around.source
+        if any(inputs.get(name) is not None for name in SAMPLED) and inputs.get("input_ids") is None:
+            looked_at = _NO_MASKS  # a mask over samples or frames is not one over the rows that come of them
+        if self.shared and not self.stacked:
+            masks = looked_at = _NO_MASKS
+        context = around.within(masks, looked_at, source)
+        context.batch, context.handed_on = batch, not self.shared and not self.stacked
+        return context
+
+
+def open_entries(base: nn.Module, scope: ModelScope, kind: str) -> None:
+    """Put hooks on the base and on every part of it that takes a batch (B, …), in the place of those that it has.
+
+    Args:
+        base: of the model.
+        scope: of the model.
+        kind: see `Entry`; of the base.
+    """
+    close_entries(base)
+    parts = {name: module for name, module in base.named_modules() if not name or _takes_a_batch(name, module)}
+    for name, module in parts.items():
+        inside = [other for other in parts if other != name and other.startswith(f"{name}." if name else "")]
+        nearest = [o for o in inside if not any(o.startswith(f"{between}.") for between in inside)]
+        stacked = any(isinstance(child, nn.ModuleList) for child in module.children()) and bool(inside)
+        entry = Entry(
+            scope,
+            input_names(module),
+            "encoder" if name else kind,
+            shared=len(nearest) > 1,
+            stacked=stacked,
+        )
+        module.register_forward_pre_hook(entry, with_kwargs=True)
+        module.register_forward_hook(entry.leave, always_call=True)
+
+
+def close_entries(base: nn.Module) -> None:
+    """Take the hooks of `open_entries` out of a base, (B, …) -> its outputs, and out of all its parts."""
+    for module in base.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if isinstance(getattr(hook, "__self__", hook), Entry)]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
+
+
+def _takes_a_batch(name: str, module: nn.Module) -> bool:
+    """Whether a module is a model of its own, or a stack of blocks that gets a mask (B, S); a block is neither."""
+    if hasattr(module, "get_input_embeddings"):
+        return True
+    if any(part.isdigit() for part in name.split(".")):
+        return False
+    stacks = any(isinstance(child, nn.ModuleList) for child in module.children())
+    return stacks and "attention_mask" in inspect.signature(module.forward).parameters

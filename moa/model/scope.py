@@ -1,0 +1,147 @@
+"""Which context a mixture sees: that of the forward that runs in its thread, or that a recomputed block belongs to."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..compat import next_node, working_node
+from ..errors import ContextError
+from ..types import Context, Draws
+
+
+class ModelScope:
+    """The contexts of one model: each thread has those of its own forward, one inside the other, and forgets them.
+
+    Gradient checkpointing runs a block again in backward, when its forward has ended and others may have run since.
+    Which one it belongs to is read off the autograd node at work, as nodes are numbered in the order in which they
+    were made. A forward's contexts live as long as the graph of its outputs, and no longer.
+
+    Args:
+        draws: which of a step's M forwards runs; every context holds it.
+    """
+
+    def __init__(self, draws: Draws | None = None) -> None:
+        self.draws = draws
+        self._here = _Thread(draws)
+        self._graphs: dict[int, list[weakref.ref[_Graph]]] = {}  # of each thread
+
+    def current(self) -> Context:
+        """Return the context of what runs in this thread; outside of any forward, what its forwards start from."""
+        here = self._here
+        if here.inside:
+            context: Context = here.inside[-1][1]
+            return context
+        again = None if torch.compiler.is_compiling() else self._recomputed()
+        return here.outside if again is None else again
+
+    def enter(self, owner: object, context: Context) -> None:
+        """Make a context the current one, until the same owner leaves."""
+        here = self._here
+        if not here.inside:
+            here.graph = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else _Graph()
+        here.inside = (*here.inside, (owner, context))
+        if here.graph is not None:
+            here.graph.note(context)
+
+    def leave(self, owner: object, outputs: Any = None) -> None:
+        """Go back to the context before, if this owner has entered one; the outermost one leaves with its outputs."""
+        here = self._here
+        if not here.inside or here.inside[-1][0] is not owner:
+            return
+        here.inside = here.inside[:-1]
+        graph = here.graph
+        if graph is None:
+            return
+        if here.inside:
+            graph.note(here.inside[-1][1])
+            return
+        here.graph = None
+        graph.end = next_node()
+        if graph.keep(outputs):
+            known = self._graphs.setdefault(threading.get_ident(), [])
+            known[:] = [ref for ref in known if ref() is not None]
+            known.append(weakref.ref(graph))
+
+    def _recomputed(self) -> Context | None:
+        """Return the context under which the autograd node at work was made, or None outside of a backward.
+
+        Raises:
+            ContextError: forwards of several threads may be meant.
+        """
+        node = working_node()
+        if node is None:
+            return None
+        mine = threading.get_ident()
+        found = [graph for graph in self._known(mine) if graph.holds(node)]
+        if not found:  # a GPU's backward runs in a thread of its own
+            others = [thread for thread in list(self._graphs) if thread != mine]
+            found = [graph for thread in others for graph in self._known(thread) if graph.holds(node)]
+            if len(found) > 1:
+                raise ContextError(
+                    "a recomputed block may belong to forwards of several threads: train one model from one thread, or "
+                    "without gradient checkpointing."
+                )
+        return found[-1].context(node) if found else None
+
+    def _known(self, thread: int) -> Iterator[_Graph]:
+        for ref in list(self._graphs.get(thread, ())):
+            graph = ref()
+            if graph is not None:
+                yield graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"draws": self.draws}  # a copy has run nothing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class _Thread(threading.local):
+    """What one thread has: the context outside of forwards, those it is inside of, the graph that it makes."""
+
+    def __init__(self, draws: Draws | None) -> None:
+        self.outside = Context(draws=draws)
+        self.inside: tuple[tuple[object, Context], ...] = ()
+        self.graph: _Graph | None = None
+
+
+class _Graph:
+    """Which context held when each autograd node of one forward was made; held by the nodes of its outputs."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []  # number of the first node
+        self.contexts: list[Context] = []
+        self.end = 0
+
+    def note(self, context: Context) -> None:
+        """Take note that a context holds from now on; a block that runs again is not recorded again."""
+        self.starts.append(next_node())
+        kept = context.within(context.masks, context.routing_masks, context.source)
+        kept.trace = None
+        self.contexts.append(kept)
+
+    def holds(self, node: int) -> bool:
+        """Tell whether a node was made in this forward."""
+        return self.starts[0] <= node < self.end
+
+    def context(self, node: int) -> Context:
+        """Return the context under which a node was made."""
+        return self.contexts[bisect.bisect_right(self.starts, node) - 1]
+
+    def keep(self, outputs: Any) -> bool:
+        """Let the graph of outputs (tensors of any shape, nested) hold this; return False where there is none."""
+        if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict)):
+            outputs = (outputs, vars(outputs))  # a record that is no tree to PyTorch
+        tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        for node in nodes:
+            node.metadata.setdefault(_Graph, []).append(self)  # type: ignore[attr-defined]
+        return bool(nodes)
