@@ -19,7 +19,12 @@ from .recipe import Folds, Recipe, TopKRecipe, register_recipe
 @register_recipe("topk", "MoLoRA, arXiv 2309.05444; gate of Mixtral, arXiv 2401.04088")
 @dataclass(frozen=True, kw_only=True)
 class TopK(TopKRecipe, BalancedRecipe):
-    """Softmax gate per linear, the k best experts, their weights renormalised."""
+    """Softmax gate per linear, the k best experts, their weights renormalised.
+
+    Args:
+        z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
+        jitter: in training only, the gate sees x times a draw from 1 - jitter to 1 + jitter.
+    """
 
     z_loss: float = 0.001
     jitter: float = 0.0
@@ -38,7 +43,11 @@ class TopK(TopKRecipe, BalancedRecipe):
 @register_recipe("dense", "soft mixture of LoRAs; gate of HydraLoRA, arXiv 2404.19245")
 @dataclass(frozen=True, kw_only=True)
 class Dense(Recipe):
-    """Softmax gate per linear over all experts."""
+    """Softmax gate per linear over all experts.
+
+    Args:
+        z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
+    """
 
     z_loss: float = 0.0
 
@@ -52,6 +61,10 @@ class Dense(Recipe):
 @dataclass(frozen=True, kw_only=True)
 class Switch(TopKRecipe, BalancedRecipe):
     """The one best expert, weighted by its probability.
+
+    Args:
+        z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
+        jitter: in training only, the gate sees x times a draw from 1 - jitter to 1 + jitter.
 
     Differs: no capacity limit, so no token is dropped and the routing stays causal and batch-invariant.
     """
@@ -74,7 +87,12 @@ class Switch(TopKRecipe, BalancedRecipe):
 @register_recipe("noisy_topk", "Shazeer et al. 2017, arXiv 1701.06538")
 @dataclass(frozen=True, kw_only=True)
 class NoisyTopK(TopKRecipe):
-    """Learned noise on the logits in training, softmax over the k kept, importance and load losses."""
+    """Learned noise on the logits in training, softmax over the k kept, importance and load losses.
+
+    Args:
+        importance: coefficient of the loss on the spread of the experts' summed weights.
+        load: coefficient of the loss on the spread of the experts' expected numbers of rows.
+    """
 
     importance: float = 0.01
     load: float = 0.01
@@ -89,7 +107,11 @@ class NoisyTopK(TopKRecipe):
 @register_recipe("sigmoid", "DeepSeek-V3, arXiv 2412.19437; Wang et al. 2024, arXiv 2408.15664")
 @dataclass(frozen=True, kw_only=True)
 class Sigmoid(TopKRecipe):
-    """Sigmoid scores, balanced by a selection bias that moves once per optimizer step; no auxiliary loss."""
+    """Sigmoid scores, balanced by a selection bias that moves once per optimizer step; no auxiliary loss.
+
+    Args:
+        bias_rate: how far the bias of an expert moves per optimizer step, up where its load is below the mean.
+    """
 
     bias_rate: float = 0.001
 
