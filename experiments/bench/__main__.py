@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 
-NAMES = ("imports", "memory", "monitor", "kernels", "step")
+NAMES = ("imports", "memory", "monitor", "kernels", "host", "step")
 
 
 def main() -> None:
