@@ -93,6 +93,7 @@ class FusedFactors(Fused):
         if len(alike) < len(others) or not has_slots(bank.engine):
             return []
         down = torch.cat([other.factors()[0] for other in alike], 1)  # (E, Σ r, i)
+        # (*rows, K, Σ r)
         hidden = grouped_linear(F.dropout(x, bank.dropout, bank.training), down, indices, engine=bank.engine)
         return list(hidden.split([other.rank for other in alike], -1))
 
@@ -105,7 +106,7 @@ class FusedFactors(Fused):
         if hidden is None:
             hidden = grouped_linear(F.dropout(x, bank.dropout, bank.training), down, indices, engine=bank.engine)
         scaled = (hidden * bank.scaling).unsqueeze(-2)  # (*rows, K, 1, r)
-        out = grouped_sum(scaled, up, indices.unsqueeze(-1), engine=bank.engine)
+        out = grouped_sum(scaled, up, indices.unsqueeze(-1), engine=bank.engine)  # (*rows, K, o)
         return out.to(onto.dtype).add_(onto.unsqueeze(-2))
 
     def close_slots(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class FusedFactors(Fused):
         down, up = bank.factors()
         x = F.dropout(x, bank.dropout, bank.training)
         hidden = grouped_linear(x, down, indices.unsqueeze(-1), engine=bank.engine).squeeze(-2)  # (*rows, K, r)
-        weighted = hidden * (weights * bank.scaling).to(hidden.dtype).unsqueeze(-1)
+        weighted = hidden * (weights * bank.scaling).to(hidden.dtype).unsqueeze(-1)  # (*rows, K, r)
         return grouped_sum(weighted, up, indices, engine=bank.engine)
 
 

@@ -68,7 +68,7 @@ class Fused:
     def shared_hidden(self, others: Sequence[Fused], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return what `open_slots` of each bank would form first, (*rows, K, r), in one product for all of them.
 
-        Empty where the families have no such product, or not the same.
+        Empty where the families do not share such a product.
 
         Args:
             others: of the banks that see the same x and routing, this one included.

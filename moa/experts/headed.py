@@ -101,24 +101,25 @@ class HeadedLoRABank(ExpertBank):
         return self._mix(weights, self.down), self._mix(weights, self.up)
 
     def _mix(self, weights: Tensor, factor: Tensor) -> Tensor:
+        """Return a mixed factor (*rows, r, d) of weights (*rows, H or 1, E) and the experts' (E, r, d)."""
         weights = weights.to(factor.dtype)
         if weights.shape[-2] == 1:
-            flat = weights.squeeze(-2) @ factor.view(self.n_experts, -1)
+            flat = weights.squeeze(-2) @ factor.view(self.n_experts, -1)  # (*rows, r · d)
             return flat.view(*flat.shape[:-1], self.rank, factor.shape[-1])
-        per_head = rearrange(factor, "e r (h d) -> e r h d", h=self.n_heads)
+        per_head = rearrange(factor, "e r (h d) -> e r h d", h=self.n_heads)  # d features of each head
         return rearrange(torch.einsum("...he,erhd->...rhd", weights, per_head), "... r h d -> ... r (h d)")
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed expert's output (*rows, o) on x (*rows, i)."""
-        weights = routing.dense()
+        weights = routing.dense()  # (*rows, E) or (*rows, H, E)
         if weights.ndim <= x.ndim:
-            weights = weights.unsqueeze(-2)
+            weights = weights.unsqueeze(-2)  # (*rows, 1, E): all heads alike
         x = F.dropout(x, self.dropout, self.training)
         if weights.ndim > 2 and weights.shape[-3] != 1:
             return self._per_row(x, weights)
         if weights.ndim > 2:  # the last row axis, tokens, shares one mixture
             weights = weights.squeeze(-3)
-        down, up = self.mixed(weights)
+        down, up = self.mixed(weights)  # (B, r, i), (B, r, o), or without B where constant
         return (x @ down.to(x.dtype).mT * self.scaling) @ up.to(x.dtype)
 
     def _per_row(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -128,9 +129,9 @@ class HeadedLoRABank(ExpertBank):
         by_head = "e r (h d) -> e r h d"
         down = rearrange(self.down.to(x.dtype), by_head, h=heads)
         hidden = torch.einsum("...hd,erhd->...her", rearrange(x, "... (h d) -> ... h d", h=heads), down)
-        hidden = torch.einsum("...her,...he->...r", hidden, weights)
+        hidden = torch.einsum("...her,...he->...r", hidden, weights)  # (*rows, r)
         up = rearrange(self.up.to(x.dtype), by_head, h=heads)
-        out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)
+        out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)  # (*rows, H, o / H)
         return rearrange(out, "... h d -> ... (h d)") * self.scaling
 
     @property
@@ -160,7 +161,7 @@ class FusedHeads(Fused):
         cast = torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype
         if not per_example or cast or (bank.training and bank.dropout):
             return super().add_linear(x, routing, weight, bias)
-        mix = weights.squeeze(1).to(bank.down.dtype)
+        mix = weights.squeeze(1).to(bank.down.dtype)  # (B, H, E)
         return headed_linear(x, weight, bias, bank.down, bank.up, mix, bank.scaling)
 
 

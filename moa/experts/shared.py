@@ -60,14 +60,14 @@ class SharedLoRABank(ExpertBank):
     @torch.no_grad()
     def mixed_delta(self, weights: Tensor) -> Delta:
         """Return s · (Σ_e w_e up_e)^T down, (o, i), of rank r, of weights (E,)."""
-        up = torch.einsum("e,ero->or", weights, self.up.to(weights.dtype))
+        up = torch.einsum("e,ero->or", weights, self.up.to(weights.dtype))  # (o, r)
         return low_rank(self.down[0].to(weights.dtype), up, self.scaling)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i): one product down, one up over all experts' ranks."""
         x = F.dropout(x, self.dropout, self.training)
-        hidden = F.linear(x, self.down[0].to(x.dtype))
-        weights = (routing.dense() * self.scaling).to(hidden.dtype)
+        hidden = F.linear(x, self.down[0].to(x.dtype))  # (*rows, r)
+        weights = (routing.dense() * self.scaling).to(hidden.dtype)  # (*rows, E)
         spread = (weights.unsqueeze(-1) * hidden.unsqueeze(-2)).flatten(-2)  # (*rows, E r)
         return spread @ self.up.to(hidden.dtype).flatten(0, 1)
 

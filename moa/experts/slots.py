@@ -14,8 +14,8 @@ from .bank import ExpertBank
 class SlotBank(ExpertBank):
     """Any family behind soft dispatch: y_t = Σ_s C_{t,s} E_{e(s)}(Σ_u D_{u,s} x_u), s over the E · p slots.
 
-    D is the softmax over rows, C over slots, of the routing's logits (*rows, E · p). A routing without logits is
-    mixed row by row, as the inner family does it.
+    D is the softmax over rows, C over slots, of the routing's logits (*rows, E · p). The inner family mixes a
+    routing without logits row by row.
 
     Args:
         inner: the experts.
@@ -67,7 +67,7 @@ class SlotBank(ExpertBank):
             raise ShapeError(f"slots were routed for rows {tuple(logits.shape[:-1])}, x has {tuple(x.shape[:-1])}.")
         slots = logits.softmax(1).to(x.dtype).mT @ x  # (B, E p, i)
         per_expert = slots.shape[1] // self.n_experts
-        owner = torch.arange(self.n_experts, device=x.device).repeat_interleave(per_expert)
+        owner = torch.arange(self.n_experts, device=x.device).repeat_interleave(per_expert)  # (E p,)
         one = torch.ones(slots.shape[1], 1, dtype=routing.weights.dtype, device=x.device)
-        out = self.inner(slots, Routing(one, owner[:, None], self.n_experts))
+        out = self.inner(slots, Routing(one, owner[:, None], self.n_experts))  # (B, E p, o)
         return logits.softmax(-1).to(out.dtype) @ out

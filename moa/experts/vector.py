@@ -67,7 +67,7 @@ class VectorBank(ExpertBank):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e s up_e, (*rows, o), for the rows of x (*rows, i)."""
-        y = self.spread(x, routing) @ self.up.to(x.dtype)
+        y = self.spread(x, routing) @ self.up.to(x.dtype)  # rows of the routing: they may be fewer than x's
         return y.expand(*x.shape[:-1], self.d_out)
 
     @property
@@ -77,7 +77,7 @@ class VectorBank(ExpertBank):
 
     def spread(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the routing's weights over all experts, times s, (*rows, E), for x (*rows, i)."""
-        dense = (routing.dense() * self.scaling).to(x.dtype)
+        dense = (routing.dense() * self.scaling).to(x.dtype)  # (*rows, E)
         return F.dropout(dense, self.dropout, self.training)
 
 
@@ -90,9 +90,9 @@ class FusedVectors(Fused):
 
     def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b + Σ_e w_e s up_e, (*rows, o); the second product adds onto the first."""
-        base = F.linear(x, weight, bias)
-        mixed = self.bank.spread(x, routing).to(base.dtype)
-        if mixed.shape[:-1] != base.shape[:-1]:
+        base = F.linear(x, weight, bias)  # (*rows, o)
+        mixed = self.bank.spread(x, routing).to(base.dtype)  # (*rows, E)
+        if mixed.shape[:-1] != base.shape[:-1]:  # the rows broadcast, which addmm does not
             return base + mixed @ self.bank.up.to(base.dtype)
         up = self.bank.up.to(base.dtype)
         return torch.addmm(base.view(-1, self.bank.d_out), mixed.reshape(-1, self.bank.n_experts), up).view(base.shape)

@@ -45,9 +45,9 @@ class BalancedRouter(Router):
             return
         counts, indices = self.counts, routing.indices
         if indices is None:
-            chosen = routing.selected()
+            chosen = routing.selected()  # (*rows, E)
             if mask is not None and mask.shape == chosen.shape[:-1]:
-                chosen = chosen & mask.unsqueeze(-1)
+                chosen = chosen & mask.unsqueeze(-1)  # padding counts for no expert
             counts += chosen.flatten(0, -2).sum(0).to(counts.dtype)
             return
         one = (
@@ -66,7 +66,7 @@ class BalancedRouter(Router):
         if self.counts is None or self.selection_bias is None:
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
+            torch.distributed.all_reduce(self.counts)  # every process then makes the same move
         self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
         self.counts.zero_()
 

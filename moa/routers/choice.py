@@ -53,13 +53,13 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (B, S, i), or (B, i) as one row each: weights (*rows, E), 0 where not taken."""
-        logits = exact_linear(x, self.weight)
+        logits = exact_linear(x, self.weight)  # (*rows, E)
         scores = logits.softmax(-1)
-        rows, real = sequence_rows(scores, x, context)
-        offered = rows.masked_fill(~real, -1.0)
+        rows, real = sequence_rows(scores, x, context)  # (B, S, E), (B, S, 1)
+        offered = rows.masked_fill(~real, -1.0)  # below every probability: padding comes last
         place = offered.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the expert's first choice
-        takes = (self.capacity / self.n_experts * real.sum(1, keepdim=True)).ceil()
-        taken = (place < takes) & real
+        takes = (self.capacity / self.n_experts * real.sum(1, keepdim=True)).ceil()  # (B, 1, 1)
+        taken = (place < takes) & real  # (B, S, E)
         return Routing(torch.where(taken, rows, 0).view_as(scores), None, self.n_experts, logits, scores)
 
 
@@ -102,12 +102,12 @@ class SoftRouter(Router):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (B, S, i): weights (*rows, E), its share of each expert; logits (*rows, E · p)."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # norms are formed in fp32
         logits = exact_linear(F.normalize(wide, dim=-1), F.normalize(self.slots, dim=-1)) * self.scale
-        rows, real = sequence_rows(logits, x, context)
+        rows, real = sequence_rows(logits, x, context)  # (B, S, E · p), (B, S, 1)
         # a row that does not count belongs to no slot; finite, so that its own combination stays a number
         logits = rows.masked_fill(~real, torch.finfo(rows.dtype).min).view_as(logits)
-        share = logits.softmax(-1)
+        share = logits.softmax(-1)  # (*rows, E · p)
         weights = reduce(share, "... (e p) -> ... e", "sum", e=self.n_experts)
         return Routing(weights, None, self.n_experts, logits, weights)
 

@@ -16,7 +16,7 @@ from .router import Router, pool
 
 
 class PreviewRouter(Router):
-    """Scores experts from the last hidden state h of the frozen base on the same tokens; the layer's own x is not read.
+    """Scores experts from the last hidden state h of the frozen base on the same tokens, not from the layer's own x.
 
     logits = classifier(h);  w = softmax(logits / T) over all experts, or its k largest entries as they are
 
@@ -29,7 +29,7 @@ class PreviewRouter(Router):
     Args:
         d_in: i, unused.
         n_experts: E.
-        k: K; with K = E all experts are used.
+        k: K; with K = E every expert acts.
         d_hidden: d.
         depth: linear layers of the classifier.
         width: of its inner layers.
@@ -86,13 +86,13 @@ class PreviewRouter(Router):
                 "this router looks at a first pass of the frozen base, and there was none: call the MoAModel, or its "
                 "base inside it, not one of its layers."
             )
-        hidden = self._rows(context.preview, x, context)
-        logits = self.classify(hidden) / self.temperature
+        hidden = self._rows(context.preview, x, context)  # (*rows, d)
+        logits = self.classify(hidden) / self.temperature  # (*rows, E)
         scores = logits.softmax(-1)
         values = scores if self.score == "softmax" else logits
         if self.k == self.n_experts and not self.renormalize:
             return Routing(values, None, self.n_experts, logits, scores)
-        kept, indices = values.topk(self.k, -1)
+        kept, indices = values.topk(self.k, -1)  # (*rows, K)
         if self.renormalize:
             kept, indices = select.softmax_top_k(values, self.k)
         return Routing(kept, indices, self.n_experts, logits, scores)
@@ -118,7 +118,7 @@ class PreviewRouter(Router):
             assert isinstance(layer, nn.Linear)
             if number:
                 hidden = F.dropout(hidden.relu(), self.dropout, self.training)
-            hidden = exact_linear(hidden, layer.weight)
+            hidden = exact_linear(hidden, layer.weight)  # (*rows, width), (*rows, E) at the last
             hidden = hidden + layer.bias.to(hidden.dtype)
         return hidden
 

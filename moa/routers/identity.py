@@ -30,6 +30,6 @@ class IdRouter(Router):
         rows = x.shape[:-1]
         if not rows or rows[0] % self.n_experts:
             raise ShapeError(f"{self.n_experts} streams need rows (n · B, …), got {tuple(rows)}.")
-        stream = torch.arange(self.n_experts, device=x.device).repeat_interleave(rows[0] // self.n_experts)
-        indices = stream.reshape(-1, *([1] * len(rows)))
+        stream = torch.arange(self.n_experts, device=x.device).repeat_interleave(rows[0] // self.n_experts)  # (n · B,)
+        indices = stream.reshape(-1, *([1] * len(rows)))  # (n · B, 1, …)
         return Routing(torch.ones_like(indices, dtype=torch.float32), indices, self.n_experts)

@@ -31,7 +31,7 @@ class LinearRouter(BalancedRouter):
     Args:
         d_in: i.
         n_experts: E.
-        k: K; with K = E every expert is used and no index is made.
+        k: K; with K = E every expert acts, and the routing has no indices.
         score: "softmax" or "sigmoid" over the experts.
         renormalize: weights of a row sum to one after the choice.
         jitter: training only, multiplies x by U(1 − jitter, 1 + jitter) for the logits.
@@ -93,7 +93,7 @@ class LinearRouter(BalancedRouter):
         gate = self._gate()
         if gate.jitter:
             x = x * torch.empty_like(x).uniform_(1 - gate.jitter, 1 + gate.jitter)
-        logits = exact_linear(x, self.weight)
+        logits = exact_linear(x, self.weight)  # (*rows, E)
         if self.noise_weight is not None:
             return self._noisy(x, logits)
         weights, indices, scores = gate.decide(logits)
@@ -116,14 +116,15 @@ class LinearRouter(BalancedRouter):
         return Gate(self.weight, self.k, self.score, self.renormalize, self.selection_bias, jitter)
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
+        """Return the routing of x (*rows, i) from its logits (*rows, E), in training with noise on them."""
         usage = None
         logits = clean
         if self.training:
             assert self.noise_weight is not None
-            std = F.softplus(exact_linear(x, self.noise_weight)) + 1e-2
+            std = F.softplus(exact_linear(x, self.noise_weight)) + 1e-2  # (*rows, E), never 0
             logits = clean + std * torch.randn_like(clean)
             usage = select.selection_probability(clean, logits, std, self.k)
-        weights, indices = select.softmax_top_k(logits, self.k)
+        weights, indices = select.softmax_top_k(logits, self.k)  # (*rows, K)
         return Routing(weights, indices, self.n_experts, clean, clean.softmax(-1), usage=usage)
 
 

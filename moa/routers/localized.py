@@ -49,12 +49,12 @@ class LocalizedRouter(LinearRouter):
         routing = super().forward(x, context)
         if not self.training or not self.loss_weights:
             return routing
-        weights = routing.weights
+        weights = routing.weights  # (*rows, E)
         if not self.kinds.numel():
             return replace(routing, usage=weights)
-        kind = self.kinds[context.task_rows(x, range(self.kinds.numel()))]
-        meant_for = (torch.arange(self.n_experts, device=x.device) >= self.n_experts / 2).long()
-        fits = kind.unsqueeze(-1) == meant_for
+        kind = self.kinds[context.task_rows(x, range(self.kinds.numel()))]  # (B, 1, …)
+        meant_for = (torch.arange(self.n_experts, device=x.device) >= self.n_experts / 2).long()  # (E,)
+        fits = kind.unsqueeze(-1) == meant_for  # (B, 1, …, E)
         return replace(routing, usage=weights * torch.where(fits, 1 - self.delta, 1 + self.delta))
 
 

@@ -33,7 +33,7 @@ class ProjectionRouter(BalancedRouter):
     | projection (A) | (E, i), not saved | exactly `nonzeros` entries per row from N(0, 1/E²), drawn from the seed |
     | selection_bias (d) | (E,) fp32 | zero; moved by ±bias_rate once per optimizer step |
 
-    It has no trainable parameter: the gradient goes through y to the row x, and y is kept for the backward pass, not x.
+    It has no trainable parameter. The gradient goes through y to the row x; the backward pass keeps y, not x.
 
     Args:
         d_in: i.
@@ -130,9 +130,10 @@ def sparse_projection(n_rows: int, d_in: int, nonzeros: int, seed: int) -> Tenso
     check_nonzeros(nonzeros, d_in)
     # NumPy promises that this stream never changes, PyTorch does not; checkpoints hold only the seed.
     rng = np.random.RandomState(seed)
-    places = rng.random_sample((n_rows, d_in)).argsort(1, kind="stable")[:, :nonzeros]
-    values = rng.standard_normal((n_rows, nonzeros)) / n_rows
+    places = rng.random_sample((n_rows, d_in)).argsort(1, kind="stable")[:, :nonzeros]  # (E, p)
+    values = rng.standard_normal((n_rows, nonzeros)) / n_rows  # (E, p)
     dense = np.zeros((n_rows, d_in), dtype=np.float32)
+    # a drawn 0 would leave a direction with fewer entries than promised
     np.put_along_axis(dense, places, np.where(values == 0, 1 / n_rows, values).astype(np.float32), 1)
     return torch.from_numpy(dense)
 

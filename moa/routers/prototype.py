@@ -54,14 +54,14 @@ class PrototypeRouter(Router):
         """Find the prototypes that this layer has together with others, each down (E, r, i), up (E, r, o).
 
         Source: microsoft/mttl, ArrowTransform with tie_params and tie_op="concat".
-        Differs: there the layers must have one A; here each has its own, which with one A is the same.
+        Differs: there the layers must have one A; here each has its own, and with one A both give the same.
         """
         self.prototypes.copy_(top_right_singular(*layers))
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i): weights and indices (*rows, K)."""
-        logits = exact_linear(x, self.prototypes).abs() / self.temperature
-        weights, indices = select.softmax_top_k(logits, self.k)
+        logits = exact_linear(x, self.prototypes).abs() / self.temperature  # (*rows, E)
+        weights, indices = select.softmax_top_k(logits, self.k)  # (*rows, K)
         return Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
 
 
@@ -95,7 +95,7 @@ def top_right_singular(*layers: tuple[Tensor, Tensor]) -> Tensor:
     for part, gram in zip(r.split([gram.shape[-1] for gram in grams], -1), grams, strict=True):
         identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         small = small + part @ torch.where(untrained, identity, gram) @ part.mT
-    vectors = torch.linalg.eigh(small).eigenvectors[..., -1:]
-    found = (q @ vectors).squeeze(-1)
-    alive = small.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+    vectors = torch.linalg.eigh(small).eigenvectors[..., -1:]  # (E, R, 1): eigenvalues ascend
+    found = (q @ vectors).squeeze(-1)  # (E, i)
+    alive = small.diagonal(dim1=-2, dim2=-1).sum(-1) > 0  # (E,)
     return torch.where(alive[:, None], found, 0).to(layers[0][0].dtype)

@@ -127,7 +127,7 @@ def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
             f"no routing mask fits x {tuple(x.shape)}, they are {[tuple(m.shape) for m in masks]}: sequence routing "
             "must see the whole prompt at once (no chunked prefill), with an attention mask of the same length."
         )
-    weight = repeat_to(fitting[0], x.shape[0], "routing_mask").to(x.dtype).unsqueeze(-1)
+    weight = repeat_to(fitting[0], x.shape[0], "routing_mask").to(x.dtype).unsqueeze(-1)  # (B, S, 1)
     return (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
 
 

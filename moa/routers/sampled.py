@@ -79,7 +79,8 @@ class SampledRouter(Router):
         return routing
 
     def _decide(self, x: Tensor, draw: tuple[int, int] | None) -> Routing:
-        logits = exact_linear(x, self.weight)
+        """Return the routing of x (*rows, i), as selection m of M where `draw` is (m, M)."""
+        logits = exact_linear(x, self.weight)  # (*rows, E)
         scores = logits.softmax(-1)
         if not self.training:
             indices = logits.topk(self.k, -1).indices
@@ -87,8 +88,8 @@ class SampledRouter(Router):
         # top k of log q + Gumbel noise, in descending order, is a draw without replacement
         number, samples = draw or (0, 1)
         noise = logits.new_empty(samples, *logits.shape).exponential_()  # (M, *rows, E), equal in all M forwards
-        gumbel = -noise[number].log()
-        indices = (logits.detach() + gumbel).topk(self.k, -1).indices
+        gumbel = -noise[number].log()  # (*rows, E)
+        indices = (logits.detach() + gumbel).topk(self.k, -1).indices  # (*rows, K)
         weights = torch.ones_like(indices, dtype=logits.dtype)
         return Routing(weights, indices, self.n_experts, logits, scores, plackett_luce(logits, indices))
 

@@ -18,7 +18,7 @@ def top_k(scores: Tensor, k: int, bias: Tensor | None = None, renormalize: bool 
     if bias is None:
         weights, indices = scores.topk(k, -1)
     else:
-        indices = (scores.detach() + bias).topk(k, -1).indices
+        indices = (scores.detach() + bias).topk(k, -1).indices  # (*rows, k)
         weights = scores.gather(-1, indices)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
@@ -50,7 +50,7 @@ def selection_probability(clean: Tensor, noisy: Tensor, std: Tensor, k: int) -> 
     """
     if k == clean.shape[-1]:
         return torch.ones_like(clean)
-    top = noisy.topk(k + 1, -1).values
-    inside = noisy > top[..., k : k + 1]
+    top = noisy.topk(k + 1, -1).values  # (*rows, k + 1)
+    inside = noisy > top[..., k : k + 1]  # (*rows, E); of the others, the k-th largest is then top[k]
     threshold = torch.where(inside, top[..., k : k + 1], top[..., k - 1 : k])
     return torch.special.ndtr((clean - threshold) / std)

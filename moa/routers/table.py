@@ -60,10 +60,10 @@ class TaskRouter(Router):
         if context.task_ids is None and self.unknown == "uniform":
             return Routing(self._uniform(x.device), None, self.n_experts)
         ids = context.task_rows(x, self.known_tasks) - self.first_task
-        logits = self.task_logits()[ids.clamp(0, self.n_tasks - 1)]
+        logits = self.task_logits()[ids.clamp(0, self.n_tasks - 1)]  # (B, 1, …, E), or (B, 1, …, H, E)
         if self.unknown == "uniform":
             known = ((ids >= 0) & (ids < self.n_tasks)).reshape(*ids.shape, *([1] * (logits.ndim - ids.ndim)))
-            logits = torch.where(known, logits, 0)
+            logits = torch.where(known, logits, 0)  # equal logits give equal weights
         weights = self.weigh(logits, self.training)
         return Routing(weights, None, self.n_experts, logits, weights)
 
@@ -139,7 +139,7 @@ class TableRouter(TaskRouter):
             eps = torch.finfo(logits.dtype).eps
             uniform = torch.rand_like(logits).clamp(eps, 1 - eps)
             logits = logits + uniform.log() - (-uniform).log1p()
-        gates = logits.sigmoid()
+        gates = logits.sigmoid()  # (*rows, E)
         return gates / (gates.sum(-1, keepdim=True) + EPS)
 
 

@@ -62,11 +62,11 @@ class ThresholdRouter(Router):
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i): weights (*rows, E), exactly 0 where an expert does not pass."""
-        logits = exact_linear(x, self.weight)
+        logits = exact_linear(x, self.weight)  # (*rows, E)
         scores = logits.softmax(-1)
-        level = exact_linear(x, self.threshold_weight) + self.threshold_bias
-        excess = (scores - self.max_threshold * level.sigmoid()).clamp(min=0)
-        total = excess.sum(-1, keepdim=True)
+        level = exact_linear(x, self.threshold_weight) + self.threshold_bias  # (*rows, 1)
+        excess = (scores - self.max_threshold * level.sigmoid()).clamp(min=0)  # (*rows, E)
+        total = excess.sum(-1, keepdim=True)  # (*rows, 1), 0 where no expert passes
         weights = excess / torch.where(total > 0, total, 1)
         return Routing(weights, None, self.n_experts, logits, scores)
 
