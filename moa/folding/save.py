@@ -42,7 +42,7 @@ def save_folded(
     base: Any = model.base
     if not hasattr(base, "save_pretrained"):
         raise ConfigError(
-            f"a {type(base).__name__} is not a transformers model: call merge_and_unload() and save its state_dict."
+            f"a {type(base).__name__} is no transformers model: call merge_and_unload() and save its state_dict."
         )
     source = Path(getattr(base, "name_or_path", "") or "")
     known = source != Path() and source.is_dir()
