@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,3 +56,11 @@ def is_watched(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module was compiled, by its own `compile()` or by `torch.compile`."""
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def in_forward() -> bool:
+    """Return whether this thread is inside a module's forward: PyTorch has no flag for it, one function calls all."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame is not None

@@ -46,6 +46,10 @@ class UnusedKeywordWarning(MoaWarning):
     """A keyword that changes nothing in a call that is meaningful without it."""
 
 
+class UnadaptedWarning(MoaWarning):
+    """Weights of a base that get no experts though its layers were asked for as a group, such as "all-linear"."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "") -> str:
     """Return the message for a name that is not known: the nearest known one, and the list.
 

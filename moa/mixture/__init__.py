@@ -1,11 +1,22 @@
 """The layer: a frozen base with branches that add to it, where it sits in a model, and blocks that share a routing."""
 
 from ..layers import Site
+from .base_experts import fused_experts, summary
 from .inject import copy_sharing, inject, placement, take_out
 from .mixture import BlockMixture, Branch, ConvMixture, Mixture, mixture_on, plain_weight
-from .sites import backbone_prefix, block_sites, feed_forward_blocks, find_blocks, find_sites, linear_sites, named_sites
+from .sites import (
+    GROUPS,
+    backbone_prefix,
+    block_sites,
+    feed_forward_blocks,
+    find_blocks,
+    find_sites,
+    linear_sites,
+    named_sites,
+)
 
 __all__ = [
+    "GROUPS",
     "BlockMixture",
     "Branch",
     "ConvMixture",
@@ -17,11 +28,13 @@ __all__ = [
     "feed_forward_blocks",
     "find_blocks",
     "find_sites",
+    "fused_experts",
     "inject",
     "linear_sites",
     "mixture_on",
     "named_sites",
     "placement",
     "plain_weight",
+    "summary",
     "take_out",
 ]

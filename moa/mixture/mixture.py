@@ -13,6 +13,9 @@ from ..experts import ExpertBank
 from ..layers import features, is_conv1d, is_convolution, is_dense, patches
 from ..routers import Router
 from ..types import Context, Routing, Scope
+from .uncalled import shown
+
+SIZES = {"in_features", "out_features", "nx", "nf", "in_channels", "out_channels", "kernel_size", "stride", "groups"}
 
 
 class Branch(nn.Module):
@@ -58,9 +61,13 @@ class Mixture(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The base's weight (o, i): some models look at its dtype or device. PyTorch's quantised layers unpack it."""
+        """The base's weight (o, i): some models look at its dtype or device. PyTorch's quantised layers unpack it.
+
+        Raises:
+            ConfigError: later, where a forward multiplies by it in place of calling this layer.
+        """
         weight: Any = self.base.weight
-        return weight if isinstance(weight, Tensor) else weight()
+        return shown(weight if isinstance(weight, Tensor) else weight(), self.name)
 
     @property
     def bias(self) -> Any:
@@ -72,6 +79,12 @@ class Mixture(nn.Module):
     def decided_at(self) -> str:
         """Name of the layer whose router decides for this one, on its rows (*rows, i): its own, outside blocks."""
         return self.name
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what others read of the base's sizes, such as `in_features`."""
+        if name in SIZES:
+            return getattr(super().__getattr__("base"), name)
+        return super().__getattr__(name)
 
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +11,11 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import Site, features, is_convolution
+from .base_experts import fused_experts
 from .mixture import BlockMixture, Mixture
+from .uncalled import is_left_out, maps_linearly
+
+GROUPS = ("all-linear", "attention", "ffn")
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
@@ -52,23 +57,24 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         model: any module.
         targets: "all-linear" (every linear of the body, heads left out), "attention" or "ffn" (those of it inside or
             outside attention blocks; ffn layers come as a pair d -> f, f -> d), a tuple of name endings, or a regex
-            on the whole name. The last two find convolutions too.
+            on the whole name. The last two find convolutions too. The first three leave out layers that are known
+            to be read and not called, and linear classes of a model's own that are no linear map, as routers are.
 
     Raises:
-        ConfigError: nothing matches (near misses are named), or a grouped convolution does.
+        ConfigError: nothing matches, or nothing matches one name of several (near misses are named); a grouped
+            convolution does.
     """
     sites = linear_sites(model)
     if isinstance(targets, tuple):
-        found = [s for s in sites if any(s.name == t or s.name.endswith(f".{t}") for t in targets)]
-    elif targets in ("all-linear", "attention", "ffn"):
-        prefix = backbone_prefix(model)
-        head = getattr(model, "get_output_embeddings", lambda: None)()  # where the body has no name of its own
-        body = [s for s in sites if s.name.startswith(prefix) and s.module is not head and not is_convolution(s.module)]
-        attention = [s for s in body if re.search(r"attn|attention", s.name, re.IGNORECASE)]
+        found = [s for s in sites if any(_ends_in(s.name, t) for t in targets)]
+        for target in targets:
+            if not any(_ends_in(s.name, target) for s in found):
+                raise ConfigError(_no_match(model, target, sites, group=False))
+    elif targets in GROUPS:
+        body = _body(model, sites)
+        attention = [s for s in body if _is_attention(s)]
         if targets == "ffn":
-            rest = [s for s in body if s not in attention]
-            sizes = {(s.d_in, s.d_out) for s in rest}
-            found = [s for s in rest if s.d_in != s.d_out and (s.d_out, s.d_in) in sizes]
+            found = _feed_forward(model, [s for s in body if s not in attention])
         else:
             found = body if targets == "all-linear" else attention
     else:
@@ -82,6 +88,52 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
                 "own channels: experts would mix them, which no grouped weight equals. Choose other targets."
             )
     return found
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _is_attention(site: Site) -> bool:
+    return re.search(r"attn|attention", site.name, re.IGNORECASE) is not None
+
+
+def _body(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Return the layers (i -> o) of a model's body that groups of targets mean."""
+    prefix = backbone_prefix(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # where the body has no name of its own
+    body: list[Site] = []
+    for site in sites:
+        parent, _, child = site.name.rpartition(".")
+        outside = not site.name.startswith(prefix) or site.module is head or is_convolution(site.module)
+        if not outside and not is_left_out(model.get_submodule(parent), child) and maps_linearly(site.module):
+            body.append(site)
+    return body
+
+
+def _feed_forward(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Return the layers of feed-forward blocks: d -> f and f -> d in one block of a stack, or d -> 2f and f -> d.
+
+    The last are a fused gate and up projection; they are a block where their parent holds nothing else, as that of a
+    state-space layer does.
+    """
+    stacked = [site for site in sites if _numbers(site)] or sites
+    sizes = {(site.d_in, site.d_out, *_numbers(site)) for site in stacked}
+    found = [s for s in stacked if s.d_in != s.d_out and (s.d_out, s.d_in, *_numbers(s)) in sizes]
+    names = {site.name for site in found}
+    for first, last in itertools.pairwise(stacked):
+        parent = first.name.rpartition(".")[0]
+        if _is_fused(first, last) and not {first.name, last.name} & names:
+            held = {id(p) for p in model.get_submodule(parent).parameters()}
+            if held == {id(p) for site in (first, last) for p in site.module.parameters()}:
+                names |= {first.name, last.name}
+    return [site for site in stacked if site.name in names]
+
+
+def _is_fused(first: Site, last: Site) -> bool:
+    """Tell whether two layers of one parent are gate and up in one, d -> 2f, and down, f -> d."""
+    together = first.name.rpartition(".")[0] == last.name.rpartition(".")[0]
+    return together and first.d_out == 2 * last.d_in and first.d_in == last.d_out
 
 
 def named_sites(model: nn.Module, free: Sequence[Site], names: Iterable[str]) -> list[Site]:
@@ -145,37 +197,49 @@ def _pattern(targets: str) -> re.Pattern[str]:
         raise ConfigError(f"targets={targets!r} is not a regular expression: {error}.") from error
 
 
-def _no_match(model: nn.Module, targets: str | tuple[str, ...], sites: list[Site]) -> str:
+def _no_match(model: nn.Module, targets: str | tuple[str, ...], sites: list[Site], *, group: bool = True) -> str:
+    """Return the message for targets, or one name of them, that match nothing."""
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    fused = [f"{name} {tuple(p.shape)}" for name, p in fused_experts(model)]
+    tensors = (
+        f" Fused expert tensors of 3 axes are not linear layers and get no experts: {', '.join(fused[:2])}, …"
+        if fused
+        else ""
+    )
     if not sites:
-        return f"{type(model).__name__} has no linear layer that can get experts (targets={targets!r})."
+        return f"{type(model).__name__} has no linear layer that can get experts (targets={targets!r}).{tensors}"
     endings = sorted({s.name.rsplit(".", 1)[-1] for s in sites if not s.name.rsplit(".", 1)[-1].isdigit()})
     near = [m for w in wanted for m in difflib.get_close_matches(w.rsplit(".", 1)[-1], endings, n=3, cutoff=0.4)]
     hint = f" Near: {', '.join(near)}." if near else ""
+    others = [(n, m) for n, m in model.named_modules() if any(_ends_in(n, w) for w in wanted)]
+    kind = f" {others[0][0]} is of class {type(others[0][1]).__name__}." if others else ""
     taken = [name for name, m in model.named_modules() if isinstance(m, Mixture)]
     already = f" {len(taken)} layers already carry experts." if taken else ""
-    how = " A string is a regex on the whole name; a list holds name endings." if isinstance(targets, str) else ""
+    pattern = group and isinstance(targets, str)
+    how = " A string is a regex on the whole name; a list holds name endings." if pattern else ""
     return (
-        f"targets={targets!r} matches no linear layer of {type(model).__name__}.{hint} "
-        f"Linear layers end in: {', '.join(endings[:20])}.{already}{how}"
+        f"targets={targets!r} matches no linear layer of {type(model).__name__}.{kind}{hint} "
+        f"Linear layers end in: {', '.join(endings[:20])}.{already}{tensors}{how}"
     )
 
 
 def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
     """Return the feed-forward blocks among the sites: the layers d -> f that open one, then the f -> d' that closes it.
 
-    Told from sizes and order, not from names, but for attention, which is left out by its name.
+    Told from sizes and order, not from names, but for attention, which is left out by its name. Gate and up may be one
+    layer d -> 2f. In a model with a stack, what stands outside the stack is no block.
 
     Args:
         sites: of one model, in order.
     """
     blocks: list[list[Site]] = []
     opened: list[Site] = []
+    stacked = any(_numbers(site) for site in sites)
     for site in sites:
-        if re.search(r"attn|attention", site.name, re.IGNORECASE) or is_convolution(site.module):
+        if _is_attention(site) or is_convolution(site.module) or (stacked and not _numbers(site)):
             continue
         together = bool(opened) and _numbers(site) == _numbers(opened[0])
-        if together and site.d_in == opened[0].d_out:
+        if together and (site.d_in == opened[0].d_out or (len(opened) == 1 and _is_fused(opened[0], site))):
             blocks.append([*opened, site])
             opened = []
         elif together and (site.d_in, site.d_out) == (opened[0].d_in, opened[0].d_out):

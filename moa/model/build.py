@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnadaptedWarning
 from ..formats.peft_experts import largest_rank, load_experts, read_adapters
-from ..mixture import backbone_prefix
+from ..mixture import GROUPS, backbone_prefix, fused_experts
 from ..recipes import Recipe, make_recipe, recipe_class
 from .moa_model import MoAModel
 from .rollback import all_or_nothing
@@ -80,8 +81,9 @@ def build(
     for name in given.keys() & options.keys():
         raise ConfigError(f"{name} is given twice, once under peft's spelling: give it once.")
     options = {**given, **options}
-    if isinstance(options.get("targets"), list):
-        options["targets"] = tuple(options["targets"])
+    if isinstance(options.get("targets"), list | set | frozenset):
+        named = options["targets"]
+        options["targets"] = tuple(named if isinstance(named, list) else sorted(named))
     if experts is not None and not isinstance(router, str):
         raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
     base = model.base if isinstance(model, MoAModel) else model
@@ -116,6 +118,8 @@ def build(
             if adapters is not None:
                 load_experts(out.mixtures(), names, adapters)
                 out.experts_changed()
+    if fused_experts(model) and any(recipe.targets in GROUPS for recipe in recipes) and adapters is None:
+        warnings.warn(f"{type(base).__name__}: {out.adapted_summary()}", UnadaptedWarning, stacklevel=2)
     return out
 
 

@@ -23,6 +23,7 @@ from ..mixture import (
     linear_sites,
     named_sites,
     placement,
+    summary,
     take_out,
 )
 from ..mixture.preview import Preview
@@ -208,10 +209,15 @@ class Host(nn.Module):
         """Return (trainable, all) parameters, counted once each."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
 
+    def adapted_summary(self) -> str:
+        """Return one line on the layers (*rows, i) -> (*rows, o) that carry experts, and on what does not."""
+        return summary(self.base)
+
     def print_trainable_parameters(self) -> None:
-        """Print trainable and all parameters in one line, as peft does."""
+        """Print trainable and all parameters in one line, as peft does, and what carries experts in another."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(self.adapted_summary())
 
     def merge_and_unload(self, task_id: int | None = None) -> nn.Module:
         """Fold every mixture into its layer and return the base, as peft's method of this name.

@@ -19,6 +19,7 @@ from ..objective.objective import Objective
 from ..objective.trace import Trace
 from ..recipes import Recipe
 from .inputs import describe_batch, input_names, outermost, prompt_attention
+from .judged import Judged, judged_by
 from .learned import Learned
 from .load import load_host
 from .outputs import loss_of, with_loss
@@ -29,7 +30,7 @@ from .signature import joint_signature
 from .stepping import watch
 
 
-class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, override]
+class MoAModel(Learned, Recomputed, Judged, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -47,7 +48,6 @@ class MoAModel(Learned, Recomputed, PreTrainedModel):  # type: ignore[misc, over
     """
 
     base_model_prefix = "base"
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, base: nn.Module) -> None:
         config = getattr(base, "config", None)
@@ -292,6 +292,7 @@ def model_class(base_class: type[nn.Module]) -> type[MoAModel]:
     forward.__doc__ = MoAModel.forward.__doc__
     forward.__signature__ = joint_signature(base_class.forward, MoAModel.forward)  # type: ignore[attr-defined]
     members = {"forward": forward, "__doc__": MoAModel.__doc__, "__module__": MoAModel.__module__}
+    members |= judged_by(base_class, PreTrainedModel)
     return type(f"MoA{base_class.__name__}", (MoAModel,), members)
 
 

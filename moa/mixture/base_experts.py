@@ -1,0 +1,49 @@
+"""The fused experts of a base that is itself a mixture of experts: tensors of 3 axes, one matrix an expert."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .mixture import Mixture
+
+
+def fused_experts(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return (name, tensor (E, o, i) or (E, i, o)) of the base's own fused experts, in order.
+
+    They are told by their axes and by "expert" in the name of the module that holds them, or of its class.
+
+    Args:
+        model: any module.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, Mixture) or ".branches." in path:
+            continue
+        if "expert" not in path.lower() and "expert" not in type(module).__name__.lower():
+            continue
+        own = module.named_parameters(path, recurse=False)
+        found += [(name, p) for name, p in own if p.ndim == 3 and min(p.shape) > 1]
+    return found
+
+
+def summary(model: nn.Module) -> str:
+    """Return one line on what carries experts in a model and what does not.
+
+    Args:
+        model: the base, mixtures (*rows, i) -> (*rows, o) inside.
+    """
+    adapted = {id(m): m for m in model.modules() if isinstance(m, Mixture)}
+    kinds = [type(m.base).__name__ for m in adapted.values()]
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "no layer"
+    said = f"experts on {counts}"
+    fused = fused_experts(model)
+    if fused:
+        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in fused))
+        share = sum(p.numel() for _, p in fused) / sum(
+            p.numel() for n, p in model.named_parameters() if ".branches." not in n
+        )
+        said += (
+            f"; {len(fused)} fused expert tensors of 3 axes ({names}), {share:.0%} of the base's weights, are not "
+            "linear layers and carry none"
+        )
+    return said + "."
