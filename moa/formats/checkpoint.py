@@ -21,6 +21,7 @@ from ..delta import all_finite
 from ..errors import CheckpointError, MoaWarning, NumericsError
 from ..layers import is_dense
 from .atomic import replacing
+from .tensor_files import read_json
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -37,11 +38,16 @@ def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
         tensors: name -> tensor of any shape, e.g. down (E, r, i).
 
     Raises:
-        CheckpointError: the folder is a file.
+        CheckpointError: the folder is a file, or holds another kind of model, e.g. the base.
         NumericsError: a tensor holds NaN or infinity; what the folder holds is left as it is.
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot save to {folder}: it is a file. Name a folder.")
+    kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
+    if kind not in (None, "moa"):
+        raise CheckpointError(
+            f"cannot save to {folder}: it holds a model of type {kind!r}, which would be replaced. Name another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": "moa", "format_version": FORMAT_VERSION, **description}
     data = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}

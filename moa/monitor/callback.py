@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from ..objective.trace import Trace
-from .runlog import LogStep, RunLog
+from .runlog import SCALARS, LogStep, RunLog
 from .statistics import (
     COLLAPSE_BELOW,
     DEAD_SHARE,
@@ -182,10 +182,18 @@ class RoutingMonitor(TrainerCallback):
         if self._window is not None:
             self._window.note_gradients()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Log where Trainer logs its training loss."""
-        if self._window is not None and logs is not None and "loss" in logs:
-            self.log(state.global_step)
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Log where Trainer logs its training loss, and add the means over layers to what Trainer logs.
+
+        They are in Trainer's history, and in every logger that is called after this one.
+        """
+        if self._window is None or logs is None or "loss" not in logs:
+            return
+        measures = [layer.measures() for layer in self.log(state.global_step).values()]
+        for what in SCALARS if measures else ():
+            logs[f"moa/{what}"] = sum(m[what] for m in measures) / len(measures)
+            if state.log_history:
+                state.log_history[-1][f"moa/{what}"] = logs[f"moa/{what}"]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the rest and detach."""

@@ -77,8 +77,8 @@ class RoutingHeatmap:
             blank = torch.full((len(self.names), n_experts), math.nan).numpy()
             image = axes.imshow(blank, aspect="auto", cmap=cmap, vmin=0, vmax=most, interpolation="nearest")
             self._images.append(image)
-            axes.set_title(self.panels[place], fontsize=8)
-            axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7)
+            axes.set_title(self.panels[place], fontsize=8, parse_math=False)  # a name is text, not markup
+            axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7, parse_math=False)
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.tick_params(axis="x", labelsize=7)
             axes.tick_params(length=2)
@@ -90,7 +90,7 @@ class RoutingHeatmap:
         bar.set_ticks(range(most + 1), labels=["0", "1 (even)", *(str(t) for t in range(2, most + 1))])
         bar.ax.axhline(1, color="white", linewidth=1.5)
         if title:
-            self.figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")
+            self.figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top", parse_math=False)
         self._background: Any = None
 
     def show(self, panels: Sequence[Mapping[str, Tensor]]) -> None:

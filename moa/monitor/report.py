@@ -120,7 +120,8 @@ def _summary(last: LogStep) -> str:
     dead = sum(round(m["dead_fraction"] * layer.n_experts) for m, layer in zip(measures, layers, strict=True))
     gradient = "" if last.router_grad_norm is None else f" Router gradient norm {last.router_grad_norm:.3g}."
     return (
-        f"{len(measures)} layers after {last.step} optimizer steps. Effective experts, exp(H)/E of the load: mean "
+        f"{len(measures)} layers after {last.step} optimizer steps. Effective experts of the training routing, "
+        f"exp(H)/E of the load: mean "
         f"{100 * sum(fraction) / len(fraction):.1f} %, least {100 * min(fraction):.1f} % in "
         f"<code>{html.escape(worst)}</code>. Dead experts: "
         f"{dead} of {sum(layer.n_experts for layer in layers)}.{gradient}"

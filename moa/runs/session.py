@@ -217,7 +217,8 @@ class Run:
         if monitored:
             from ..monitor.callback import RoutingMonitor
 
-            trainer.add_callback(RoutingMonitor(tasks=[task.name for task in self.tasks]))
+            # before the loggers, so that they get what it adds
+            trainer.callback_handler.callbacks.insert(0, RoutingMonitor(tasks=[task.name for task in self.tasks]))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if monitored:

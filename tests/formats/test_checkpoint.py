@@ -379,3 +379,13 @@ def test_no_recipe_claims_more_than_it_saves(name, tmp_path):
     model = moa.build(models.llama(), name, **{key: value for key, value in options.items() if key in known})
     model.save_pretrained(tmp_path)
     moa.load(tmp_path, models.llama())
+
+
+def test_a_save_does_not_replace_the_base(tmp_path: Path) -> None:
+    base = models.llama()
+    base.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = moa.build(base, "topk", n_experts=2, k=1, rank=2)
+    with pytest.raises(moa.MoaError, match="holds a model of type 'llama', which would be replaced"):
+        model.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

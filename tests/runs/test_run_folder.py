@@ -212,6 +212,20 @@ def test_evaluation_while_training_keeps_the_best_and_stops_early(tmp_path: Path
     assert mean == pytest.approx(min(losses), rel=1e-4)
 
 
+def test_routing_is_in_the_history_and_names_are_text(tmp_path: Path, values: Values) -> None:
+    """Trainer's log has the mean over layers of what the monitor's own log has; a dollar is a dollar."""
+    values["tasks"] = {"$a_$": values["tasks"]["first"], "profit in $ and $^": values["tasks"]["second"]}
+    folder = train(parse(values)).folder
+    logged = [r for r in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in r]
+    lines = {row["step"]: row for row in map(json.loads, (folder / "routing.jsonl").read_text().splitlines())}
+    assert len(logged) == 2
+    for row in logged:
+        layers = lines[row["step"]]["layers"].values()
+        want = sum(layer["effective_experts"] for layer in layers) / len(layers)
+        assert row["moa/effective_experts"] == pytest.approx(want, rel=1e-6)
+    assert set(lines[4]["by_task"]) == set(values["tasks"])
+
+
 def test_chats_and_prompts_train_together(tmp_path: Path) -> None:
     base = decoder_folder(tmp_path / "base")
     from tests.tiny_run import tokenizer, write_jsonl
