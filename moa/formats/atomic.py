@@ -124,7 +124,7 @@ def check_target(out: str | Path, *, overwrite: bool = False, inputs: Sequence[s
             )
         if target.is_symlink() or not target.is_dir() or not _replaceable(target):
             raise CheckpointError(
-                f"{target} is not a folder with a checkpoint (a model's {' or '.join(MARKS)} in it), so overwrite=True "
+                f"{target} is no folder with a checkpoint (a model's {' or '.join(MARKS)} in it), so overwrite=True "
                 "does not replace it: remove it yourself or choose another output folder."
             )
     return target
