@@ -122,7 +122,7 @@ def _sorted(found: Foreign) -> tuple[dict[int, Tensor], Pairs, Pairs]:
         if gate is not None:
             gates[int(gate["layer"])] = tensor
         elif match is None:
-            raise CheckpointError(f"{found.path} holds {key!r}, which is not a tensor of the MixLoRA layout.")
+            raise CheckpointError(f"{found.path} holds {key!r}, which is no tensor of the MixLoRA layout.")
         else:
             expert = match.groupdict().get("expert")
             linear = OLD_LINEARS.get(match["linear"], match["linear"])

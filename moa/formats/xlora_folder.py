@@ -150,7 +150,7 @@ def _classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:
     for key, tensor in found.tensors.items():
         match = CLASSIFIER.fullmatch(key)
         if match is None or match[1] is None:
-            raise CheckpointError(f"{found.path} holds {key!r}, which is not a tensor of an X-LoRA classifier.")
+            raise CheckpointError(f"{found.path} holds {key!r}, which is no tensor of an X-LoRA classifier.")
         out.setdefault(int(match[1]), {})[match[2]] = tensor
     for number in range(len(found.config["adapters"])):  # PEFT 0.21 puts layer j into folder j, without its number
         beside = found.path / str(number)

@@ -228,7 +228,7 @@ def write_peft(
         for name in tqdm(deltas, desc="write", disable=not progress):
             module = name.removesuffix(".weight")
             if module == name:
-                raise ConfigError(f"write_peft: {name!r} is not a linear layer's weight; LoRA cannot hold its change.")
+                raise ConfigError(f"write_peft: {name!r} is no linear layer's weight; LoRA cannot hold its change.")
             delta = check_finite(as_delta(deltas[name], name), name, source)
             small, squeezed = _at_rank(delta, name, rank)
             if squeezed is not None:
