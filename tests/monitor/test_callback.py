@@ -48,7 +48,9 @@ def bert(**options: Any) -> moa.MoAModel:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    options = {"router": "topk", "n_experts": 4, "k": 2, "rank": 2, "targets": "all-linear", **options}
+    options = {"router": "topk", "n_experts": 4, "rank": 2, "targets": "all-linear", **options}
+    if options["router"] == "topk":
+        options.setdefault("k", 2)
     return moa.build(BertForSequenceClassification(config), **options).train()
 
 
