@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
+import io
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -284,3 +287,68 @@ def test_shapes_in_docstrings_are_recognised():
         assert SHAPE.search(good), good
     for bad in ("Return it.", "see the paper (Fedus)", "1,000 (about)"):
         assert not SHAPE.search(bad), bad
+
+
+NOT_A = re.compile(r"(?<!\bthere )\b(?:is|are|was|were) no (?!longer|more\b|less\b)", re.I)
+PROSE_OF = (
+    "routers",
+    "experts",
+    "recipes",
+    "formats",
+    "folding",
+    "merge",
+    "monitor",
+    "objective",
+    "training",
+    "kernels",
+)
+# what others call the arguments that CONTRIBUTING names
+OTHER_NAMES = {"num_experts", "top_k", "lora_rank", "lora_alpha", "in_features", "out_features", "target_modules"}
+
+
+def prose_of(source: str) -> list[str]:
+    """Return the docstrings and comments of a file, each on one line."""
+    tree = ast.parse(source)
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, owners)]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [" ".join(text.split()) for text in docs + [t.string for t in tokens if t.type == tokenize.COMMENT]]
+
+
+@pytest.mark.parametrize("room", PROSE_OF)
+def test_prose_says_what_something_is_not(room: str) -> None:
+    """ "It is not a LoRA", never "it is no LoRA"; "there is no LoRA" is plain English."""
+    for path in (ROOT / "moa" / room).rglob("*.py"):
+        for text in prose_of(path.read_text(encoding="utf-8")):
+            found = NOT_A.search(text)
+            assert found is None, f"{path.relative_to(ROOT)}: say 'is not a': {text[: found.end() + 40]}"
+
+
+def test_bad_prose_is_recognised() -> None:
+    for bad in ('"""It is no LoRA."""', "# rows that are no\nx = 1  # part are no part"):
+        assert any(NOT_A.search(text) for text in prose_of(bad)), bad
+    for good in ("# there is no LoRA", "# it is no longer used", "# it is not a LoRA", "x = 'is no LoRA'"):
+        assert not any(NOT_A.search(text) for text in prose_of(good)), good
+
+
+@pytest.mark.parametrize("room", ["routers", "experts"])
+def test_what_returns_tensors_gives_their_shapes(room: str) -> None:
+    for path in (ROOT / "moa" / room).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or node.name == "__call__" or node.returns is None:
+                continue
+            public = not node.name.startswith("_")
+            if public and re.search(r"\b(?:Tensor|Routing)\b", ast.unparse(node.returns)):
+                doc = ast.get_docstring(node) or ""
+                assert SHAPE.search(doc), f"{path.relative_to(ROOT)}: {node.name} names no shape: {doc!r}"
+
+
+def test_arguments_have_the_names_of_contributing() -> None:
+    words = text_of("CONTRIBUTING.md").partition("Arguments are always ")[2].partition(".")[0]
+    named = set(re.findall(r"`(\w+)`", words))
+    assert {"n_experts", "k", "rank", "alpha", "d_in", "d_out", "targets"} <= named and not named & OTHER_NAMES
+    for path in (ROOT / "moa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                taken = {a.arg for a in node.args.args + node.args.kwonlyargs} & OTHER_NAMES
+                assert not taken, f"{path.relative_to(ROOT)}: {node.name} calls its arguments {taken}"

@@ -64,7 +64,7 @@ class XLoRA(TopKRecipe):
         """Return the recipe with d_hidden set to the base's.
 
         Raises:
-            ConfigError: an encoder-decoder, or no transformers model.
+            ConfigError: an encoder-decoder, or a base outside transformers.
         """
         return dataclasses.replace(self, d_hidden=hidden_width(base))
 

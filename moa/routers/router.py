@@ -132,7 +132,7 @@ def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 
 def frozen_while_decoding(router: Router, context: Context, n_rows: int) -> Routing | None:
-    """Return the routing this pooled router kept at prefill, or None when it has to decide now.
+    """Return the routing that this pooled router kept at prefill, weights (B, 1, K), or None when it has to decide now.
 
     Raises:
         ContextError: the number of rows changed between prefill and decoding.
