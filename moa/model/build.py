@@ -55,7 +55,7 @@ def build(
         experts: folders of PEFT LoRA adapters that become the experts, on the layers that they adapt; frozen unless
             train_experts=True.
         modules_to_save: names of modules that are trained and saved whole; default the new heads of
-            classification models.
+            classification models, and what a class of your own puts beside a body of transformers.
         options: the recipe's own keywords; peft's spellings (target_modules, r, lora_alpha, …) are understood.
 
     Returns:
@@ -124,11 +124,21 @@ def build(
 
 
 def _new_heads(model: nn.Module) -> list[str]:
-    """Return the head modules of a classification model: they were not pretrained, so they are trained whole."""
+    """Return the modules outside the body that were not pretrained, which are trained whole.
+
+    A class of transformers says so by its name, which a class derived from it need not repeat; in anybody else's class
+    on a body, what is neither the body nor the output embeddings is new.
+    """
     prefix = backbone_prefix(model)
-    if not prefix or not any(kind in type(model).__name__ for kind in HEADS):
+    if not prefix:
         return []
-    return [n for n, m in model.named_children() if f"{n}." != prefix and any(True for _ in m.parameters())]
+    known = any(kind in parent.__name__ for parent in type(model).__mro__ for kind in HEADS)
+    if not known and type(model).__module__.split(".")[0] in ("transformers", "transformers_modules"):
+        return []
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    outside = [(name, m) for name, m in model.named_children() if f"{name}." != prefix]
+    new = [(name, m) for name, m in outside if output is None or all(part is not output for part in m.modules())]
+    return [name for name, m in new if any(True for _ in m.parameters())]
 
 
 def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any) -> MoAModel:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import moa
@@ -210,3 +211,27 @@ def test_a_plain_module_with_a_config_of_its_own():
 
     model = moa.build(Configured(), "topk")
     assert model.describe()["base"]["class"] == "Configured"
+
+
+class Scorer(type(models.bert())):
+    """A classifier under a name of its own."""
+
+
+class Ranker(transformers.BertPreTrainedModel):
+    """A body and a head of one's own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.rank = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+
+def test_a_new_head_is_found_under_any_name():
+    config = models.bert().config
+    for made, head in ((Scorer(config), "classifier"), (Ranker(config), "rank")):
+        model = moa.build(made, "topk", targets="attention")
+        assert model.modules_to_save == [head] and all(p.requires_grad for p in getattr(made, head).parameters())
+    for made in (transformers.BertForMaskedLM(config), models.llama(), models.t5()):
+        assert moa.build(made, "topk", targets="attention").modules_to_save == []  # pretrained with the body
+    assert moa.build(Ranker(config), "topk", targets="attention", modules_to_save=[]).modules_to_save == []
