@@ -114,7 +114,7 @@ class BlockEntry(BlockLayer):
             return base_out
         self.check_differentiable(x, base_out)
         branch = self.branch
-        if not isinstance(branch.router, FollowRouter):
+        if self.decided_at == self.name:
             self.context.decisions[self.block.name] = Decision(_on_rows(self.route(branch, x), x))
         decision = self.context.decided(self.block.name)
         routing = decision.routing

@@ -26,6 +26,8 @@ class TopK(TopKRecipe, BalancedRecipe):
         jitter: in training only, the gate sees x times a draw from 1 - jitter to 1 + jitter.
     """
 
+    softmax_gate = True
+
     z_loss: float = 0.001
     jitter: float = 0.0
 
@@ -49,6 +51,8 @@ class Dense(Recipe):
         z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
     """
 
+    softmax_gate = True
+
     z_loss: float = 0.0
 
     def build(self, site: Site) -> list[Branch]:
@@ -68,6 +72,8 @@ class Switch(TopKRecipe, BalancedRecipe):
 
     Differs: no capacity limit, so no token is dropped and the routing stays causal and batch-invariant.
     """
+
+    softmax_gate = True
 
     k: int = 1
     z_loss: float = 0.001
@@ -93,6 +99,8 @@ class NoisyTopK(TopKRecipe):
         importance: coefficient of the loss on the spread of the experts' summed weights.
         load: coefficient of the loss on the spread of the experts' expected numbers of rows.
     """
+
+    softmax_gate = True
 
     importance: float = 0.01
     load: float = 0.01
@@ -200,6 +208,8 @@ class LoRAMoE(Recipe):
     Source: arXiv 2312.09979, eq. 2-7.
     Differs: the released code has delta = 0 and the loss switched off by default; here both are 0.1, near the paper's.
     """
+
+    softmax_gate = True
 
     rank: int = 4
     alpha: float | None = 32.0

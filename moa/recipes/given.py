@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -87,10 +87,9 @@ class XLoRA(TopKRecipe):
     def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return the mixtures of the sites, (*rows, i) -> (*rows, o), with one classifier unless layerwise."""
         out = super().mixtures(sites, scope)
-        routers = [mixture.branches[0].router for mixture in out]
+        routers: list[Any] = [_branch(mixture).router for mixture in out]  # each of `_router`
         for router in routers[1:]:
             if not self.layerwise:
-                assert isinstance(router, PreviewRouter) and isinstance(routers[0], PreviewRouter)
                 router.share(routers[0])
         return out
 
@@ -164,8 +163,7 @@ class Arrow(TopKRecipe):
             found = [branches[name].bank.factors() for name in names]
             factors = [pair for pair in found if pair is not None]
             for name in names:
-                router = branches[name].router
-                assert isinstance(router, PrototypeRouter)
+                router: Any = branches[name].router  # of `build`
                 router.share(*factors)
 
     def _side_by_side(self, names: Sequence[str]) -> list[list[str]]:

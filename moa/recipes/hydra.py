@@ -72,7 +72,7 @@ class Hydra(TopKRecipe, BalancedRecipe):
     @property
     def folds(self) -> Folds:
         """Without a gate both branches of a layer (*rows, i) -> (*rows, o) are always on."""
-        return "always" if self.gate is None else "never"
+        return "always" if self.gate is None or (self.gate == "experts" and self.n_experts == 1) else "never"
 
     def _router(self, d_in: int) -> Router:
         if self.gate is None:

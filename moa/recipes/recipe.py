@@ -47,6 +47,7 @@ class Recipe:
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
+        softmax_gate: its weights are a softmax over the experts, which is 1 on every row where there is one expert.
         families: names that `expert` may have; None is every family.
         places: that `place` may name.
         unused: a keyword of other recipes that changes nothing here -> why; `make_recipe` warns where it is given.
@@ -59,6 +60,7 @@ class Recipe:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     wants_experts: ClassVar[bool] = False
+    softmax_gate: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = None
     places: ClassVar[tuple[str, ...]] = PLACES
     unused: ClassVar[Mapping[str, str]] = {"k": "every expert may act on every row"}
@@ -178,7 +180,7 @@ class Recipe:
 
         It holds for experts that are weight changes, as LoRAs are; others do not fold behind any routing.
         """
-        return "never"
+        return "always" if self.softmax_gate and self.n_experts == 1 else "never"
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.

@@ -118,6 +118,7 @@ def test_one_expert_behind_a_softmax_folds(name: str) -> None:
     """The softmax over one logit is 1 on every row: the fold is that of router="fixed"."""
     options = {} if name in ("dense", "fixed", "hydralora", "switch") else {"k": 1}
     model = models.randomise(moa.build(models.llama(), name, n_experts=1, rank=2, targets="attention", **options))
+    assert model.recipes[0][0].folds == "always"
     batch = models.lm_batch()
     expected = models.outputs_of(model, batch)
     laws.assert_close(models.outputs_of(model.merge_and_unload(), batch), expected, 1e-5)
