@@ -34,7 +34,7 @@ class Mix(torch.autograd.Function):
             ops.check_indices(rows, a, slots)
             y, hidden = ops.node_forward(Operands(rows, a, b, routed, slots, base, bias), chosen, scaling)
         need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
-        # x is kept for the gradient of a alone; hidden for those of b and the weights; the base for that of x.
+        # x is kept only for the gradient of a; hidden for those of b and the weights; the base for that of x.
         inner = hidden if need_b or need_weights else None
         ctx.save_for_backward(rows if need_a else None, a, b, routed, slots, inner, base if need_x else None)
         ctx.call = x.shape, x.dtype, weights.shape, scaling, chosen

@@ -160,7 +160,7 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
 
 
 def check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
-    """Raise ShapeError where an index (T, K) names none of the experts of a (E, r, i), if that can be told for free."""
+    """Raise ShapeError where an index (T, K) names none of the experts of a (E, r, i), where the check needs no sync."""
     if indices is not None and (x.device.type == "cpu" or DEBUG):
         check_range(indices, a.shape[0])
 
@@ -180,7 +180,7 @@ def check_range(indices: Tensor, n_experts: int) -> None:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, a, b, weights, indices, base, _, engine = inputs
     need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
-    # x is kept for the gradient of a alone; hidden for those of b and the weights.
+    # x is kept only for the gradient of a; hidden for those of b and the weights.
     kept_x = x if need_a else None
     hidden = output[1] if need_b or need_weights else None
     ctx.save_for_backward(kept_x, a, b, weights, indices, hidden, base if need_x else None)
