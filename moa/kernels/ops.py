@@ -160,7 +160,7 @@ def _(grad, x, a, b, weights, indices, hidden, base, engine, needs):
 
 
 def check_indices(x: Tensor, a: Tensor, indices: Tensor | None) -> None:
-    """Raise ShapeError where an index (T, K) names none of the experts of a (E, r, i), where the check needs no sync."""
+    """Raise ShapeError where an index (T, K) names none of the experts of a (E, r, i), where checking needs no sync."""
     if indices is not None and (x.device.type == "cpu" or DEBUG):
         check_range(indices, a.shape[0])
 
