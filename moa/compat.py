@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -64,3 +65,11 @@ def in_forward() -> bool:
     while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
         frame = frame.f_back
     return frame is not None
+
+
+def own_view(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a fresh tensor in another shape, e.g. (T, o) as (B, S, o), not counted as a view of it.
+
+    A node of the graph that returned a view could not be added to in place, as some models do with a layer's output.
+    """
+    return torch.ops.aten._unsafe_view.default(fresh, shape)  # type: ignore[no-any-return]

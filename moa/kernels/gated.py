@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..compat import own_view
 from . import ops
 from .dtypes import cast, cast_all, exact_dtypes, wide
 from .engine import Operands
@@ -178,7 +179,7 @@ def _unflatten(
     slots = None if indices is None else indices.view(shape)
     every = (*rows, logits.shape[1])
     seen = None if scores is None else scores.view(every)
-    return y.view(*rows, y.shape[1]), weights.view(shape), slots, logits.view(every), seen
+    return own_view(y, (*rows, y.shape[1])), weights.view(shape), slots, logits.view(every), seen
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, noise: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..compat import own_view
 from ..errors import ShapeError
 from . import ops
 from .dtypes import cast, exact_dtypes
@@ -39,7 +40,7 @@ class Mix(torch.autograd.Function):
         ctx.save_for_backward(rows if need_a else None, a, b, routed, slots, inner, base if need_x else None)
         ctx.call = x.shape, x.dtype, weights.shape, scaling, chosen
         ctx.set_materialize_grads(False)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+        return y if x.ndim == 2 else own_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +17,7 @@ from moa.mixture.mixture import Branch, Mixture, is_conv1d, plain_weight
 from moa.objective.trace import Trace
 from moa.routers import FixedRouter, LinearRouter
 from moa.types import Context
-from tests import models
+from tests import laws, models
 from tests.laws import assert_close, randomised
 
 
@@ -167,3 +169,28 @@ def test_one_fixed_expert_is_pefts_lora():
     for name, bank in banks.items():
         assert_close(bank.down.grad[0], layers[name].lora_A["default"].weight.grad)
         assert_close(bank.up.grad[0].T, layers[name].lora_B["default"].weight.grad)
+
+
+@pytest.mark.parametrize("name", ["topk", "dense", "switch", "sigmoid", "fixed", "hydralora", "remix", "flylora"])
+@pytest.mark.parametrize("place", ["input", "output"])
+def test_a_model_may_add_to_a_layers_output_in_place(name: str, place: str) -> None:
+    """As RoCBert does: the output is a tensor of its own, with the gradients of a sum that is not in place."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6)).double()
+    recipe = moa.make_recipe(name, **({"rank": 4, "k": 2} if name == "flylora" else {"n_experts": 3}), place=place)
+    held = models.randomise(moa.build(model, dataclasses.replace(recipe, targets="all-linear"))).double()
+    (layer,) = held.mixtures().values()
+    results = []
+    for in_place in (False, True):
+        torch.manual_seed(1)
+        x = torch.linspace(-1, 1, 60, dtype=torch.float64).view(2, 5, 6).requires_grad_()
+        held.zero_grad()
+        y = layer(x)
+        if in_place:
+            y += x
+        else:
+            y = y + x
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *laws.gradients(layer)])
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_close(got, expected)
