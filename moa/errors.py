@@ -50,6 +50,10 @@ class UnadaptedWarning(MoaWarning):
     """Weights of a base that get no experts though its layers were asked for as a group, such as "all-linear"."""
 
 
+class LostLossWarning(MoaWarning):
+    """Losses that routers ask for and that no training loss holds."""
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "") -> str:
     """Return the message for a name that is not known: the nearest known one, and the list.
 

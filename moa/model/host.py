@@ -34,6 +34,7 @@ from ..types import Context
 from .adapt import adapted, optimizer_groups
 from .entries import close_entries, open_entries
 from .scope import ModelScope
+from .whole import Whole, as_they_came
 
 
 class Host(nn.Module):
@@ -44,6 +45,7 @@ class Host(nn.Module):
         scope: gives them the context of the forward that runs.
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
+        whole: those modules, and copies of them as they came.
         shared_by_experts: what the families of recipes share over their layers, by the recipe's number.
         streams: in which the base runs, for recipes that have several; None for one.
         samples: M, forwards per training step, the most that any recipe asks for.
@@ -53,6 +55,7 @@ class Host(nn.Module):
     scope: ModelScope
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
+    whole: list[Whole]
     shared_by_experts: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
@@ -111,14 +114,10 @@ class Host(nn.Module):
         Raises:
             ConfigError: the base has no module of such a name.
         """
-        for name in names:
-            try:
-                self.base.get_submodule(name).requires_grad_(True)
-            except AttributeError as error:
-                raise ConfigError(
-                    f"modules_to_save names {name!r}, which {type(self.base).__name__} does not have."
-                ) from error
-        self.modules_to_save += [name for name in names if name not in self.modules_to_save]
+        for name in [names] if isinstance(names, str) else names:
+            if name not in self.modules_to_save:
+                self.whole.append(Whole(self.base, name))
+                self.modules_to_save.append(name)
 
     def routers_changed(self) -> None:
         """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
@@ -186,7 +185,8 @@ class Host(nn.Module):
         context = self.context
         before, context.enabled = context.enabled, False
         try:
-            yield
+            with as_they_came(self.whole):
+                yield
         finally:
             context.enabled = before
 
@@ -201,7 +201,8 @@ class Host(nn.Module):
         context = self.context
         before, context.pinned = context.pinned, expert
         try:
-            yield
+            with as_they_came(self.whole):
+                yield
         finally:
             context.pinned = before
 
@@ -234,7 +235,7 @@ class Host(nn.Module):
             folded_change(mixture, task_id)
         for mixture in mixtures.values():
             fold(mixture, task_id)
-        return self.unload()
+        return self._without_mixtures()
 
     def folded(self, task_id: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
         """Run with the mixtures folded into their layers inside the block, the base bit for bit as it was afterwards.
@@ -262,7 +263,14 @@ class Host(nn.Module):
                 self._folded = False
 
     def unload(self) -> nn.Module:
-        """Take the mixtures out and return the base with its own layers, their weights untouched."""
+        """Take the mixtures out and return the base as it came, what was trained whole included."""
+        for whole in reversed(self.whole):
+            whole.restore()
+        self.whole.clear()
+        self.modules_to_save.clear()
+        return self._without_mixtures()
+
+    def _without_mixtures(self) -> nn.Module:
         close_entries(self.base)
         take_out(self.base)
         if self.streams is not None:

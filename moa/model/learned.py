@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ContextError
+from ..errors import ContextError, LostLossWarning
 from ..objective import Objective, Trace
 from .host import Host
 from .outputs import logits_of
@@ -34,6 +35,7 @@ class Learned(Host):
     can_generate: Callable[[], bool]
     selections: Selections
     _in_closure: bool
+    _warned_of_lost_losses: bool = False
 
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
@@ -50,6 +52,7 @@ class Learned(Host):
                 )
         losses = [loss for _, loss in passes if loss is not None]
         if not losses:
+            self._warn_of_lost_losses(traces)
             self._notice(traces)
             return passes[0]
         examples = None
@@ -58,6 +61,19 @@ class Learned(Host):
             examples = self.objective.per_example(losses, logits, labels)
         total = self._add_up(losses, examples, traces, labels)
         return passes[0][0], total
+
+    def _warn_of_lost_losses(self, traces: list[Trace]) -> None:
+        """Say once that routers' own losses reach nothing where the model does not compute the loss."""
+        asked = {name for trace in traces for r in trace for name in getattr(r.router, "loss_weights", {})}
+        if asked and not self._warned_of_lost_losses and not torch.compiler.is_compiling():
+            self._warned_of_lost_losses = True
+            names = ", ".join(sorted(asked))
+            warnings.warn(
+                f"this training forward computes no loss (no labels), so the routers' own losses ({names}) "
+                "are in none: compute yours inside model.routed_loss(lambda: …), or build without them.",
+                LostLossWarning,
+                stacklevel=6,
+            )
 
     def routed_loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """Return the training loss of any closure, the routers' own losses included, scalar.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..formats import checkpoint, foreign
 from ..formats.adopters import adopt
 from ..recipes import make_recipe
@@ -34,6 +34,8 @@ def load_host(
         around: makes a host of a base, (B, S) -> outputs.
         path, base, check_base, kwargs: see there.
     """
+    if base is not None and kwargs:
+        raise ConfigError(f"{', '.join(sorted(kwargs))}: keywords are for loading a base, and one was given as base=.")
     folder = checkpoint.locate(path)
     if foreign.is_foreign(folder):
         found = foreign.read_foreign(folder)
@@ -47,12 +49,13 @@ def load_host(
         base = load_base(description["base"], folder, kwargs)
     if check_base:
         checkpoint.check_fingerprint(description["base"], base, folder)
-    out = around(base)
-    out.train_whole(description["modules_to_save"])
-    for row in description["recipes"]:
-        options = {key: value for key, value in row.items() if key not in ("router", "layers")}
-        out.add_recipe(make_recipe(row["router"], **options), row["layers"])
-    checkpoint.fill(out.adapter_state_dict(), tensors, folder)
+    with all_or_nothing(base):
+        out = around(base)
+        out.train_whole(description["modules_to_save"])
+        for row in description["recipes"]:
+            options = {key: value for key, value in row.items() if key not in ("router", "layers")}
+            out.add_recipe(make_recipe(row["router"], **options), row["layers"])
+        checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     out.eval()
     return out
 

@@ -22,6 +22,7 @@ from .inputs import describe_batch, input_names, outermost, prompt_attention
 from .judged import Judged, judged_by
 from .learned import Learned
 from .load import load_host
+from .on_base import OnBase
 from .outputs import loss_of, with_loss
 from .recompute import Recomputed
 from .scope import ModelScope
@@ -30,7 +31,7 @@ from .signature import joint_signature
 from .stepping import watch
 
 
-class MoAModel(Learned, Recomputed, Judged, PreTrainedModel):  # type: ignore[misc, override]
+class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -57,6 +58,7 @@ class MoAModel(Learned, Recomputed, Judged, PreTrainedModel):  # type: ignore[mi
         self.scope = ModelScope(self.selections)
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
+        self.whole = []
         self.shared_by_experts = nn.ModuleDict()
         self.streams = None
         self.objective = Objective()
@@ -183,19 +185,6 @@ class MoAModel(Learned, Recomputed, Judged, PreTrainedModel):  # type: ignore[mi
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
         self.base.generation_config = value
-
-    def get_input_embeddings(self) -> Any:
-        """Return the base's input embeddings, (V, d)."""
-        return self.base.get_input_embeddings()  # type: ignore[operator]
-
-    def get_output_embeddings(self) -> Any:
-        """Return the base's output embeddings, (V, d), or None."""
-        return self.base.get_output_embeddings()  # type: ignore[operator]
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Tie the base's weights."""
-        if isinstance(self.base, PreTrainedModel):
-            self.base.tie_weights(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -27,6 +27,9 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
         if isinstance(model, Host) and lists is not None:
+            for whole in reversed(model.whole[len(lists[1]) :]):
+                whole.restore()
+            del model.whole[len(lists[1]) :]
             model.recipes, model.modules_to_save = lists
             for number in [n for n in model.shared_by_experts if int(n) >= len(model.recipes)]:
                 del model.shared_by_experts[number]
