@@ -174,37 +174,33 @@ class Host(nn.Module):
         finally:
             context.trace = before
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the frozen base alone inside the block.
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """Run the base as it came inside the block, what is trained whole included.
 
         Raises:
             ConfigError: inside `folded`, where the base is not the frozen one.
         """
-        self._check_not_folded("disable_adapter")
-        context = self.context
-        before, context.enabled = context.enabled, False
-        try:
-            with as_they_came(self.whole):
-                yield
-        finally:
-            context.enabled = before
+        return self._as_it_came("disable_adapter", "enabled", False)
 
-    @contextlib.contextmanager
-    def pin_expert(self, expert: int) -> Iterator[None]:
-        """Use one expert with weight 1 in every layer inside the block, in place of the routers.
+    def pin_expert(self, expert: int) -> contextlib.AbstractContextManager[None]:
+        """Use one expert with weight 1 in every layer of the base as it came inside the block, in place of the routers.
 
         Raises:
             ConfigError: at the first layer that has no such expert; inside `folded`.
         """
-        self._check_not_folded("pin_expert")
+        return self._as_it_came("pin_expert", "pinned", expert)
+
+    @contextlib.contextmanager
+    def _as_it_came(self, what: str, setting: str, value: Any) -> Iterator[None]:
+        self._check_not_folded(what)
         context = self.context
-        before, context.pinned = context.pinned, expert
+        before = getattr(context, setting)
+        setattr(context, setting, value)
         try:
             with as_they_came(self.whole):
                 yield
         finally:
-            context.pinned = before
+            setattr(context, setting, before)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters, counted once each."""
