@@ -299,10 +299,6 @@ class Host(nn.Module):
         """
         return optimizer_groups(self.parameters(), [b.router for _, b in self.branches()], lr, weight_decay)
 
-    def get_base_model(self) -> nn.Module:
-        """Return the wrapped model, mixtures inside."""
-        return self.base
-
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds: routers, experts, streams and the modules trained whole, by their name.
 

@@ -14,6 +14,10 @@ from .host import Host
 class OnBase(Host):
     """A host whose setters are its base's."""
 
+    def get_base_model(self) -> nn.Module:
+        """Return the wrapped model, mixtures inside."""
+        return self.base
+
     def get_input_embeddings(self) -> Any:
         """Return the base's input embeddings, (V, d)."""
         return self.base.get_input_embeddings()  # type: ignore[operator]
