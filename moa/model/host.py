@@ -174,33 +174,33 @@ class Host(nn.Module):
         finally:
             context.trace = before
 
-    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
         """Run the base as it came inside the block, what is trained whole included.
 
         Raises:
             ConfigError: inside `folded`, where the base is not the frozen one.
         """
-        return self._as_it_came("disable_adapter", "enabled", False)
+        with self._set("disable_adapter", "enabled", False), as_they_came(self.whole):
+            yield
 
     def pin_expert(self, expert: int) -> contextlib.AbstractContextManager[None]:
-        """Use one expert with weight 1 in every layer of the base as it came inside the block, in place of the routers.
+        """Use one expert with weight 1 in place of the routers inside the block; what is trained whole stays trained.
 
         Raises:
             ConfigError: at the first layer that has no such expert; inside `folded`.
         """
-        return self._as_it_came("pin_expert", "pinned", expert)
+        return self._set("pin_expert", "pinned", expert)
 
     @contextlib.contextmanager
-    def _as_it_came(self, what: str, setting: str, value: Any) -> Iterator[None]:
+    def _set(self, what: str, name: str, value: Any) -> Iterator[None]:
         self._check_not_folded(what)
-        context = self.context
-        before = getattr(context, setting)
-        setattr(context, setting, value)
+        before = getattr(context := self.context, name)
+        setattr(context, name, value)
         try:
-            with as_they_came(self.whole):
-                yield
+            yield
         finally:
-            setattr(context, setting, before)
+            setattr(context, name, before)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters, counted once each."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ContextError, LostLossWarning
 from ..objective import Objective, Trace
 from .host import Host
-from .outputs import logits_of
+from .outputs import logits_of, tensors_of
 from .selections import Selections
 
 
@@ -52,7 +52,7 @@ class Learned(Host):
                 )
         losses = [loss for _, loss in passes if loss is not None]
         if not losses:
-            self._warn_of_lost_losses(traces)
+            self._warn_if_learned_from(passes[0][0], traces)
             self._notice(traces)
             return passes[0]
         examples = None
@@ -62,18 +62,27 @@ class Learned(Host):
         total = self._add_up(losses, examples, traces, labels)
         return passes[0][0], total
 
-    def _warn_of_lost_losses(self, traces: list[Trace]) -> None:
-        """Say once that routers' own losses reach nothing where the model does not compute the loss."""
-        asked = {name for trace in traces for r in trace for name in getattr(r.router, "loss_weights", {})}
-        if asked and not self._warned_of_lost_losses and not torch.compiler.is_compiling():
-            self._warned_of_lost_losses = True
-            names = ", ".join(sorted(asked))
-            warnings.warn(
-                f"this training forward computes no loss (no labels), so the routers' own losses ({names}) "
-                "are in none: compute yours inside model.routed_loss(lambda: …), or build without them.",
-                LostLossWarning,
-                stacklevel=6,
-            )
+    def _warn_if_learned_from(self, outputs: Any, traces: list[Trace]) -> None:
+        """Say once, in a backward from outputs of any shape, that it goes without the losses that routers asked for."""
+        weights: list[Any] = [record.router.loss_weights for trace in traces for record in trace]
+        asked = sorted({name for own in weights for name in own})
+        if not asked or self._warned_of_lost_losses or torch.compiler.is_compiling():
+            return
+
+        def warn(gradient: Tensor) -> None:
+            if not self._warned_of_lost_losses:
+                self._warned_of_lost_losses = True
+                warnings.warn(
+                    f"this loss was computed outside of the model (it got no labels), so the routers' own losses "
+                    f"({', '.join(asked)}) are not in it: compute yours inside model.routed_loss(lambda: …), or build "
+                    "without them.",
+                    LostLossWarning,
+                    stacklevel=2,
+                )
+
+        for tensor in tensors_of(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(warn)
 
     def routed_loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """Return the training loss of any closure, the routers' own losses included, scalar.

@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """Return the tensors of any shape among outputs, nested as they are."""
+    if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict)):
+        outputs = (outputs, vars(outputs))  # a record that is no tree to PyTorch
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def loss_of(outputs: Any) -> Tensor | None:

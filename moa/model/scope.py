@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..compat import next_node, working_node
 from ..errors import ContextError
 from ..types import Context, Draws
+from .outputs import tensors_of
 
 
 class ModelScope:
@@ -138,10 +137,7 @@ class _Graph:
 
     def keep(self, outputs: Any) -> bool:
         """Let the graph of outputs (tensors of any shape, nested) hold this; return False where there is none."""
-        if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict)):
-            outputs = (outputs, vars(outputs))  # a record that is no tree to PyTorch
-        tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        nodes = [tensor.grad_fn for tensor in tensors_of(outputs) if tensor.grad_fn is not None]
         for node in nodes:
             node.metadata.setdefault(_Graph, []).append(self)  # type: ignore[attr-defined]
         return bool(nodes)

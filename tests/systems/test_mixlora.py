@@ -58,7 +58,7 @@ def make(**options: Any) -> Any:
 
 
 def test_values_and_gradients_are_the_papers() -> None:
-    model = make()
+    model = make(balance=0.0)  # the loss is this test's own
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     upstream = torch.randn(2, 7, 6, dtype=torch.float64)
     results = []
