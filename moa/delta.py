@@ -254,7 +254,9 @@ class Sparse(Delta):
 
     def before(self, matrix: Tensor) -> Dense:
         """Return ΔW · M, (o, j) of M (i, j), which is not sparse."""
-        return Dense(self.dense() @ matrix.to(self.dtype))
+        rows, columns = self.places // self.size[1], self.places % self.size[1]
+        sparse = torch.sparse_coo_tensor(torch.stack([rows, columns]), self.values, self.size, check_invariants=False)
+        return Dense(torch.sparse.mm(sparse, matrix.to(self.dtype)))
 
     def __add__(self, other: Delta) -> Delta:
         """Return the sum (o, i), of two sparse changes at the places of both."""

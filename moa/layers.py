@@ -112,6 +112,8 @@ class Site:
         d_in: i; d for a block.
         d_out: o; d for a block.
         shared: what the layers of one recipe share, where the family has that.
+        place: of the experts: on the layer's "input" x, on its "output", or after a "block"; in the last two d_in
+            is the layer's d_out.
     """
 
     name: str
@@ -119,6 +121,7 @@ class Site:
     d_in: int
     d_out: int
     shared: nn.Module | None = None
+    place: str = "input"
 
     def weight(self) -> Tensor:
         """Return the layer's weight W0 (o, i), dequantised where the base is quantised.

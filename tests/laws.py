@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import moa
 from moa.experts import FAMILIES, ExpertBank, LoRABank, SlotBank, VectorBank, make_family
+from moa.experts.families import OutputScaleBank
 from moa.layers import Site
 from moa.recipes import RECIPES, Recipe, make_recipe
 from moa.routers import Router
@@ -60,7 +61,21 @@ FOLLOWING = {"FollowRouter": "it decides nothing: it gives the routing of its bl
 # routers whose rows are E streams of the batch, one after the other
 STREAMED = {"IdRouter"}
 # name of a family -> variants of its own keywords
-BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {"headed": {"default": {}, "heads": {"n_heads": 3}}}
+BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "headed": {"default": {}, "heads": {"n_heads": 3}},
+    "shira": {"default": {"density": 0.3}, "magnitude": {"density": 0.2, "mask": "magnitude"}},
+    "randlora": {"default": {}, "sparse": {"sparse": True}},
+    "oft": {"default": {"block_size": 3}, "exact": {"block_size": 2, "terms": 0, "share": True}},
+    "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
+}
+# what a family's sizes must be multiples of
+CUTS: dict[tuple[str, str], int] = {
+    ("headed", "heads"): 3,
+    ("oft", "default"): 3,
+    ("oft", "exact"): 2,
+    ("boft", "default"): 3,
+    ("boft", "butterfly"): 4,
+}
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0, "n_tasks": 1}},
     "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
@@ -110,7 +125,16 @@ def _vectors(d_in: int, d_out: int, n_experts: int, **options: Any) -> ExpertBan
     return VectorBank(d_in, d_out, n_experts, directions=torch.randn(n_experts, d_in), **options)
 
 
-OTHER_BANKS: dict[str, Callable[..., ExpertBank]] = {"slots": _slots, "vector": _vectors}  # no family makes them
+def _output_scales(d_in: int, d_out: int, n_experts: int, **options: Any) -> ExpertBank:
+    return OutputScaleBank(d_out, d_out, n_experts, **options)  # of the family "ia3", on an output
+
+
+# banks that no family makes on the input of a layer
+OTHER_BANKS: dict[str, Callable[..., ExpertBank]] = {
+    "slots": _slots,
+    "vector": _vectors,
+    "output-scales": _output_scales,
+}
 
 
 def classes_below(root: type[M]) -> list[type[M]]:
@@ -171,11 +195,15 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     if name in OTHER_BANKS:
         return randomised(OTHER_BANKS[name](d_in, d_out, n_experts, **options).double())
     own = BANK_OPTIONS.get(name, {}).get(variant, {})
-    heads = own.get("n_heads", 1)
-    d_in, d_out = d_in * heads, d_out * heads
+    cut = CUTS.get((name, variant), 1)
+    d_in, d_out = d_in * cut, d_out * cut
+    if name == "core":  # as many singular values as its rank
+        d_in, d_out = max(d_in, rank), max(d_out, rank)
     family = make_family(name, own)
-    site = Site("layer", nn.Linear(d_in, d_out).double(), d_in, d_out)
-    shared = family.shared([site])
+    layer = nn.Linear(d_in, d_out).double()
+    nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))  # always the same: a base's
+    site = Site("layer", layer, d_in, d_out)
+    shared = family.shared([site], **options)
     return randomised(family.build(site, n_experts, shared, **options).double())
 
 

@@ -1,5 +1,6 @@
 """Expert banks and the table of adapter families: importing this package fills `FAMILIES`."""
 
+from . import families as families
 from .affine import Affine, AffineLoRABank
 from .bank import ExpertBank
 from .factored import FactoredBank
@@ -9,6 +10,7 @@ from .headed import Headed, HeadedLoRABank
 from .lora import LoRA, LoRABank
 from .shared import Shared, SharedLoRABank
 from .slots import SlotBank
+from .structured import StructuredBank
 from .vector import VectorBank
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Shared",
     "SharedLoRABank",
     "SlotBank",
+    "StructuredBank",
     "VectorBank",
     "family_class",
     "make_family",

@@ -33,6 +33,7 @@ class ExpertBank(nn.Module):
         zero_at_init: a fresh bank returns exactly zero.
         equal_at_init: fresh experts are equal, so only unequal routing weights can break the symmetry.
         per_expert: names of the parameters and buffers whose first axis is the experts.
+        whole: an expert is a whole weight of its layer, so the rows of an example must share one routing.
         carries_input: the routing's weight of an expert already holds its product with x; the expert is a vector.
 
     Raises:
@@ -43,6 +44,7 @@ class ExpertBank(nn.Module):
     zero_at_init: ClassVar[bool] = True
     equal_at_init: ClassVar[bool] = False
     per_expert: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = False
     carries_input: ClassVar[bool] = False
 
     def __init__(

@@ -25,7 +25,8 @@ class Family:
     Attributes:
         places: where it can sit, the usual place first: on a layer's "input" x, on its "output" y0, or after a "block"
             whose output is, or begins with, a tensor (B, S, d).
-        uses: which of a recipe's keywords rank, alpha, dropout and engine it looks at.
+        usual_scale: alpha / rank where alpha is not given.
+        uses: which of a recipe's keywords rank, alpha, dropout and engine it looks at; without alpha its scale is 1.
 
     Raises:
         ConfigError: a keyword out of range.
@@ -34,6 +35,7 @@ class Family:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     places: ClassVar[tuple[str, ...]] = PLACES
+    usual_scale: ClassVar[float] = 2.0
     uses: ClassVar[tuple[str, ...]] = COMMON
 
     def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
@@ -47,7 +49,16 @@ class Family:
         """
         raise NotImplementedError
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+    def place_of(self, name: str, place: str) -> str:
+        """Return where the experts of one layer (i -> o) sit, "input", "output" or "block".
+
+        Args:
+            name: of the layer.
+            place: that was chosen for all layers of the recipe.
+        """
+        return place
+
+    def shared(self, sites: Sequence[Site], **options: Any) -> nn.Module | None:
         """Return what all layers of one recipe share, e.g. random bases (r, d), or None.
 
         The model owns it. Its parameters and persistent buffers are saved once; what a seed makes again is a buffer
@@ -55,6 +66,7 @@ class Family:
 
         Args:
             sites: all layers of the recipe, in order.
+            options: rank, scaling, dropout and engine, as in `ExpertBank`.
         """
         return None
 

@@ -30,6 +30,11 @@ class SlotBank(ExpertBank):
         """Names of the inner bank's tensors (E, …)."""
         return tuple(f"inner.{name}" for name in self.inner.per_expert)
 
+    @property
+    def whole(self) -> bool:  # type: ignore[override]
+        """Whether the inner bank's experts (o, i) are."""
+        return self.inner.whole
+
     def reset_parameters(self) -> None:
         """Draw the experts anew, e.g. down (E, r, i)."""
         self.inner.reset_parameters()

@@ -4,9 +4,11 @@
 engine runs it, `engines` which of them are available and why the others are not; `register_engine` adds one. The halves
 of the op are `grouped_linear` and `grouped_sum`: each slot times its own expert's matrix, and the sum over slots.
 `gated_linear` is a linear gate (`Gate`) and its mixture in one node of the graph, `headed_linear` a mixture of factors,
-head by head, in one node, `exact_linear` a router's logits.
+head by head, in one node, `exact_linear` a router's logits. `change_mixture` mixes weight changes that have no low
+rank.
 """
 
+from .changes import Changes, change_mixture
 from .dispatch import choose_engine
 from .engine import Operands, engines, has_slots, register_engine
 from .exact_linear import exact_linear
@@ -17,8 +19,10 @@ from .headed_linear import headed_linear
 from .low_rank import low_rank_mixture, mixture_linear
 
 __all__ = [
+    "Changes",
     "Gate",
     "Operands",
+    "change_mixture",
     "choose_engine",
     "engines",
     "exact_linear",

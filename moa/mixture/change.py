@@ -48,7 +48,7 @@ def layer_change(mixture: Mixture, of: Callable[[Branch], Change]) -> Change:
             if dense is None:
                 raise FoldError(f"{mixture.name}: a {type(base).__name__} holds no dense weight to go through.")
             if bias is not None:
-                shifts.append(change.dense() @ bias.to(change.dtype))
+                shifts.append(change.before(bias.unsqueeze(1)).dense().squeeze(1))
             change = change.before(dense)
         changes.append(change)
     if not changes:

@@ -22,13 +22,19 @@ class Branch(nn.Module):
     """A router, a bank, and where they tap the layer: its input x (*rows, i) or its base's output y0 (*rows, o).
 
     Raises:
-        ConfigError: an unknown tap.
+        ConfigError: an unknown tap, or experts that are whole weights behind a router that decides row by row.
     """
 
     def __init__(self, router: Router, bank: ExpertBank, tap: Literal["input", "output"] = "input") -> None:
         super().__init__()
         if tap not in ("input", "output"):
             raise ConfigError(f"tap must be 'input' or 'output', got {tap!r}.")
+        if bank.whole and router.per_row:
+            raise ConfigError(
+                f"{type(bank).__name__} experts are whole weights of their layer, and {type(router).__name__} decides "
+                "row by row: every row would need a product with its own weight. Choose a routing that is constant, or "
+                "by task or example, e.g. 'fixed', 'moelora', or 'remix' with granularity='sequence'."
+            )
         self.router, self.bank, self.tap = router, bank, tap
 
 

@@ -147,16 +147,17 @@ class Recipe:
 
     def branches(self, site: Site) -> list[Branch]:
         """Return the branches of one site at the recipe's place: on the output, x is y0 (*rows, o)."""
-        if self.where == "input":
+        place = self.family.place_of(site.name, self.where)
+        if place == "input":
             return self.build(site)
-        branches = self.build(dataclasses.replace(site, d_in=site.d_out))
+        branches = self.build(dataclasses.replace(site, d_in=site.d_out, place=place))
         for branch in branches:
             branch.tap = "output"
         return branches
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         """Return what the family shares over all layers (*rows, i) -> (*rows, o) of this recipe, or None."""
-        return self.family.shared(sites)
+        return self.family.shared(sites, **self.bank_options())
 
     def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return one mixture for each site, (*rows, i) -> (*rows, o); recipes whose sites share something override it.
@@ -201,8 +202,11 @@ class Recipe:
         return None
 
     def scaling(self) -> float:
-        """Return the factor on every expert's output: alpha / rank, with alpha = 2 · rank unless given."""
-        return (2.0 * self.rank if self.alpha is None else self.alpha) / self.rank
+        """Return the factor on every expert's output: alpha / rank, with the family's usual one unless alpha is given.
+
+        It is 2 in most families, alpha = 2 · rank.
+        """
+        return self.family.usual_scale if self.alpha is None else self.alpha / self.rank
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
@@ -210,7 +214,8 @@ class Recipe:
 
     def bank_options(self) -> dict[str, Any]:
         """Return the keywords of every bank: rank, scaling, dropout, engine; plain values."""
-        return {"rank": self.rank, "scaling": self.scaling(), "dropout": self.dropout, "engine": self.engine}
+        scaling = self.scaling() if "alpha" in self.family.uses else 1.0
+        return {"rank": self.rank, "scaling": scaling, "dropout": self.dropout, "engine": self.engine}
 
     def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
         """Return the recipe that learns one new task from what this one has learned; see `MoAModel.adapt`.

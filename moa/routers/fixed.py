@@ -26,6 +26,8 @@ class FixedRouter(Router):
         ShapeError: weights are not (E,).
     """
 
+    per_row = False
+
     weights: Tensor
 
     def __init__(self, d_in: int, n_experts: int, weights: Tensor | None = None) -> None:

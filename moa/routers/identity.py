@@ -18,6 +18,8 @@ class IdRouter(Router):
         n_experts: E = n.
     """
 
+    per_row = False
+
     def __init__(self, d_in: int, n_experts: int) -> None:
         super().__init__(d_in, n_experts, 1)
 

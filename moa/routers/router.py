@@ -22,6 +22,7 @@ class Router(nn.Module):
 
     Attributes:
         causal: the routing of a row never depends on later rows of its sequence, nor on other examples.
+        per_row: each row (token) has a routing of its own; False where it is constant, or one for each task or example.
         needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
@@ -35,6 +36,7 @@ class Router(nn.Module):
     """
 
     causal: bool = True
+    per_row: bool = True
     stochastic: bool = False
     needs_preview: bool = False
 

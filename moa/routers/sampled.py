@@ -57,6 +57,7 @@ class SampledRouter(Router):
         super().__init__(d_in, n_experts, k)
         check_sampling(samples, granularity)
         self.samples, self.granularity = samples, granularity
+        self.per_row = granularity == "token"
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.reset_parameters()
 

@@ -32,6 +32,8 @@ class TaskRouter(Router):
         ConfigError: n_tasks < 1 or an unknown fallback.
     """
 
+    per_row = False
+
     def __init__(
         self,
         d_in: int,

@@ -28,6 +28,12 @@ def one_hot(rows: tuple[int, ...], expert: int, n_experts: int) -> Routing:
     return Routing(torch.ones(*rows, 1, dtype=torch.float64), torch.full((*rows, 1), expert), n_experts)
 
 
+def base_weight(bank: ExpertBank, x: Tensor) -> Tensor:
+    """Return a weight (o, i) for a bank's base: any, or its own layer's where its experts are made of that."""
+    site = getattr(bank, "site", None)
+    return torch.randn(bank.d_out, bank.d_in, dtype=x.dtype) if site is None else site.weight().detach()
+
+
 def bank_selects(bank: ExpertBank, x: Tensor) -> None:
     """One-hot routing is that expert alone, with indices and without."""
     rows = x.shape[:-1]
@@ -134,7 +140,7 @@ def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool, toler
     """The family's own forward, and the one that adds the base, equal the definition with every gradient."""
     if bank.mixes != "outputs":
         return
-    weight = torch.randn(bank.d_out, bank.d_in, dtype=x.dtype)
+    weight = base_weight(bank, x)
     bias = torch.randn(bank.d_out, dtype=x.dtype)
     routing = random_routing(x.shape[:-1], bank.n_experts, k, dense)
     upstream = torch.randn(*x.shape[:-1], bank.d_out, dtype=x.dtype)
@@ -160,7 +166,7 @@ def bank_fast_is_generic(bank: ExpertBank, x: Tensor, k: int, dense: bool, toler
 
 def bank_gated_is_apart(bank: ExpertBank, x: Tensor, k: int, tolerance: float = TOLERANCE) -> None:
     """A gate and its mixture in one call, with gradients and without, equal the routing and then `add_linear`."""
-    weight, gate = (torch.randn(size, bank.d_in, dtype=x.dtype) for size in (bank.d_out, bank.n_experts))
+    weight, gate = base_weight(bank, x), torch.randn(bank.n_experts, bank.d_in, dtype=x.dtype)
     bias = torch.randn(bank.d_out, dtype=x.dtype)
     kept, indices = (x @ gate.T).topk(k, -1)
     expected = bank.fused.add_linear(x, Routing(kept.softmax(-1), indices, bank.n_experts), weight, bias)
@@ -188,7 +194,7 @@ def bank_starts_as_declared(bank: ExpertBank, x: Tensor) -> None:
     before = [p.detach().clone() for p in bank.parameters()]
     if bank.n_experts > 1:
         trained = {id(p) for p in bank.parameters()}
-        stacked = [tensor for tensor in expert_tensors(bank) if id(tensor) in trained]
+        stacked = [tensor for tensor in expert_tensors(bank) if id(tensor) in trained or not bank.carries_input]
         different = any(bool((tensor[0] != tensor[1]).any()) for tensor in stacked)
         assert different != bank.equal_at_init, (
             "equal experts get equal gradients: they are to differ, or say that they do not"
@@ -216,7 +222,7 @@ def bank_drops_once(bank: ExpertBank, x: Tensor, k: int) -> None:
     The mask is that of dropout 0.5 on x, or on the routing's weights where these carry x: from one seed the bank is
     its own definition on what was dropped, and so it is with its base in one step.
     """
-    weight, gate = (torch.randn(size, bank.d_in, dtype=x.dtype) for size in (bank.d_out, bank.n_experts))
+    weight, gate = base_weight(bank, x), torch.randn(bank.n_experts, bank.d_in, dtype=x.dtype)
     kept, indices = (x @ gate.T).topk(k, -1)
     routing = Routing(kept.softmax(-1), indices, bank.n_experts)
 

@@ -73,7 +73,7 @@ def basis(monkeypatch: pytest.MonkeyPatch) -> None:
         width: int = 3
         seed: int = 0
 
-        def shared(self, sites: Any) -> nn.Module:
+        def shared(self, sites: Any, **options: Any) -> nn.Module:
             return Bases(self.width, max(s.d_in for s in sites), max(s.d_out for s in sites), self.seed)
 
         def build(self, site: moa.Site, n_experts: int, shared: nn.Module | None, **options: Any) -> moa.ExpertBank:

@@ -1,0 +1,36 @@
+"""Families beyond LoRA's, one file each: importing this package fills `FAMILIES` with them."""
+
+from .boft import BOFT, BOFTBank
+from .core import Core, CoreBank
+from .dora import DoRA, DoRABank
+from .ia3 import IA3, InputScaleBank, OutputScaleBank
+from .loha import LoHa, LoHaBank
+from .lokr import LoKr, LoKrBank
+from .oft import OFT, OFTBank
+from .randlora import RandLoRA, RandLoRABank
+from .shira import ShiRA, ShiRABank
+from .vera import VeRA, VeRABank
+
+__all__ = [
+    "BOFT",
+    "IA3",
+    "OFT",
+    "BOFTBank",
+    "Core",
+    "CoreBank",
+    "DoRA",
+    "DoRABank",
+    "InputScaleBank",
+    "LoHa",
+    "LoHaBank",
+    "LoKr",
+    "LoKrBank",
+    "OFTBank",
+    "OutputScaleBank",
+    "RandLoRA",
+    "RandLoRABank",
+    "ShiRA",
+    "ShiRABank",
+    "VeRA",
+    "VeRABank",
+]

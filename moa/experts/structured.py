@@ -1,0 +1,93 @@
+"""Experts that are weight changes of some structure without a low rank: mixing, folding, merging come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..delta import Delta, Dense
+from ..kernels import Changes, change_mixture
+from ..kernels.low_rank import is_plain
+from ..types import Routing
+from .bank import ExpertBank
+from .fused import Fused
+
+Tensors = Mapping[str, Tensor]
+FEW_ROWS = 16  # as many as a step of decoding has
+
+
+class StructuredBank(ExpertBank):
+    """E experts E_e(x) = ΔW_e x; a family writes `change`, from one expert's tensors, and the rest is inherited.
+
+    Rows go to the experts that they chose, so the cost grows with K and not with E; a routing that is the same on all
+    rows is mixed in weight space. Nothing is kept for the backward pass beyond x and the routing.
+
+    Attributes:
+        direct: `on_rows` costs less than the change formed, in training, too.
+    """
+
+    direct: ClassVar[bool] = False
+
+    def change(self, tensors: Tensors) -> Tensor:
+        """Return ΔW (o, i) of one expert, its scale included.
+
+        Args:
+            tensors: that expert's slice of each tensor in `per_expert`, and every other parameter whole; any shape.
+        """
+        raise NotImplementedError
+
+    def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """Return ΔW x (*rows, o) of one expert on x (*rows, i)."""
+        return F.linear(x, self.change(tensors).to(x.dtype))
+
+    def tensors(self, expert: int) -> Tensors:
+        """Return one expert's tensors, of any shape."""
+        return self.changes().of(expert)
+
+    def changes(self, x: Tensor | None = None) -> Changes:
+        """Return what the kernel needs on x (*rows, i): on few rows without a gradient, `on_rows` costs the least."""
+        few_rows = x is not None and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS
+        known = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        own = {name: known[name] for name in self.per_expert}
+        shared = {name: p for name, p in self.named_parameters() if name not in own}
+        apply = self.on_rows if self.direct or few_rows else None
+        return Changes(self.n_experts, self.d_out, self.change, apply, own, shared)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return ΔW_e x, (*rows, o), of x (*rows, i)."""
+        return self.on_rows(x, self.tensors(expert))
+
+    def delta(self, expert: int) -> Delta:
+        """Return ΔW_e (o, i) as one tensor."""
+        return Dense(self.change({name: t.detach() for name, t in self.tensors(expert).items()}))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
+        x = F.dropout(x, self.dropout, self.training)
+        if not is_plain(x, routing.weights):
+            return super().forward(x, routing)
+        return change_mixture(x, routing.weights, routing.indices, self.changes(x))
+
+    @property
+    def fused(self) -> FusedChanges:
+        """The base in one step with the experts, on rows (*rows, i)."""
+        return FusedChanges(self)
+
+
+class FusedChanges(Fused):
+    """Base and weight changes on rows (*rows, i): one product where the routing is the same on all of them."""
+
+    __slots__ = ()
+
+    bank: StructuredBank
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b + Σ_e w_e ΔW_e x, (*rows, o)."""
+        bank = self.bank
+        if (bank.training and bank.dropout) or not is_plain(x, routing.weights):
+            return super().add_linear(x, routing, weight, bias)
+        return change_mixture(x, routing.weights, routing.indices, bank.changes(x), weight, bias)
