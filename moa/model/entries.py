@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
+from ..objective import Trace
 from ..types import Context
 from .inputs import Batch, as_masks, describe_batch, input_names, outermost
 from .scope import ModelScope
@@ -25,6 +28,7 @@ class Entry:
         scope: of the model.
         names: of the part's inputs, in order.
         kind: "decoder", "encoder-decoder" or "encoder": how labels are read where the batch enters here.
+        outside: told of the outputs and the trace of a training forward that begins here, and not at the model.
         shared: several parts lie inside, so that a mask given here may be another's rows.
         stacked: blocks of its own lie in it, beside other parts.
     """
@@ -34,11 +38,12 @@ class Entry:
         scope: ModelScope,
         names: Sequence[str],
         kind: str,
+        outside: Callable[[Any, Trace], None],
         *,
         shared: bool,
         stacked: bool,
     ) -> None:
-        self.scope, self.names, self.kind = scope, tuple(names), kind
+        self.scope, self.names, self.kind, self.outside = scope, tuple(names), kind, outside
         self.shared, self.stacked = shared, stacked
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,6 +53,8 @@ class Entry:
         if around.batch is None:
             batch = describe_batch(inputs, kind=self.kind, task_ids=inputs.get("task_ids"), labels=inputs.get("labels"))
             around = outermost(around, batch)
+            if around.trace is None and module.training and torch.is_grad_enabled() and not is_compiling():
+                around.trace = _Own(self)
             changed = "task_ids" in kwargs and "task_ids" not in self.names
         self.scope.enter(self, self._context(around, inputs))
         if changed:
@@ -56,7 +63,10 @@ class Entry:
 
     def leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
         """Go back to the context around."""
+        trace = self.scope.current().trace
         self.scope.leave(self, outputs)
+        if isinstance(trace, _Own) and trace.entry is self and outputs is not None:
+            self.outside(outputs, trace)
 
     def _context(self, around: Context, inputs: dict[str, Any]) -> Context:
         batch = around.batch
@@ -84,13 +94,22 @@ class Entry:
         return context
 
 
-def open_entries(base: nn.Module, scope: ModelScope, kind: str) -> None:
+class _Own(Trace):
+    """The trace of a forward that begins at an entry."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__()
+        self.entry = entry
+
+
+def open_entries(base: nn.Module, scope: ModelScope, kind: str, outside: Callable[[Any, Trace], None]) -> None:
     """Put hooks on the base and on every part of it that takes a batch (B, …), in the place of those that it has.
 
     Args:
         base: of the model.
         scope: of the model.
         kind: see `Entry`; of the base.
+        outside: see `Entry`.
     """
     close_entries(base)
     parts = {name: module for name, module in base.named_modules() if not name or _takes_a_batch(name, module)}
@@ -102,6 +121,7 @@ def open_entries(base: nn.Module, scope: ModelScope, kind: str) -> None:
             scope,
             input_names(module),
             "encoder" if name else kind,
+            outside,
             shared=len(nearest) > 1,
             stacked=stacked,
         )

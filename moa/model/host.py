@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,7 @@ class Host(nn.Module):
     shared_by_experts: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
+    _entered_inside: Callable[[Any, Trace], None]
     _preview: Preview | None = None
     _needs_preview: bool = False
     _folded: bool = False
@@ -94,7 +95,9 @@ class Host(nn.Module):
                 streams.remove()
                 raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
             self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
-        open_entries(self.base, self.scope, self._kind())  # after the streams' hooks: masks are those of all streams
+        open_entries(
+            self.base, self.scope, self._kind(), self._entered_inside
+        )  # after the streams' hooks: masks are those of all streams
         self.recipes.append((recipe, names))
         self.routers_changed()
         return names

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ContextError, LostLossWarning
 from ..objective import Objective, Trace
 from .host import Host
-from .outputs import logits_of, tensors_of
+from .outputs import logits_of, loss_of, with_loss
+from .outside import LABELLED, LIKELIHOODS, asked_of, carried, hook_all, refuse_sampled, warn_of_lost
 from .selections import Selections
 
 
@@ -37,6 +37,29 @@ class Learned(Host):
     _in_closure: bool
     _warned_of_lost_losses: bool = False
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs of the forward; in training also of one that another library has put in its place."""
+        if "forward" not in self.__dict__ or not self._learns() or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+
+        def run() -> tuple[Any, Tensor | None]:
+            outputs = super(Learned, self).__call__(*args, **kwargs)
+            return outputs, loss_of(outputs)
+
+        outputs, loss = self._train_forward(run, kwargs.get("labels"))
+        came = loss_of(outputs)
+        if loss is None or came is None or loss is came:
+            return outputs
+        own = [name for name in self.last_losses if name != "task"]
+        if own and isinstance(outputs, dict) and isinstance(outputs.get(LABELLED), Tensor):
+            refused = partial(self._left_out, own)
+            outputs[LIKELIHOODS] = carried(outputs[LIKELIHOODS], outputs[LABELLED], loss - came, refused)
+        return with_loss(outputs, loss)
+
+    def _learns(self) -> bool:
+        """Whether this forward is one to learn from, and its loss nobody's outside of the model."""
+        return self.training and torch.is_grad_enabled() and not self._in_closure
+
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
         samples = self.samples
@@ -45,15 +68,13 @@ class Learned(Host):
             with selected, self.tracing() as trace:
                 passes.append(run())
             traces.append(trace)
+            if not len(trace):  # the experts are off, or a forward inside has seen to all this
+                return passes[0]
             if samples > 1 and passes[-1][1] is None:
-                raise ContextError(
-                    "a sampling recipe learns from the loss of several selections, and this training forward has no "
-                    "loss: pass labels, or compute your loss inside model.routed_loss(lambda: ...)."
-                )
+                refuse_sampled()
         losses = [loss for _, loss in passes if loss is not None]
         if not losses:
-            self._warn_if_learned_from(passes[0][0], traces)
-            self._notice(traces)
+            self._learned_outside(passes[0][0], traces)
             return passes[0]
         examples = None
         if samples > 1:
@@ -62,27 +83,28 @@ class Learned(Host):
         total = self._add_up(losses, examples, traces, labels)
         return passes[0][0], total
 
-    def _warn_if_learned_from(self, outputs: Any, traces: list[Trace]) -> None:
-        """Say once, in a backward from outputs of any shape, that it goes without the losses that routers asked for."""
-        weights: list[Any] = [record.router.loss_weights for trace in traces for record in trace]
-        asked = sorted({name for own in weights for name in own})
-        if not asked or self._warned_of_lost_losses or torch.compiler.is_compiling():
-            return
+    def _entered_inside(self, outputs: Any, trace: Trace) -> None:
+        """Take note of a training forward of a part, whose outputs somebody else makes a loss of."""
+        if len(trace):
+            if self.samples > 1:
+                refuse_sampled()
+            self._learned_outside(outputs, [trace])
 
-        def warn(gradient: Tensor) -> None:
-            if not self._warned_of_lost_losses:
-                self._warned_of_lost_losses = True
-                warnings.warn(
-                    f"this loss was computed outside of the model (it got no labels), so the routers' own losses "
-                    f"({', '.join(asked)}) are not in it: compute yours inside model.routed_loss(lambda: …), or build "
-                    "without them.",
-                    LostLossWarning,
-                    stacklevel=2,
-                )
+    def _learned_outside(self, outputs: Any, traces: list[Trace]) -> None:
+        """Count a training forward without a loss; say once, in a backward from its outputs, what that goes without."""
+        asked = asked_of(traces)
+        if asked and not self._warned_of_lost_losses and not torch.compiler.is_compiling():
+            hook_all(outputs, partial(self._left_out, asked))
+        self._notice(traces)
 
-        for tensor in tensors_of(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(warn)
+    def _left_out(self, asked: list[str]) -> None:
+        """Say once that a backward goes without the routers' own losses, or refuse it under a sampling recipe."""
+        if self.samples > 1:
+            refuse_sampled()
+        self.last_losses = {name: value for name, value in self.last_losses.items() if name not in asked}
+        if not self._warned_of_lost_losses:
+            self._warned_of_lost_losses = True
+            warn_of_lost(asked)
 
     def routed_loss(self, closure: Callable[[], Tensor]) -> Tensor:
         """Return the training loss of any closure, the routers' own losses included, scalar.

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .host import Host
+from .reference import Reference
 
 
 class OnBase(Host):
@@ -17,6 +18,13 @@ class OnBase(Host):
     def get_base_model(self) -> nn.Module:
         """Return the wrapped model, mixtures inside."""
         return self.base
+
+    def reference(self) -> Reference:
+        """Return the base as it came, (B, …) -> its outputs, as a model of its own that shares all of its tensors.
+
+        For preference training: `DPOTrainer(model, ref_model=model.reference(), …)`.
+        """
+        return Reference(self)
 
     def get_input_embeddings(self) -> Any:
         """Return the base's input embeddings, (V, d)."""
