@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from .as_it_came import Reference
 from .host import Host
-from .reference import Reference
 
 
 class OnBase(Host):
