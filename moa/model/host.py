@@ -33,11 +33,13 @@ from ..recipes import Recipe
 from ..types import Context
 from .adapt import adapted, optimizer_groups
 from .entries import close_entries, open_entries
+from .running import hold_still
 from .scope import ModelScope
+from .stepping import Stepped
 from .whole import Whole, as_they_came
 
 
-class Host(nn.Module):
+class Host(Stepped):
     """What `MoAModel` does with the mixtures in its base, whatever the base is.
 
     Attributes:
@@ -121,6 +123,7 @@ class Host(nn.Module):
             if name not in self.modules_to_save:
                 self.whole.append(Whole(self.base, name))
                 self.modules_to_save.append(name)
+        hold_still(self.base, [whole.module for whole in self.whole])
 
     def routers_changed(self) -> None:
         """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
@@ -162,7 +165,8 @@ class Host(nn.Module):
         return self._preview
 
     def optimizer_step_done(self) -> None:
-        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
+        """Let every router take its step; called after each step of an optimizer that trains this model."""
+        super().optimizer_step_done()
         for _, branch in self.branches():
             branch.router.step()
 
@@ -205,19 +209,9 @@ class Host(nn.Module):
         finally:
             setattr(context, name, before)
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (trainable, all) parameters, counted once each."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
-
     def adapted_summary(self) -> str:
         """Return one line on the layers (*rows, i) -> (*rows, o) that carry experts, and on what does not."""
         return summary(self.base)
-
-    def print_trainable_parameters(self) -> None:
-        """Print trainable and all parameters in one line, as peft does, and what carries experts in another."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-        print(self.adapted_summary())
 
     def merge_and_unload(self, task_id: int | None = None) -> nn.Module:
         """Fold every mixture into its layer and return the base, as peft's method of this name.
@@ -278,7 +272,7 @@ class Host(nn.Module):
         self.recipes.clear()
         self.shared_by_experts.clear()
         self.routers_changed()
-        return self.base
+        return self.base.train(self.base.training)
 
     def adapt(self, new_task: int = 0, mode: str = "full", *, collapse: bool = False) -> None:
         """Make this trained model ready to learn one new task from its experts; see `moa.model.adapt.adapted`.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ..objective import Objective, Trace
 from .host import Host
 from .outputs import logits_of, loss_of, with_loss
 from .outside import LABELLED, LIKELIHOODS, asked_of, carried, hook_all, refuse_sampled, warn_of_lost
+from .running import hold_still, moved_once
 from .selections import Selections
 
 
@@ -63,9 +65,10 @@ class Learned(Host):
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
         samples = self.samples
-        passes, traces = [], []
+        passes: list[tuple[Any, Tensor | None]] = []
+        traces: list[Trace] = []
         for selected in self.selections.of(samples):
-            with selected, self.tracing() as trace:
+            with selected, self._again(bool(passes)), self.tracing() as trace:
                 passes.append(run())
             traces.append(trace)
             if not len(trace):  # the experts are off, or a forward inside has seen to all this
@@ -124,7 +127,7 @@ class Learned(Host):
         self._in_closure = True
         try:
             for selected in self.selections.of(self.samples if self.training else 1):
-                with selected, self.tracing() as trace:
+                with selected, self._again(bool(values)), self.tracing() as trace:
                     values.append(closure())
                 traces.append(trace)
         finally:
@@ -142,9 +145,29 @@ class Learned(Host):
         return total
 
     def optimizer_step_done(self) -> None:
-        """Let every router take its step; called by a hook after an optimizer that holds this model's parameters."""
+        """Let every router take its step; called after each step of an optimizer that trains this model."""
         super().optimizer_step_done()
         self.selections.forget()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode as every module does; the frozen base's running statistics, (C,), stay as they came."""
+        super().train(mode)
+        hold_still(self.base, [whole.module for whole in self.whole])
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (trainable, all) parameters, counted once each."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Print trainable and all parameters in one line, as peft does, and what carries experts in another."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(self.adapted_summary())
+
+    def _again(self, again: bool) -> contextlib.AbstractContextManager[None]:
+        """Run a forward on the batch of the one before, if so: what it moved is moved once."""
+        return moved_once([whole.module for whole in self.whole]) if again else contextlib.nullcontext()
 
     def _shifts(self) -> bool:
         """Whether Trainer leaves the first label of a row out of its count: the share must follow its rule."""
@@ -156,6 +179,8 @@ class Learned(Host):
         return "decoder" if self.can_generate() else "encoder"
 
     def _notice(self, traces: list[Trace]) -> None:
+        self.settle()
+        self._counted = True
         for trace in traces:
             for record in trace:
                 record.router.observe(record.routing, record.mask)  # type: ignore[operator]

@@ -25,6 +25,7 @@ from .load import load_host
 from .on_base import OnBase
 from .outputs import loss_of, with_loss
 from .recompute import Recomputed
+from .running import hold_still
 from .scope import ModelScope
 from .selections import Selections
 from .signature import joint_signature
@@ -70,6 +71,7 @@ class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: i
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
         base.requires_grad_(False)
+        hold_still(base, ())
         watch(self)
 
     def forward(
@@ -101,6 +103,7 @@ class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: i
                 labels that leave no token.
             NumericsError: a router produced NaN or infinity (its layer is named).
         """
+        self.settle()
         inputs = {**dict(zip(self._input_names, args, strict=False)), **kwargs}  # whichever way they were passed
         if labels is None:
             labels = inputs.get("labels")
@@ -225,6 +228,7 @@ class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: i
         """
         if not is_main_process:
             return
+        self.settle()
         state = kwargs.get("state_dict")
         tensors = self.adapter_state_dict()
         if state is not None:
@@ -282,7 +286,8 @@ def model_class(base_class: type[nn.Module]) -> type[MoAModel]:
     forward.__signature__ = joint_signature(base_class.forward, MoAModel.forward)  # type: ignore[attr-defined]
     members = {"forward": forward, "__doc__": MoAModel.__doc__, "__module__": MoAModel.__module__}
     members |= judged_by(base_class, PreTrainedModel)
-    return type(f"MoA{base_class.__name__}", (MoAModel,), members)
+    members["__qualname__"] = f"MoA{base_class.__name__}"
+    return type(base_class.__name__, (MoAModel,), members)  # pipelines, label smoothing and others go by this name
 
 
 def _empty(base_class: type[nn.Module]) -> MoAModel:

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+import moa
 from moa.model.scope import ModelScope
 from moa.types import Context
 from tests import laws, models
@@ -71,7 +72,7 @@ class Stays(ModelScope):
         return self.held or super().current()
 
     def enter(self, owner: object, context: Context) -> None:
-        if owner.__class__.__name__.startswith("MoA"):
+        if isinstance(owner, moa.MoAModel):
             self.held = context
 
 
