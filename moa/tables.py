@@ -1,14 +1,25 @@
-"""Tables of rows by name, which other packages can add to: recipes, adapter families."""
+"""Tables of rows by name, which other packages can add to: recipes, adapter families; and their keywords."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigError, unknown_name
 
 Row = TypeVar("Row", bound=type)
+# peft's spelling of a keyword, and that of other mixtures -> ours
+PEFT_WORDS = {
+    "target_modules": "targets",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "num_experts": "n_experts",
+    "top_k": "k",
+}
 
 
 def put(table: dict[str, Row], name: str, row: Row, kind: str) -> None:
@@ -44,3 +55,40 @@ def find(
     if name not in table:
         raise ConfigError(unknown_name(kind, name, [*table, *plugins]))
     return table[name]
+
+
+def own_words(options: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
+    """Return keywords with peft's spellings replaced by ours; no tensors, so no shapes.
+
+    Args:
+        options: keyword -> value.
+        where: what begins the error, e.g. "recipe: ".
+
+    Raises:
+        ConfigError: one is given under both spellings.
+    """
+    out: dict[str, Any] = {}
+    for key, value in options.items():
+        ours = PEFT_WORDS.get(key, str(key))
+        if ours in out or (ours != key and ours in options):
+            raise ConfigError(f"{where}{ours} is given twice, once under peft's spelling: give it once.")
+        out[ours] = value
+    return out
+
+
+def check_numbers(row: Any, not_negative: Iterable[str] = ()) -> None:
+    """Check the numbers among a row's keywords; no tensors, so no shapes.
+
+    Args:
+        row: a dataclass.
+        not_negative: keywords that must be at least 0.
+
+    Raises:
+        ConfigError: one is NaN or infinite, or is negative and must not be.
+    """
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{field.name} must be a finite number, got {value}.")
+        if field.name in not_negative and value < 0:
+            raise ConfigError(f"{field.name} must be at least 0, got {value}.")

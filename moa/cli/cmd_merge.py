@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,10 +159,6 @@ def _checked(config: MergeConfig, adapters: list[Any]) -> Plan:
             f"method {config.method!r} needs {statistics[0]}, which are computed from data and cannot be given on the "
             f"command line: call moa.merge.merge(adapters, method={config.method!r}, {statistics[0]}=…) in Python."
         )
-    for key, value in config.options.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"option {key} must be a finite number, got {number}.")
     return make_plan(
         adapters,
         config.weights,
@@ -203,8 +198,9 @@ def _rank(config: MergeConfig, plan: Plan) -> int | None:
 def _notes(config: MergeConfig, plan: Plan) -> list[str]:
     """Return what the user should know before the merge."""
     notes = list(config.left_out())
-    if config.options.get("scale") == 0:
-        notes.append("scale=0: the merged adapter does nothing.")
+    if config.options.get("scale") == 0 or not any(plan.weights):
+        what = "scale=0" if config.options.get("scale") == 0 else "all weights are 0"
+        notes.append(f"{what}: the merged adapter does nothing.")
     if config.rank is not None:
         largest = max(min(delta.shape[-2:]) for deltas in plan.adapters for delta in deltas.values())
         if config.rank > largest:

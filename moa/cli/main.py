@@ -6,12 +6,14 @@ import argparse
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import MoaError
+from ..errors import MoaError, MoaWarning
 from . import (
     cmd_bench,
     cmd_demo,
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = parser(words).parse_args(words)
     try:
-        arguments.run(arguments)
+        with _plain_warnings(arguments.command):
+            arguments.run(arguments)
     except MoaError as error:
         print(f"moa {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -60,6 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     return 0
+
+
+@contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """Print warnings of moa as one line each, without the place in the source that gave them."""
+    usual = warnings.formatwarning
+
+    def one_line(message: Any, category: type[Warning], *place: Any) -> str:
+        if issubclass(category, MoaWarning):
+            return f"moa {command}: warning: {message}\n"
+        return usual(message, category, *place)
+
+    warnings.formatwarning = one_line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

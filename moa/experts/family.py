@@ -116,4 +116,6 @@ def make_family(name: str, options: Mapping[str, Any] | None = None) -> Family:
     for key in options or {}:
         if key not in known:
             raise ConfigError(unknown_name("keyword", key, known, f"the family {name!r}"))
-    return cls(**(options or {}))
+    made = cls(**(options or {}))
+    tables.check_numbers(made)
+    return made

@@ -6,13 +6,14 @@ Layout of PEFT 0.21. A test compares the list with `peft.LoraConfig`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import regex
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MoaWarning
 
 Verdict = Literal["honoured", "converted", "harmless", "refused"]
 PATIENCE = 4.0  # seconds for one pattern of a file that somebody else wrote; a plain one takes microseconds
@@ -113,6 +114,21 @@ INITS: dict[str, Option] = {
     ),
     **_all("refused", loftq="it replaces the base's weights by quantised ones, and the factors carry the difference"),
 }
+# what PEFT's LoraConfig holds under a name; a word such as "no" would be taken for true
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"),
+        ((bool,), "true or false"),
+    ),
+    **dict.fromkeys(
+        ("use_bdlora", "kasa_config", "rank_pattern", "alpha_pattern"),
+        ((dict,), "an object"),
+    ),
+    **dict.fromkeys(("peft_type", "base_model_name_or_path"), ((str,), "text")),
+    "modules_to_save": ((list,), "a list of names"),
+    "init_lora_weights": ((bool, str), "true, false or a name"),
+}
+BIASES = ("none", "all", "lora_only")
 # mixtures behind a router, which are not one weight change, and what to do with them
 ROUTED = {
     "XLORA": "Its experts are the LoRA folders that its config lists under 'adapters': name those, or moa.load it.",
@@ -132,9 +148,10 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
     """Check that a LoRA configuration holds only options whose meaning for the saved tensors is known; no tensors.
 
     Raises:
-        CheckpointError: it is not a LoRA; an option that is refused, or unknown and set (null, false and empty are
-            harmless); a rank or an alpha that is not a number. The message names it, with the reason.
+        CheckpointError: an option of another type; it is not a LoRA; an option that is refused, or unknown and set
+            (null, false and empty are harmless); a rank or an alpha that is not a number. The message names it.
     """
+    check_kinds(config, source)
     kind = config.get("peft_type")
     if kind != "LORA":
         hint = f" {ROUTED[kind]}" if kind in ROUTED else ""
@@ -153,6 +170,20 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
         what = "init_lora_weights='olora'" if init == "olora" else "kasa_config"
         raise CheckpointError(f"{source} sets {what} on layers that store weights (i, o), which PEFT does not support.")
     _check_numbers(config, source)
+
+
+def check_kinds(config: Mapping[str, Any], source: str) -> None:
+    """Check that options that are set are of the types that PEFT gives them; no tensors.
+
+    Raises:
+        CheckpointError: one is not; it is named.
+    """
+    for key, (kinds, expected) in KINDS.items():
+        value = config.get(key)
+        if is_set(value) and not isinstance(value, kinds):
+            raise CheckpointError(f"{source} has {key}={value!r}: expected {expected}.")
+    if config.get("bias") not in (None, *BIASES):
+        raise CheckpointError(f"{source} has bias={config['bias']!r}: expected {', '.join(BIASES)}.")
 
 
 def check_known(config: Mapping[str, Any], known: Collection[str], source: str) -> None:
@@ -185,6 +216,8 @@ def _check_numbers(config: Mapping[str, Any], source: str) -> None:
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config, source)}.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(f"{source} has {name}={alpha!r}: expected a finite number.")
+        if alpha == 0:
+            warnings.warn(f"{source} has {name}=0: what it scales counts for nothing.", MoaWarning, stacklevel=4)
 
 
 def _named(key: str, config: Mapping[str, Any], source: str) -> dict[str, Any]:

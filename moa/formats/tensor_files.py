@@ -129,8 +129,10 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{indices[0]} has no weight_map: it is not a safetensors index.")
         for name, file in weight_map.items():
-            inside = PurePath(str(file))
-            if inside.is_absolute() or ".." in inside.parts or "\\" in str(file):
+            if not _is_name(file):
+                raise CheckpointError(f"{indices[0]} says that {name!r} is in {file!r}: expected the name of a file.")
+            inside = PurePath(file)
+            if inside.is_absolute() or ".." in inside.parts or "\\" in file:
                 raise CheckpointError(
                     f"{indices[0]} says that {name!r} is in {file!r}, outside the checkpoint's folder: it was changed "
                     "by hand, or is not to be trusted."
@@ -151,6 +153,17 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     )
 
 
+def _is_name(value: Any) -> bool:
+    """Tell whether a value of an index can be a file's name."""
+    if not isinstance(value, str) or not PurePath(value).name or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
@@ -161,7 +174,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise CheckpointError(f"{path} is not usable JSON: it is nested too deep.") from None
+    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object.")

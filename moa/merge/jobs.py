@@ -5,6 +5,7 @@ Elementwise rows are sparsify × agree × scale; see `moa.merge.methods` for the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -149,7 +150,8 @@ def read_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return every keyword of a method with its value; what is not given has the chosen `definition`'s default.
 
     Raises:
-        ConfigError: an unknown keyword (the nearest is named), a missing one, or a value that is not a choice.
+        ConfigError: an unknown keyword (the nearest is named), a missing one, a value that is not a choice,
+            text or NaN where a number belongs.
     """
     for key in given:
         if key not in method.options:
@@ -162,6 +164,13 @@ def read_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"method {method.name!r} needs {key}=: {option.doc}.")
         if option.choices and value not in option.choices:
             raise ConfigError(unknown_name(key, value, option.choices, f"method {method.name!r}"))
+        numeric = isinstance(option.default, int | float) or option.default is REQUIRED
+        for one in value if isinstance(value, list | tuple) else [value]:
+            if numeric and not option.choices and isinstance(one, str):
+                kind = "true or false" if isinstance(option.default, bool) else "a number"
+                raise ConfigError(f"method {method.name!r}: {key} must be {kind}, got {one!r}.")
+            if isinstance(one, float) and not math.isfinite(one):
+                raise ConfigError(f"method {method.name!r}: {key} must be a finite number, got {one}.")
         return value
 
     definition = value_of("definition") if "definition" in method.options else None

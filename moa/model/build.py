@@ -13,18 +13,11 @@ from ..errors import ConfigError, UnadaptedWarning
 from ..formats.peft_experts import largest_rank, load_experts, read_adapters
 from ..mixture import GROUPS, backbone_prefix, fused_experts
 from ..recipes import Recipe, make_recipe, recipe_class
+from ..tables import own_words
 from .moa_model import MoAModel
 from .rollback import all_or_nothing
 
 HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
-ALIASES = {
-    "target_modules": "targets",
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "num_experts": "n_experts",
-    "top_k": "k",
-}
 
 
 def build(
@@ -66,9 +59,7 @@ def build(
             that already carry experts.
         CheckpointError: an adapter folder that cannot be read or does not fit this base.
     """
-    for theirs, ours in ALIASES.items():
-        if theirs in options:
-            options[ours] = options.pop(theirs)
+    options = own_words(options)
     given = {
         "n_experts": n_experts,
         "k": k,

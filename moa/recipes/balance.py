@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from ..errors import ConfigError, unknown_name
 from .recipe import Recipe
@@ -27,6 +27,8 @@ class BalancedRecipe(Recipe):
         experts of one number in different layers have nothing in common: two layers that each use another half of
         their experts are even to it, and "layers" is twice its least.
     """
+
+    coefficients: ClassVar[tuple[str, ...]] = ("balance",)
 
     balance: float = 0.01
     balance_over: Over = "layers"

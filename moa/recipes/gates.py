@@ -27,6 +27,7 @@ class TopK(TopKRecipe, BalancedRecipe):
     """
 
     softmax_gate = True
+    coefficients = ("balance", "z_loss")
 
     z_loss: float = 0.001
     jitter: float = 0.0
@@ -52,6 +53,7 @@ class Dense(Recipe):
     """
 
     softmax_gate = True
+    coefficients = ("z_loss",)
 
     z_loss: float = 0.0
 
@@ -74,6 +76,7 @@ class Switch(TopKRecipe, BalancedRecipe):
     """
 
     softmax_gate = True
+    coefficients = ("balance", "z_loss")
 
     k: int = 1
     z_loss: float = 0.001
@@ -101,6 +104,7 @@ class NoisyTopK(TopKRecipe):
     """
 
     softmax_gate = True
+    coefficients = ("importance", "load")
 
     importance: float = 0.01
     load: float = 0.01
@@ -210,6 +214,7 @@ class LoRAMoE(Recipe):
     """
 
     softmax_gate = True
+    coefficients = ("localized",)
 
     rank: int = 4
     alpha: float | None = 32.0

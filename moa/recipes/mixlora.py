@@ -38,6 +38,7 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
     """
 
     places = ("input",)
+    coefficients = ("balance", "z_loss")
 
     rank: int = 16
     dropout: float = 0.05

@@ -52,6 +52,7 @@ class Recipe:
         places: that `place` may name.
         unused: a keyword of other recipes that changes nothing here -> why; `make_recipe` warns where it is given.
         refused: one that contradicts this recipe -> why; `make_recipe` raises.
+        coefficients: keywords that weigh a loss; a negative one would train towards what the loss is against.
 
     Raises:
         ConfigError: a value out of range, or a family or a place that does not fit this recipe.
@@ -65,6 +66,7 @@ class Recipe:
     places: ClassVar[tuple[str, ...]] = PLACES
     unused: ClassVar[Mapping[str, str]] = {"k": "every expert may act on every row"}
     refused: ClassVar[Mapping[str, str]] = {}
+    coefficients: ClassVar[tuple[str, ...]] = ()
 
     n_experts: int = 8
     expert: str | Family = "lora"
@@ -83,6 +85,11 @@ class Recipe:
         self._check_family()
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        tables.check_numbers(self, self.coefficients)
+        if self.alpha is not None and self.alpha <= 0:
+            raise ConfigError(f"alpha must be positive, got {self.alpha}: the experts would do nothing, or harm.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.engine is not None and self.engine not in engines():
             raise ConfigError(unknown_name("engine", self.engine, engines()))
 

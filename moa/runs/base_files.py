@@ -33,8 +33,9 @@ def check_base(base: str, max_length: int) -> None:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError, OSError) as error:
             raise ConfigError(f"base: {file} cannot be read as JSON: {error}.") from error
-        if isinstance(values, dict):
-            check_positions(values, max_length)
+        if not isinstance(values, dict):
+            raise ConfigError(f"base: {file} holds a {type(values).__name__}, expected an object.")
+        check_positions(values, max_length)
     for weights in sorted(Path(base).glob("*.safetensors")):
         check_whole(weights)
 

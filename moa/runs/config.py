@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError
+from ..tables import own_words
 from .arguments import check_training
 from .tasks import Task
 from .yaml_values import is_file, one_line, read_dataclass, read_values, set_override, typed
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp64": "float64"}
-# peft's spelling of a recipe's keyword -> ours, as `moa.build` understands them
-PEFT_WORDS = {
-    "target_modules": "targets",
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "num_experts": "n_experts",
-    "top_k": "k",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +162,6 @@ class TrainConfig:
         family = family_class(expert) if isinstance(expert, str) else type(expert)
         hints = typing.get_type_hints(family) | typing.get_type_hints(recipe) | {"expert": str}
         checked = {key: typed(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
-        alpha = checked.get("alpha")
-        if alpha is not None and alpha <= 0:
-            raise ConfigError(f"recipe: alpha must be positive, got {alpha}: the adapters would do nothing, or harm.")
-        for key in ("balance", "z_loss", "importance", "bias_rate"):
-            if isinstance(checked.get(key), float) and checked[key] < 0:
-                raise ConfigError(f"recipe: {key} must be at least 0, got {checked[key]}.")
         make_recipe(**checked)
 
 
@@ -207,7 +193,7 @@ def parse(values: Mapping[str, Any], where: str = "the configuration", *, recipe
         given = values.pop("import")
         values["imports"] = [given] if isinstance(given, str) else given or []
     if isinstance(values.get("recipe"), Mapping):
-        values["recipe"] = own_words(values["recipe"])
+        values["recipe"] = own_words(values["recipe"], "recipe: ")
     config: TrainConfig = read_dataclass(TrainConfig, values, where)
     tasks = {
         name: dataclasses.replace(task, train=_expand(task.train), eval=task.eval and _expand(task.eval))
@@ -219,21 +205,6 @@ def parse(values: Mapping[str, Any], where: str = "the configuration", *, recipe
     if recipe:
         config.check_recipe()
     return config
-
-
-def own_words(recipe: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a recipe's keywords with peft's spellings replaced by ours.
-
-    Raises:
-        ConfigError: one is given under both.
-    """
-    out: dict[str, Any] = {}
-    for key, value in recipe.items():
-        ours = PEFT_WORDS.get(key, str(key))
-        if ours in out or (ours != key and ours in recipe):
-            raise ConfigError(f"recipe: {ours} is given twice, once under peft's spelling: give it once.")
-        out[ours] = value
-    return out
 
 
 def import_module(name: str) -> None:

@@ -265,6 +265,8 @@ def check_writable(out: Path, what: str = "output") -> None:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         if out.exists() and not out.is_dir():
             raise ConfigError(f"{what}: {out} is a file, name a folder.")
+        if "\0" in str(out):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         os.rmdir(tempfile.mkdtemp(prefix=".moa.", dir=_existing(out)))
     except OSError as error:
-        raise ConfigError(f"{what}: {shortened(out)} cannot be written: {error.strerror}.") from error
+        raise ConfigError(f"{what}: {shortened(repr(str(out)))} cannot be written: {error.strerror}.") from error

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MoaError
 from ..layers import is_dense
 from ..model.build import build
 from ..model.heads import MultiTaskForSequenceClassification
@@ -136,8 +136,8 @@ def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any
             base = MultiTaskForSequenceClassification.from_encoder(config.base, labels, config.pooling, **options)
         else:
             base = AutoModelForCausalLM.from_pretrained(config.base, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ConfigError):
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
+        if isinstance(error, MoaError):
             raise
         raise ConfigError(f"base: {config.base!r} cannot be loaded: {one_line(error)}") from error
     check_positions(_encoder_config(base).to_dict(), config.max_length)

@@ -130,8 +130,9 @@ def _file(where: str, file: str, kind: str, wanted: Sequence[str]) -> _Table:
             "json": _json,
             "jsonl": _lines,
         }
+        text = _text(where, file)
         try:
-            table = readers[kind](_text(where, file), wanted)
+            table = readers[kind](text, wanted)
         except (ValueError, csv.Error, RecursionError) as error:
             raise ConfigError(f"{where}: {file} cannot be read as {kind}: {one_line(error)}.") from error
     if not table.records:

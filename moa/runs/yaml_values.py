@@ -206,7 +206,7 @@ def plain(value: Any, hint: type, where: str) -> Any:
         return str(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         shown = shortened(repr(value))
-        raise ConfigError(f"{where} must be {hint.__name__}, got {shown} ({type(value).__name__}).")
+        raise ConfigError(f"{where} must be {NAMES.get(hint, hint.__name__)}, got {shown} ({type(value).__name__}).")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where} must be a finite number, got {value}.")
     return value

@@ -101,7 +101,8 @@ def distill(
         `Distilled`: a new `MoAModel` (router "fixed", one expert), which folds and exports.
 
     Raises:
-        ConfigError: a rank below 1, an unknown objective, steps without data, data that can be gone through only
+        ConfigError: a rank below 1, a lr that is not positive,
+            an unknown objective, steps without data, data that can be gone through only
             once or is empty, or a routing that depends on the input and no data.
         FoldError: experts that are not a weight change, or streams.
         NumericsError: the divergence became NaN or infinite.
@@ -112,6 +113,8 @@ def distill(
         raise ConfigError(unknown_name("objective", objective, OBJECTIVES, "moa.distill"))
     if steps < 0 or (steps and data is None):
         raise ConfigError(f"steps={steps}: gradient steps need data and cannot be negative.")
+    if not 0 < lr < math.inf:
+        raise ConfigError(f"lr must be a positive number, got {lr}.")
     if isinstance(data, Iterator):
         raise ConfigError("data is an iterator, which can be gone through once: pass a list or a DataLoader.")
     if data is not None and next(iter(data), None) is None:

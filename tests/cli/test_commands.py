@@ -136,7 +136,7 @@ def test_dry_runs_say_what_would_be_done_and_write_nothing(home: Path, capsys: p
         ({"adapters": [{"path": "a", "weight": 1}, "b"]}, [], "b has no weight and others have"),
         ({"adapters": []}, [], "adapters is empty"),
         ({"adapters": None}, [], "has no adapters"),
-        ({"rank": "four"}, [], "rank must be int, got 'four'"),
+        ({"rank": "four"}, [], "rank must be a whole number, got 'four'"),
         ({"out": None}, [], "nowhere to write to"),
         ({"rank": 2, "base": "somewhere"}, [], "leave one out"),
         ({}, ["more"], "more is one too many"),

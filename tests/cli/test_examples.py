@@ -17,9 +17,8 @@ from moa.cli.main import main
 from moa.cli.merge_config import read_merge
 from moa.experts import FAMILIES
 from moa.merge import read_peft
-from moa.model.build import ALIASES
 from moa.recipes import RECIPES, make_recipe
-from moa.runs.config import PEFT_WORDS, parse, read_config
+from moa.runs.config import parse, read_config
 from moa.runs.yaml_values import read_values
 from tests import models
 from tests.tiny_run import config_values, decoder_folder, encoder_folder, rows, write_jsonl
@@ -77,7 +76,6 @@ def test_every_keyword_has_type_default_and_meaning(name: str, capsys: pytest.Ca
 
 
 def test_pefts_words_are_those_of_build(tmp_path: Path) -> None:
-    assert PEFT_WORDS == ALIASES
     words = {"router": "topk", "r": 4, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj"]}
     values = {"base": "a", "output": "b", "tasks": {"a": {"train": "x.csv"}}, "recipe": words}
     recipe = make_recipe(**parse(values).recipe)

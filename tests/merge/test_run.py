@@ -301,7 +301,7 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
         ({"method": "average", "density": 0.2}, "unknown option 'density'"),
         ({"method": "dare"}, "needs density="),
         ({"missing": "zeros"}, "Did you mean 'zero'"),
-        ({"method": "dare", "density": "half"}, "density is 'half'"),
+        ({"method": "dare", "density": "half"}, "density must be a number, got 'half'"),
         ({"method": "dare", "density": [0.5, 0.5]}, "one per adapter"),
         ({"method": "ties", "density": 0.0}, "density is 0.0"),
         ({"method": "emr", "task": 3}, "expected 0 … 2"),

@@ -243,3 +243,15 @@ def test_the_advice_on_layers_does_what_it_says() -> None:
         pattern = re.search(r"r'(.*)'", ELSEWHERE[theirs])
         assert pattern is not None
         assert [site.name for site in find_sites(models.llama(), pattern[1])] == kept
+
+
+@recipes
+def test_what_would_turn_training_round_is_refused(name: str, variant: Any) -> None:
+    """A negative coefficient trains towards what its loss is against, a negative alpha turns the experts' sign."""
+    cls = RECIPES[name]
+    for keyword in (*cls.coefficients, "alpha"):
+        for value, message in ((-1.0, "at least 0|positive"), (float("nan"), "finite number")):
+            with pytest.raises(ConfigError, match=f"{keyword} must be .*({message})"):
+                make_recipe(name, **{keyword: value})
+    with pytest.raises(ConfigError, match="alpha must be positive, got 0"):
+        make_recipe(name, alpha=0)
