@@ -90,7 +90,7 @@ def test_its_parameters_are_the_closed_formula(name: str) -> None:
         if name == "lokr":
             (i1, i2), (o1, o2) = branch.bank.inner, branch.bank.outer
             assert (i1 * i2, o1 * o2) == (d_in, d_out) and i1 <= i2 and o1 <= o2
-            right = o2 * i2 if 2 >= max(o2, i2) / 2 else 2 * (o2 + i2)
+            right = o2 * i2 if max(o2, i2) / 2 <= 2 else 2 * (o2 + i2)
             assert own == 3 * (o1 * i1 + right)
         else:
             assert own == 3 * FORMULAS[name](d_in, d_out, 2, layer), layer

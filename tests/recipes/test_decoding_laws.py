@@ -1,0 +1,61 @@
+"""Every way to decode gives the tokens of decoding without a cache, over every recipe.
+
+Run: pytest tests/recipes/test_decoding_laws.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moa
+from moa.errors import ContextError, ShapeError
+from tests import laws, models
+
+WAYS: dict[str, dict[str, Any]] = {
+    "cache": {},
+    "static": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 4},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+    "target": {"assistant": True},
+}
+PROMPT = torch.tensor([[5, 9, 7, 3, 5, 9, 7, 3, 11]])  # it repeats itself, so that there is something to look up
+
+
+def decoded(model: moa.MoAModel, **options: Any) -> Tensor:
+    """Return the tokens (1, 15) of greedy decoding."""
+    if options.pop("assistant", False):
+        options["assistant_model"] = models.llama(num_hidden_layers=1)
+    tokens: Tensor = model.generate(PROMPT, max_new_tokens=6, do_sample=False, **options)
+    return tokens
+
+
+@laws.parametrize(laws.RECIPE_CASES)
+def test_every_way_gives_the_same_tokens(name: str, variant: str) -> None:
+    model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)), 0.4).eval()
+    assert isinstance(model, moa.MoAModel)
+    tasks = {"task_ids": torch.tensor([1])} if laws.needs_tasks(name) and variant != "mu" else {}
+    if not all(branch.router.causal for _, branch in model.branches()):
+        with pytest.raises(ContextError, match="not causal"):
+            decoded(model, **tasks)
+        return
+    want = decoded(model, use_cache=False, **tasks)
+    for way, options in WAYS.items():
+        if way == "chunks" and variant == "sequence":
+            with pytest.raises(ShapeError, match="chunked prefill"):
+                decoded(model, **options, **tasks)
+            continue
+        assert torch.equal(decoded(model, **options, **tasks), want), way
+
+
+@laws.parametrize([case for case in laws.RECIPE_CASES if not laws.needs_tasks(case[0]) and case[1] != "sequence"])
+def test_a_mixture_assists_a_base(name: str, variant: str) -> None:
+    model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)), 0.4).eval()
+    if not all(branch.router.causal for _, branch in model.branches()):  # type: ignore[operator]
+        return
+    base = models.llama()
+    want = base.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    assert torch.equal(base.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model), want)
