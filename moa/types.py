@@ -122,6 +122,8 @@ class Context:
             takes it out, and a new forward of the model forgets what one that failed has left.
         batch: what the outermost entry of the forward was told, for the parts inside; None outside of a forward.
         handed_on: masks hold for a part inside that gets none of its own.
+        rows: (B, S) of the tokens of the part that the layer is in, where they are known: some layers see them
+            flattened.
         enabled: False makes every mixture its base layer.
         pinned: the only expert that mixtures use, with weight 1, in place of their routers; None lets routers decide.
     """
@@ -137,6 +139,7 @@ class Context:
     decisions: dict[str, Decision] = field(default_factory=dict, repr=False)
     batch: object | None = field(default=None, repr=False)
     handed_on: bool = True
+    rows: tuple[int, int] | None = None
     enabled: bool = True
     pinned: int | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
@@ -161,6 +164,7 @@ class Context:
             preview=self.preview,
             batch=self.batch,
             handed_on=self.handed_on,
+            rows=self.rows,
             enabled=self.enabled,
             pinned=self.pinned,
         )
@@ -178,6 +182,15 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "decisions": {}}  # they belong to a forward, with its graph: a copy has run none
+
+    def in_examples(self, x: Tensor) -> Tensor:
+        """Return flattened rows (B · S, i) as (B, S, i), where that is what they are."""
+        known = [self.rows, *(tuple(mask.shape) for mask in self.masks)]
+        if x.ndim == 2:
+            for rows in known:
+                if rows is not None and len(rows) == 2 and rows[0] * rows[1] == x.shape[0]:
+                    return x.view(*rows, x.shape[1])
+        return x
 
     def mask_for(self, x: Tensor) -> Tensor | None:
         """Return the mask (*rows,) that fits x (*rows, i), or None when no mask has that many rows."""

@@ -23,7 +23,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from ..formats.peft_export import export_expert
 
     model = load_checkpoint(arguments.checkpoint)
-    number = max(branch.bank.n_experts for _, branch in model.branches())
+    number = max(branch.router.n_experts for _, branch in model.branches())
     experts = range(number) if arguments.expert is None else [arguments.expert]
     folders = [Path(arguments.out) / f"expert_{expert}" for expert in experts]
     for folder in folders:

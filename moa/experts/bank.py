@@ -125,6 +125,24 @@ class ExpertBank(nn.Module):
         dtype = torch.promote_types(deltas[0].dtype, weights.dtype)
         return total([d.to(dtype).scaled(w) for d, w in zip(deltas, weights.tolist(), strict=True)])
 
+    def stack(self, n_matrices: int) -> None:
+        """Become the experts of N matrices (o, i) in place of one: expert n · E + e is the e-th on matrix n."""
+        for name in self.per_expert:
+            tensor = getattr(self, name)
+            grown = tensor.detach().repeat(n_matrices, *([1] * (tensor.ndim - 1)))  # (N · E, …)
+            if isinstance(tensor, nn.Parameter):
+                grown = nn.Parameter(grown, requires_grad=tensor.requires_grad)
+            setattr(self, name, grown)
+        self.n_experts *= n_matrices
+        with torch.no_grad():
+            self.reset_parameters()
+
+    def why_not_stacked(self) -> str | None:
+        """Return why these experts cannot belong to one of several matrices (o, i), row by row, or None."""
+        if self.carries_input:
+            return "their router multiplies a layer's own input, and each matrix has another one"
+        return None
+
     def read(self, expert: int, change: Delta) -> None:
         """Make one expert a weight change (o, i) that exists already.
 

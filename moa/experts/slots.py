@@ -59,6 +59,10 @@ class SlotBank(ExpertBank):
         """
         raise FoldError("soft slots mix the rows of an example, which no weight does: they cannot be folded.")
 
+    def why_not_stacked(self) -> str:
+        """Return why: a slot is a sum over rows (B, S, i), and each row has another matrix."""
+        return "a soft slot mixes the rows of an example, which go to different experts of the base"
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the combined outputs of the slots, (B, S, o), for x (B, S, i); (B, i) is one row per example."""
         if routing.logits is None:

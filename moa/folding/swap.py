@@ -26,15 +26,14 @@ def swapped(mixtures: Mapping[str, Mixture], task_id: int | None = None) -> Iter
     """
     for mixture in mixtures.values():
         folded_change(mixture, task_id)
-    kept: list[tuple[Any, Any, Any]] = []
+    kept: list[tuple[Any, str, Any]] = []
     try:
         for mixture in mixtures.values():
-            base: Any = mixture.base
-            kept.append((base, base.weight, getattr(base, "bias", None)))
+            names = [name for part in mixture.slices() for name in (part.weight, part.bias)]
+            kept += [(mixture.base, name, getattr(mixture.base, name, None)) for name in names]
             fold(mixture, task_id)
         yield
     finally:
-        for base, weight, bias in kept:
-            base.weight = weight
-            if getattr(base, "bias", None) is not bias:
-                base.bias = bias
+        for base, name, value in kept:
+            if getattr(base, name, None) is not value:
+                setattr(base, name, value)

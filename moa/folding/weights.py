@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..delta import all_finite
 from ..errors import FoldError, NumericsError
-from ..layers import as_weight, matrix
 from ..mixture import Branch, Mixture
 from ..mixture.change import Change, layer_change, mixed
 
 
 @torch.no_grad()
-def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return the changes of weight (o, i) and bias (o,) that a static mixture equals, in the experts' dtype.
+def folded_change(mixture: Mixture, task: int | None = None) -> dict[str, Tensor]:
+    """Return what a static mixture adds to the parameters of its base, by name, in the experts' dtype.
 
     With y0 = W x + b, branches on the input D x + c and branches on the output S y0 + t:
     y = (W + D + S W) x + b + c + S b + t
 
     Args:
-        mixture: whose base is a dense linear layer or a convolution, then (o, C · kernel).
+        mixture: whose base is a dense linear layer, a convolution, then (o, C · kernel), or fused experts (N, o, i).
         task: the inputs are all of this task, for routers that look at it.
 
     Raises:
         FoldError: the routing depends on the input, the experts are not a weight change, or the base holds no dense
-            weight.
+            weight, or a place for what they add to every row.
         NumericsError: an expert holds NaN or infinity.
     """
     if mixture.why_not_fold is not None:
         raise FoldError(f"{mixture.name}: {mixture.why_not_fold}, so no weight of one layer equals it.")
-    if matrix(mixture.base) is None:
-        raise FoldError(f"{mixture.name}: a {type(mixture.base).__name__} holds no dense weight to fold into.")
 
     def static(branch: Branch) -> Change:
         routing = branch.router.constant(task)
@@ -41,14 +36,18 @@ def folded_change(mixture: Mixture, task: int | None = None) -> tuple[Tensor, Te
             raise FoldError(_not_constant(mixture, branch, task))
         return mixed(branch.bank, routing.dense())
 
-    change, shift = layer_change(mixture, static)
-    dense = change.dense()
-    if not all_finite(dense) or (shift is not None and not all_finite(shift)):
+    if not mixture.is_dense():
+        raise FoldError(f"{mixture.name}: a {type(mixture.base).__name__} holds no dense weight to fold into.")
+    found: dict[str, Tensor] = {}
+    for part in mixture.slices():
+        changes = [layer_change(layer, static) for layer in part.layers]
+        found |= mixture.stored(part, [(change.dense(), shift) for change, shift in changes])
+    if not all(all_finite(change) for change in found.values()):
         raise NumericsError(
             f"{mixture.name}: its experts hold NaN or infinity, and folding would put that into the base: training "
             "diverged."
         )
-    return dense, shift
+    return found
 
 
 def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:
@@ -80,14 +79,13 @@ def fold(mixture: Mixture, task: int | None = None) -> nn.Module:
     Raises:
         FoldError: no exact weight exists, or the base's weight is quantised.
     """
-    base: Any = mixture.base
-    delta, shift = folded_change(mixture, task)
-    base.weight = _sum(base.weight, as_weight(base, delta))
-    if shift is not None:
-        bias = getattr(base, "bias", None)
-        base.bias = _sum(torch.zeros_like(shift, dtype=base.weight.dtype) if bias is None else bias, shift)
-    folded: nn.Module = base
-    return folded
+    base = mixture.base
+    changes = folded_change(mixture, task)
+    dtype = getattr(base, next(iter(changes))).dtype
+    for name, change in changes.items():
+        old = getattr(base, name, None)
+        setattr(base, name, _sum(torch.zeros_like(change, dtype=dtype) if old is None else old, change))
+    return base
 
 
 def _sum(parameter: Tensor, change: Tensor) -> nn.Parameter:
@@ -97,14 +95,14 @@ def _sum(parameter: Tensor, change: Tensor) -> nn.Parameter:
 
 
 def check_untied(model: nn.Module, mixture: Mixture) -> None:
-    """Check that no other module uses the weight (o, i) that a mixture folds into, as tied embeddings do.
+    """Check that no other module uses a weight (o, i) that a mixture folds into, as tied embeddings do.
 
     Raises:
         FoldError: one does; both are named.
     """
-    weight = getattr(mixture.base, "weight", None)
+    weights = {id(getattr(mixture.base, part.weight, None)) for part in mixture.slices()}
     for name, module in model.named_modules():
-        if module is not mixture.base and any(p is weight for p in module._parameters.values() if p is not None):
+        if module is not mixture.base and any(id(p) in weights for p in module._parameters.values() if p is not None):
             raise FoldError(
                 f"{mixture.name}: its weight is also that of {name}, which has no mixture: folding would change that "
                 "too, or untie what a saved checkpoint ties again. Untie the two before building on it."

@@ -13,10 +13,11 @@ from torch import Tensor
 from ..delta import LowRank
 from ..errors import ConfigError, FoldError
 from ..layers import as_factors, is_conv1d
-from ..mixture import Mixture
+from ..mixture import ExpertsMixture, Mixture
 from ..mixture.change import factor_change, single
 from .atomic import replacing
 from .card import model_card
+from .peft_parameters import stacked_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # end of a base's class name -> peft's name for what it does, where that changes nothing but peft's class
@@ -41,7 +42,8 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     """
     target = Path(folder)
     tensors: dict[str, Tensor] = {}
-    ranks, alphas = {}, {}
+    ranks: dict[str, int] = {}
+    fused: dict[str, int] = {}  # by tensor of the base's fused experts
     transposed = False
     prefix = getattr(model.base, "exported_body", "")
     body = model.base.get_submodule(prefix)
@@ -49,10 +51,15 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         name = full.removeprefix(f"{prefix}.") if prefix else full
         if prefix and name == full:
             raise FoldError(f"{full} lies outside {prefix}, which is what a LoRA folder of this model is for.")
+        if isinstance(mixture, ExpertsMixture):
+            written, rank = stacked_factors(mixture, expert)
+            tensors |= {f"base_model.model.{name}.{key}": factor for key, factor in written.items()}
+            fused |= {f"{name}.{part.weight}": rank for part in mixture.slices()}
+            continue
         change = _as_low_rank(mixture, expert)
         for letter, factor in zip("AB", as_factors(mixture.base, change.down, change.up.T), strict=True):
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
-        ranks[name], alphas[name] = change.rank, change.rank
+        ranks[name] = change.rank
         transposed |= is_conv1d(mixture.base)
     if not tensors:
         raise ConfigError("this model has no mixtures to export.")
@@ -68,16 +75,19 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     names = sorted(ranks)
     endings = tuple(f".{name}" for name in names)  # peft takes a listed name for an ending, a string for a whole name
     alike = any(n.endswith(endings) for n, _ in body.named_modules() if n not in ranks)
-    rank, alpha = max(set(ranks.values()), key=list(ranks.values()).count), next(iter(alphas.values()))
+    every = ranks | fused
+    rank = max(set(every.values()), key=list(every.values()).count)
+    others = {re.escape(n): r for n, r in every.items() if r != rank}
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {re.escape(n): r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {re.escape(n): a for n, a in alphas.items() if a != alpha},
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "target_modules": "|".join(map(re.escape, names)) if alike else names,
+        "target_parameters": sorted(fused) or None,
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",

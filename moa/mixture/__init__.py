@@ -2,10 +2,13 @@
 
 from ..layers import Site
 from .base_experts import fused_experts, summary
+from .experts_mixture import ExpertsMixture, experts_branches, matrix_sites
 from .inject import copy_sharing, inject, placement, take_out
-from .mixture import BlockMixture, Branch, ConvMixture, Mixture, mixture_on, plain_weight
+from .mixture import BlockMixture, Branch, ConvMixture, Mixture, plain_weight
+from .placed import mixture_on
 from .sites import (
     GROUPS,
+    all_sites,
     backbone_prefix,
     block_sites,
     feed_forward_blocks,
@@ -20,17 +23,21 @@ __all__ = [
     "BlockMixture",
     "Branch",
     "ConvMixture",
+    "ExpertsMixture",
     "Mixture",
     "Site",
+    "all_sites",
     "backbone_prefix",
     "block_sites",
     "copy_sharing",
+    "experts_branches",
     "feed_forward_blocks",
     "find_blocks",
     "find_sites",
     "fused_experts",
     "inject",
     "linear_sites",
+    "matrix_sites",
     "mixture_on",
     "named_sites",
     "placement",

@@ -8,7 +8,7 @@ from .mixture import Mixture
 
 
 def fused_experts(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return (name, tensor (E, o, i) or (E, i, o)) of the base's own fused experts, in order.
+    """Return (name, tensor (N, o, i) or (N, i, o)) of the base's own fused experts that carry no adapters, in order.
 
     They are told by their axes and by "expert" in the name of the module that holds them, or of its class.
 
@@ -16,8 +16,9 @@ def fused_experts(model: nn.Module) -> list[tuple[str, Tensor]]:
         model: any module.
     """
     found: list[tuple[str, Tensor]] = []
+    adapted = {id(m.base) for m in model.modules() if isinstance(m, Mixture)}
     for path, module in model.named_modules():
-        if isinstance(module, Mixture) or ".branches." in path:
+        if isinstance(module, Mixture) or id(module) in adapted or ".branches." in path:
             continue
         if "expert" not in path.lower() and "expert" not in type(module).__name__.lower():
             continue
@@ -44,6 +45,6 @@ def summary(model: nn.Module) -> str:
         )
         said += (
             f"; {len(fused)} fused expert tensors of 3 axes ({names}), {share:.0%} of the base's weights, are not "
-            "linear layers and carry none"
+            "linear layers and carry none: targets='moe-experts' adapts them"
         )
     return said + "."

@@ -86,8 +86,14 @@ def factor_change(mixture: Mixture, of: Callable[[Branch], Change]) -> Delta:
         mixture, of: as in `layer_change`.
 
     Raises:
-        FoldError: as there, or the branches add a constant, which a LoRA has no place for.
+        FoldError: as there, or the branches add a constant, which a LoRA has no place for, or change several matrices.
     """
+    parts = mixture.slices()
+    if len(parts) > 1:
+        raise FoldError(
+            f"{mixture.name}: a {type(mixture.base).__name__} holds {len(parts)} tensors of "
+            f"{len(parts[0].layers)} matrices, whose changes are not one."
+        )
     change, shift = layer_change(mixture, of)
     if shift is not None and bool(shift.any()):
         raise FoldError(

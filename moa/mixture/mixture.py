@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..compat import is_watched
 from ..errors import ConfigError, ShapeError
 from ..experts import ExpertBank
-from ..layers import features, is_conv1d, is_convolution, is_dense, patches
+from ..layers import as_weight, is_conv1d, is_dense, matrix, patches
 from ..routers import Router
 from ..types import Context, Routing, Scope
 from .uncalled import shown
@@ -163,9 +164,37 @@ class Mixture(nn.Module):
             y = add_constants(y + branch.bank(source, routing).to(y.dtype), branch.bank, routing)
         return y
 
+    def slices(self) -> list[Slice]:
+        """Return the parameters of the base that the branches change, (o, i) or several such in one tensor."""
+        return [Slice("weight", "bias", [self])]
+
+    def stored(self, part: Slice, changes: list[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        """Return the changes (o, i) and (o,) or None of a part's layers as the base stores them, by parameter."""
+        change, shift = changes[0]
+        return {part.weight: as_weight(self.base, change)} | ({} if shift is None else {part.bias: shift})
+
+    def is_dense(self) -> bool:
+        """Return whether the base holds its weights (o, i) as floats."""
+        return matrix(self.base) is not None
+
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"name={self.name!r}"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A parameter of a base and what changes it.
+
+    Args:
+        weight: the parameter's name in the base.
+        bias: the name of the bias beside it, which may not exist.
+        layers: one for each matrix (o, i) in it, with the branches that change this one.
+    """
+
+    weight: str
+    bias: str
+    layers: list[Mixture]
 
 
 class BlockMixture(Mixture):
@@ -213,17 +242,6 @@ class ConvMixture(Mixture):
             return base_out
         self.check_differentiable(x, base_out)
         return self.add(patches(self.base, x), base_out.flatten(2).mT).mT.reshape(base_out.shape)
-
-
-def mixture_on(base: nn.Module, branches: list[Branch], scope: Scope, name: str) -> Mixture:
-    """Return the mixture that fits a layer, linear (*rows, i) -> (*rows, o) or a convolution, or a block.
-
-    Args:
-        base, branches, scope, name: see `Mixture`.
-    """
-    if features(base) is None:
-        return BlockMixture(base, branches, scope, name)
-    return (ConvMixture if is_convolution(base) else Mixture)(base, branches, scope, name)
 
 
 def add_constants(y: Tensor, bank: ExpertBank, routing: Routing) -> Tensor:

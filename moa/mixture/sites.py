@@ -12,10 +12,11 @@ from torch import nn
 from ..errors import ConfigError
 from ..layers import Site, features, is_convolution
 from .base_experts import fused_experts
+from .fused_layouts import layout_of
 from .mixture import BlockMixture, Mixture
 from .uncalled import is_left_out, maps_linearly
 
-GROUPS = ("all-linear", "attention", "ffn")
+GROUPS = ("all-linear", "attention", "ffn", "moe-experts")
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
@@ -41,6 +42,24 @@ def linear_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
+def experts_sites(model: nn.Module) -> list[Site]:
+    """Return the modules of fused experts below model, (T, d) -> (T, d), whose way to compute is known, in order."""
+    found = []
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, _ in fused_experts(model)):
+        module = model.get_submodule(path)
+        layout = layout_of(module)
+        if layout is not None:
+            _, d_in, _ = layout.size(module, layout.up)
+            found.append(Site(path, module, d_in, layout.size(module, layout.down)[2]))
+    return found
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    """Return what a recipe for layers may sit on, (*rows, i) -> (*rows, o): linear layers, fused experts, in order."""
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted([*linear_sites(model), *experts_sites(model)], key=lambda site: order[site.name])
+
+
 def backbone_prefix(model: nn.Module) -> str:
     """Return the dotted prefix of the pretrained body below a head, "" where the model has no head.
 
@@ -56,36 +75,66 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
     Args:
         model: any module.
         targets: "all-linear" (every linear of the body, heads left out), "attention" or "ffn" (those of it inside or
-            outside attention blocks; ffn layers come as a pair d -> f, f -> d), a tuple of name endings, or a regex
-            on the whole name. The last two find convolutions too. The first three leave out layers that are known
-            to be read and not called, and linear classes of a model's own that are no linear map, as routers are.
+            outside attention blocks; ffn layers come as a pair d -> f, f -> d), "moe-experts" (the base's own fused
+            experts), a tuple of name endings and of these words, or a regex on the whole name. Endings and regex
+            find convolutions too. The first three leave out layers that are known to be read and not called, and
+            linear classes of a model's own that are no linear map, as routers are.
 
     Raises:
         ConfigError: nothing matches, or nothing matches one name of several (near misses are named); a grouped
-            convolution does.
+            convolution does; fused experts whose class computes in a way that is not known.
     """
-    sites = linear_sites(model)
-    if isinstance(targets, tuple):
-        found = [s for s in sites if any(_ends_in(s.name, t) for t in targets)]
-        for target in targets:
-            if not any(_ends_in(s.name, target) for s in found):
-                raise ConfigError(_no_match(model, target, sites, group=False))
-    elif targets in GROUPS:
-        body = _body(model, sites)
-        attention = [s for s in body if _is_attention(s)]
-        if targets == "ffn":
-            found = _feed_forward(model, [s for s in body if s not in attention])
-        else:
-            found = body if targets == "all-linear" else attention
-    else:
-        found = [s for s in sites if _pattern(targets).fullmatch(s.name)]
-    if not found:
-        raise ConfigError(_no_match(model, targets, sites))
-    for site in found:
+    if not targets:
+        raise ConfigError(_no_match(model, "", linear_sites(model)))
+    alone = isinstance(targets, str)
+    names: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = _named_by(model, target, ending=not alone)
+        if not found:
+            raise ConfigError(_no_match(model, target, linear_sites(model), group=alone))
+        names |= {site.name for site in found}
+    chosen = [site for site in all_sites(model) if site.name in names]
+    for site in chosen:
         if getattr(site.module, "groups", 1) != 1:
             raise ConfigError(
                 f"{site.name} is a {type(site.module).__name__} of {site.module.groups} groups, each of which sees its "
                 "own channels: experts would mix them, which no grouped weight equals. Choose other targets."
+            )
+    return chosen
+
+
+def _named_by(model: nn.Module, target: str, *, ending: bool) -> list[Site]:
+    """Return the layers (i -> o) that one word names: a group, the ending of their names, or a regex."""
+    sites = linear_sites(model)
+    if target == "moe-experts":
+        return _fused(model)
+    if target in GROUPS:
+        body = _body(model, sites)
+        attention = [s for s in body if _is_attention(s)]
+        if target == "ffn":
+            return _feed_forward(model, [s for s in body if s not in attention])
+        return body if target == "all-linear" else attention
+    if ending:
+        return [s for s in sites if _ends_in(s.name, target)]
+    return [s for s in sites if _pattern(target).fullmatch(s.name)]
+
+
+def _fused(model: nn.Module) -> list[Site]:
+    """Return the sites of fused experts, (T, d) -> (T, d).
+
+    Raises:
+        ConfigError: the class of some is not known.
+    """
+    found = experts_sites(model)
+    known = {site.name for site in found}
+    for name, tensor in fused_experts(model):
+        path = name.rpartition(".")[0]
+        if path not in known:
+            kind = type(model.get_submodule(path)).__name__
+            raise ConfigError(
+                f"{name} {tuple(tensor.shape)} belongs to a {kind}, whose way to compute is not known: "
+                "targets='moe-experts' is for classes that transformers runs by its own kernels "
+                "(use_experts_implementation), and for Llama 4's."
             )
     return found
 
@@ -197,28 +246,29 @@ def _pattern(targets: str) -> re.Pattern[str]:
         raise ConfigError(f"targets={targets!r} is not a regular expression: {error}.") from error
 
 
-def _no_match(model: nn.Module, targets: str | tuple[str, ...], sites: list[Site], *, group: bool = True) -> str:
-    """Return the message for targets, or one name of them, that match nothing."""
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool = True) -> str:
+    """Return the message for a target that matches nothing."""
+    if target == "moe-experts":
+        return f"targets={target!r}: {type(model).__name__} has no fused experts, tensors of 3 axes, without adapters."
     fused = [f"{name} {tuple(p.shape)}" for name, p in fused_experts(model)]
     tensors = (
-        f" Fused expert tensors of 3 axes are not linear layers and get no experts: {', '.join(fused[:2])}, …"
+        f" Fused expert tensors of 3 axes are not linear layers: {', '.join(fused[:2])}, …; targets='moe-experts' "
+        "adapts them."
         if fused
         else ""
     )
     if not sites:
-        return f"{type(model).__name__} has no linear layer that can get experts (targets={targets!r}).{tensors}"
+        return f"{type(model).__name__} has no linear layer that can get experts (targets={target!r}).{tensors}"
     endings = sorted({s.name.rsplit(".", 1)[-1] for s in sites if not s.name.rsplit(".", 1)[-1].isdigit()})
-    near = [m for w in wanted for m in difflib.get_close_matches(w.rsplit(".", 1)[-1], endings, n=3, cutoff=0.4)]
+    near = difflib.get_close_matches(target.rsplit(".", 1)[-1], [*endings, *GROUPS], n=3, cutoff=0.4)
     hint = f" Near: {', '.join(near)}." if near else ""
-    others = [(n, m) for n, m in model.named_modules() if any(_ends_in(n, w) for w in wanted)]
+    others = [(n, m) for n, m in model.named_modules() if _ends_in(n, target)]
     kind = f" {others[0][0]} is of class {type(others[0][1]).__name__}." if others else ""
     taken = [name for name, m in model.named_modules() if isinstance(m, Mixture)]
     already = f" {len(taken)} layers already carry experts." if taken else ""
-    pattern = group and isinstance(targets, str)
-    how = " A string is a regex on the whole name; a list holds name endings." if pattern else ""
+    how = " A string is a regex on the whole name; a list holds name endings." if group else ""
     return (
-        f"targets={targets!r} matches no linear layer of {type(model).__name__}.{kind}{hint} "
+        f"targets={target!r} matches no linear layer of {type(model).__name__}.{kind}{hint} "
         f"Linear layers end in: {', '.join(endings[:20])}.{already}{tensors}{how}"
     )
 

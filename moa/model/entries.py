@@ -16,6 +16,7 @@ from .inputs import Batch, as_masks, describe_batch, input_names, outermost
 from .scope import ModelScope
 
 SAMPLED = ("pixel_values", "input_values", "input_features")  # one row does not stand for one of their places
+TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "decoder_inputs_embeds", "hidden_states")
 _NO_MASKS: Sequence[Tensor] = ()
 
 
@@ -90,8 +91,18 @@ class Entry:
         if self.shared and not self.stacked:
             masks = looked_at = _NO_MASKS
         context = around.within(masks, looked_at, source)
+        context.rows = _rows_of(inputs) or (around.rows if around.handed_on else None)
         context.batch, context.handed_on = batch, not self.shared and not self.stacked
         return context
+
+
+def _rows_of(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    """Return (B, S) of a part's tokens, as its inputs tell."""
+    for name in TOKENS:
+        tokens = inputs.get(name)
+        if isinstance(tokens, Tensor) and tokens.ndim >= 2:
+            return tokens.shape[0], tokens.shape[1]
+    return None
 
 
 class _Own(Trace):

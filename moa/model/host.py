@@ -16,11 +16,11 @@ from ..formats import checkpoint
 from ..mixture import (
     Branch,
     Mixture,
+    all_sites,
     block_sites,
     find_blocks,
     find_sites,
     inject,
-    linear_sites,
     named_sites,
     placement,
     summary,
@@ -77,7 +77,7 @@ class Host(Stepped):
             ConfigError: no layer matches, or one of them carries experts already.
         """
         recipe = recipe.for_base(self.base)
-        find, free = (find_blocks, block_sites) if recipe.where == "block" else (find_sites, linear_sites)
+        find, free = (find_blocks, block_sites) if recipe.where == "block" else (find_sites, all_sites)
         chosen = find(self.base, recipe.targets) if sites is None else named_sites(self.base, free(self.base), sites)
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
         shared = recipe.shared(chosen)

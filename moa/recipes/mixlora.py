@@ -95,7 +95,7 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
                 made[layer.name] = layer
         for site in sites:
             if site.name not in made:
-                made[site.name] = mixture_on(site.module, self.build(site), scope, site.name)
+                made[site.name] = mixture_on(site.module, self.branches(site), scope, site.name)
         return [made[site.name] for site in sites]
 
     def _bank(self, site: Site, n_experts: int) -> ExpertBank:

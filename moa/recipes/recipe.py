@@ -18,7 +18,7 @@ from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
 from ..experts import ExpertBank, Family, family_class, make_family
 from ..experts.family import COMMON, PLACES
 from ..kernels import engines
-from ..mixture import Branch, Mixture, Site, mixture_on
+from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mixture_on
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Scope
@@ -154,6 +154,11 @@ class Recipe:
 
     def branches(self, site: Site) -> list[Branch]:
         """Return the branches of one site at the recipe's place: on the output, x is y0 (*rows, o)."""
+        if parts := matrix_sites(site):
+            return experts_branches([(self._at_place(part), n_matrices) for part, n_matrices in parts], site.name)
+        return self._at_place(site)
+
+    def _at_place(self, site: Site) -> list[Branch]:
         place = self.family.place_of(site.name, self.where)
         if place == "input":
             return self.build(site)
