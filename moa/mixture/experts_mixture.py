@@ -174,10 +174,18 @@ def matrix_sites(site: Site) -> list[tuple[Site, int]]:
     """Return, for each tensor of a site's fused experts, its matrices' site (*rows, i) -> (*rows, o) and how many.
 
     A layer that holds one weight has none.
+
+    Raises:
+        ConfigError: the family shares tensors over layers, whose sizes are not those of the matrices inside.
     """
     layout = layout_of(site.module)
     if layout is None:
         return []
+    if site.shared is not None:
+        raise ConfigError(
+            f"{site.name}: fused experts cannot carry adapters that share tensors over their layers, as these do: "
+            "choose another family, e.g. expert='lora'."
+        )
     found = []
     for name in (layout.up, layout.down):
         n_matrices, d_in, d_out = layout.size(site.module, name)

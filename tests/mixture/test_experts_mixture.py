@@ -214,6 +214,8 @@ def test_sequence_routing_sees_examples_though_the_base_flattens_them():
         ("soft", {}, "mixes the rows of an example"),
         ("hydra", {}, "a branch on a layer's output"),
         ("mixlora", {}, "no feed-forward block"),
+        ("fixed", {"expert": "vera"}, "share tensors over their layers"),
+        ("fixed", {"expert": "dora"}, "cannot be read as one matrix"),
     ],
 )
 def test_recipes_that_cannot_are_refused_by_name(router, options, words):
