@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 IGNORED = -100
+Z = 1.959963984540054  # the 97.5 % quantile of the standard normal
 
 
 def best_ids(logits: Any, labels: Tensor) -> Tensor:
@@ -39,3 +41,20 @@ def exact_match(prediction: Any) -> dict[str, float]:
     else:
         right = best == labels
     return {"accuracy": float(right.mean())}
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Return the ends of the 95 % Wilson interval of a share of n rows; it does not shrink to nothing at 0 or 1.
+
+    centre = (p + z²/2n) / (1 + z²/n);  half = z √(p(1 - p)/n + z²/4n²) / (1 + z²/n)
+
+    Args:
+        share: p, e.g. an accuracy.
+        n: rows.
+
+    Source: Wilson 1927, doi 10.1080/01621459.1927.10502953.
+    """
+    spread = 1 + Z**2 / n
+    centre = (share + Z**2 / (2 * n)) / spread
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / spread
+    return max(0.0, centre - half), min(1.0, centre + half)

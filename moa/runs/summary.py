@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .metrics import wilson
 from .run_folder import FIGURE, MODEL, RESULTS
 
 
@@ -29,6 +30,8 @@ class RunResult:
 def score_table(results: Mapping[str, Any]) -> str:
     """Return the scores of a run as text: a line per task, accuracy and loss of every model that was scored.
 
+    Beside each accuracy is half the width of its 95 % Wilson interval: what other rows of the same kind would change.
+
     Args:
         results: what `RunResult.results` or results.json holds.
     """
@@ -40,18 +43,28 @@ def score_table(results: Mapping[str, Any]) -> str:
     lines = []
     for measure, title in (("accuracy", "accuracy"), ("loss", "evaluation loss")):
         shown = [column for column in columns if measure == "accuracy" or column != "majority"]
-        lines.append(f"{title:<{width}}  rows  " + "  ".join(f"{column:>11}" for column in shown))
+        cell = 12 if measure == "accuracy" else 11
+        lines.append(f"{title:<{width}}  rows  " + "  ".join(f"{column:>{cell}}" for column in shown))
         table = {
             task: [majority[task] if c == "majority" else scores[c][task][measure] for c in shown]
             for task in results["tasks"]
         }
         for task, values in table.items():
             rows = results["tasks"][task]["evaluation_rows"]
-            lines.append(f"{task:<{width}}  {rows:4}  " + "  ".join(f"{value:11.3f}" for value in values))
+            cells = [_with_bar(value, rows) if measure == "accuracy" else f"{value:11.3f}" for value in values]
+            lines.append(f"{task:<{width}}  {rows:4}  " + "  ".join(cells))
         means = [sum(column) / len(table) for column in zip(*table.values(), strict=True)]
-        lines.append(f"{'mean':<{width}}        " + "  ".join(f"{value:11.3f}" for value in means))
+        bar = " " * 7 if measure == "accuracy" else ""
+        lines.append(f"{'mean':<{width}}        " + "  ".join(f"{value:{cell - len(bar)}.3f}{bar}" for value in means))
+        if measure == "accuracy":
+            lines.append("±: half the width of the 95 % Wilson interval over the evaluation rows")
         lines.append("")
     return "\n".join(lines[:-1])
+
+
+def _with_bar(share: float, rows: int) -> str:
+    low, high = wilson(share, rows)
+    return f"{share:.3f} ±{(high - low) / 2:.3f}"
 
 
 def summary(result: RunResult) -> str:
