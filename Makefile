@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu bench bench-gpu clean
+.PHONY: setup demo check format test test-gpu bench bench-gpu kills clean
 
 setup: .venv/.done
 
@@ -36,6 +36,9 @@ bench: setup
 
 bench-gpu: setup
 	$(BIN)/python -m experiments.bench.gpu
+
+kills: setup
+	$(BIN)/python -m experiments.kills --out experiments/results/kills.json
 
 clean:
 	rm -rf .venv runs

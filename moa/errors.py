@@ -26,6 +26,10 @@ class CheckpointError(MoaError, RuntimeError):
     """A checkpoint that cannot be read, or does not belong to this base or these recipes."""
 
 
+class WriteError(CheckpointError, OSError):
+    """A place that the system does not let moa write: full, read-only, without permission, a name too long."""
+
+
 class BackendError(MoaError, RuntimeError):
     """A kernel engine that is not available here, with the reason and what to install."""
 
@@ -68,3 +72,14 @@ def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "")
     hint = f" Did you mean {near[0]!r}?" if near else ""
     place = f" in {where}" if where else ""
     return f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(names) or 'none'}."
+
+
+def shown(value: object, most: int = 120) -> str:
+    """Return a value as text that fits into a message and moves no cursor: short, and without control characters.
+
+    Args:
+        value: anything, e.g. a name that a user or a file gave.
+        most: characters.
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

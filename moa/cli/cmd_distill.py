@@ -34,7 +34,6 @@ def _distill(arguments: argparse.Namespace) -> None:
     The loss of the mixture, of the closed form and of the refined LoRA are printed, over the same training rows.
     Exact where routings are constant; those need no tasks.
     """
-    from ..formats.atomic import staged
     from ..formats.peft_export import export_expert
     from ..training.distill import distill
 
@@ -58,8 +57,7 @@ def _distill(arguments: argparse.Namespace) -> None:
         progress=True,
     )
     print(done.summary())
-    with staged(arguments.out, overwrite=arguments.overwrite) as partial:
-        export_expert(done.model, 0, partial)
+    export_expert(done.model, 0, arguments.out, overwrite=arguments.overwrite)
     print(arguments.out)
 
 

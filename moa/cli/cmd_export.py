@@ -19,7 +19,6 @@ def add(command: Command) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     """Write experts as PEFT LoRA folders that peft loads alone."""
-    from ..formats.atomic import staged
     from ..formats.peft_export import export_expert
 
     model = load_checkpoint(arguments.checkpoint)
@@ -32,6 +31,5 @@ def _export(arguments: argparse.Namespace) -> None:
         say_dry(f"writes {len(folders)} experts of {number}", ", ".join(map(str, folders)))
         return
     for expert, folder in zip(experts, folders, strict=True):
-        with staged(folder, overwrite=arguments.overwrite) as partial:
-            export_expert(model, expert, partial)
+        export_expert(model, expert, folder, overwrite=arguments.overwrite)
         print(folder)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..formats.atomic import copy_rest, staged
+from ..formats.atomic import staged
+from ..formats.tensor_writing import copy_rest
 from ..mixture import Mixture, copy_sharing, take_out
 from .weights import check_untied, fold, folded_change
 

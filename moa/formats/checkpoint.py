@@ -9,6 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from ..delta import all_finite
 from ..errors import CheckpointError, MoaWarning, NumericsError
 from ..layers import is_dense
-from .atomic import replacing
-from .tensor_files import read_json
+from .atomic import replacing, said_of
+from .json_files import read_json
+from .scratch import sweep
 
 FORMAT_VERSION = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, DIVERGED = "model.safetensors", "config.json", "diverged"
 SIZE_NAMES = r"(n|d)_\w+|(\w+_)?rank|width|depth"  # options of recipes that are sizes of tensors
 HARMLESS = 2**16  # a claim up to this size costs little memory, used or not
 
@@ -38,9 +40,27 @@ def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
         tensors: name -> tensor of any shape, e.g. down (E, r, i).
 
     Raises:
-        CheckpointError: the folder is a file, or holds another kind of model, e.g. the base.
-        NumericsError: a tensor holds NaN or infinity; what the folder holds is left as it is.
+        CheckpointError: the folder is a file, or holds another kind of model, e.g. the base; or it cannot be written,
+            e.g. as the disk is full.
+        NumericsError: a tensor holds NaN or infinity; the folder keeps what it holds, and what diverged is put into
+            its sub-folder `diverged`.
     """
+    with said_of(folder):
+        _check_place(folder)
+    header = {"format": "moa", "format_version": FORMAT_VERSION, **description}
+    data = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    for name, tensor in data.items():  # a save is the last guard of the checkpoint before it
+        if tensor.is_floating_point() and not all_finite(tensor):
+            _write(folder / DIVERGED, header, data)
+            raise NumericsError(
+                f"{name} holds NaN or infinity, so nothing was written over what {folder} holds: training diverged. Go "
+                f"on from an earlier checkpoint with a lower learning rate; to look at, this one is in {DIVERGED}/."
+            )
+    _write(folder, header, data)
+
+
+def _check_place(folder: Path) -> None:
+    """Check that a folder holds no other model: its files would be lost."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"cannot save to {folder}: it is a file. Name a folder.")
     kind = read_json(folder / CONFIG).get("model_type") if (folder / CONFIG).is_file() else None
@@ -48,19 +68,25 @@ def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tenso
         raise CheckpointError(
             f"cannot save to {folder}: it holds a model of type {kind!r}, which would be replaced. Name another folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "moa", "format_version": FORMAT_VERSION, **description}
-    data = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    for name, tensor in data.items():  # a save is the last guard of the checkpoint before it
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise NumericsError(
-                f"{name} holds NaN or infinity, so nothing was written to {folder}: training diverged. Go on from an "
-                "earlier checkpoint with a lower learning rate."
+    weights = folder / WEIGHTS
+    if kind is None and weights.is_file():
+        try:
+            with safe_open(weights, "pt") as opened:
+                ours = "moa" in (opened.metadata() or {})
+        except SafetensorError:
+            ours = False
+        if not ours:
+            raise CheckpointError(
+                f"cannot save to {folder}: moa did not write its {WEIGHTS}, which would be replaced. Name "
+                "another folder."
             )
+
+
+def _write(folder: Path, header: Mapping[str, Any], data: dict[str, Tensor]) -> None:
     with replacing(folder / WEIGHTS) as temporary:
         save_file(data, temporary, metadata={"format": "pt", "moa": json.dumps(header)})
     with replacing(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps({"model_type": "moa", **header}, indent=2) + "\n")
+        temporary.write_text(json.dumps({"model_type": "moa", **header}, indent=2) + "\n", encoding="utf-8")
 
 
 def locate(path: str | Path) -> Path:
@@ -70,6 +96,9 @@ def locate(path: str | Path) -> Path:
         CheckpointError: neither exists.
     """
     folder = Path(path)
+    if not folder.exists():
+        with suppress(OSError):
+            sweep(folder.absolute())  # a killed process may have set it aside
     if folder.is_dir():
         return folder
     if folder.exists():

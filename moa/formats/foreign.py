@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .tensor_files import Checkpoint, read_json
+from .json_files import read_json
+from .tensor_files import Checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 

@@ -15,7 +15,7 @@ from ..errors import ConfigError, FoldError
 from ..layers import as_factors, is_conv1d
 from ..mixture import ExpertsMixture, Mixture
 from ..mixture.change import factor_change, single
-from .atomic import replacing
+from .atomic import staged
 from .card import model_card
 from .peft_parameters import stacked_factors
 
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
+def export_expert(model: Any, expert: int, folder: str | Path, *, overwrite: bool = True) -> Path:
     """Write one expert as a PEFT LoRA folder that peft loads by itself, with a model card, and return its path.
 
     Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
@@ -34,10 +34,12 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
     Args:
         model: a `MoAModel` whose experts are low-rank changes (o, i): of any family, behind any router.
         expert: which of 0 … E - 1.
-        folder: made if it does not exist.
+        folder: made if it does not exist; it appears whole or not at all.
+        overwrite: replace an adapter that moa wrote there.
 
     Raises:
         ConfigError: no such expert.
+        CheckpointError: the folder holds what moa did not write, e.g. the base, or cannot be written.
         FoldError: experts that are not low-rank changes, or add a constant; the layer is named.
     """
     target = Path(folder)
@@ -94,16 +96,13 @@ def export_expert(model: Any, expert: int, folder: str | Path) -> Path:
         "modules_to_save": None if prefix else list(model.modules_to_save) or None,
         "inference_mode": True,
     }
-    target.mkdir(parents=True, exist_ok=True)
-    with replacing(target / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    if prefix and heads:
-        with replacing(target / "heads.safetensors") as temporary:
-            save_file(heads, temporary, metadata={"format": "pt"})
-    with replacing(target / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-    with replacing(target / "README.md") as temporary:
-        temporary.write_text(model_card(base, f"Expert {expert} of a mixture of adapters made by moa.", task_type))
+    with staged(target, overwrite=overwrite) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        if prefix and heads:
+            save_file(heads, partial / "heads.safetensors", metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        card = model_card(base, f"Expert {expert} of a mixture of adapters made by moa.", task_type)
+        (partial / "README.md").write_text(card, encoding="utf-8")
     return target
 
 

@@ -6,17 +6,18 @@ Differences of weights: task arithmetic (Ilharco et al. 2022, arXiv 2212.04089).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..delta import Delta, Dense, work_dtype
-from ..errors import CheckpointError, ConfigError, ShapeError
+from ..errors import CheckpointError, ConfigError, ShapeError, shown
+from .headers import read_header
+from .json_files import read_json
 from .named_deltas import Deltas, listed
 
 # Names of the types in a safetensors header.
@@ -69,28 +70,18 @@ class Checkpoint(Mapping[str, Tensor]):
         self._open: tuple[Path, Any, int] | None = None
 
     def _read_header(self, shard: Path) -> None:
-        try:
-            with safe_open(shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    part = handle.get_slice(name)
-                    kind = part.get_dtype()
-                    if kind not in DTYPES:
-                        raise CheckpointError(
-                            f"{name!r} in {shard} has the type {kind}, which moa does not read. "
-                            f"Known: {', '.join(DTYPES)}."
-                        )
-                    if name in self.files:
-                        raise CheckpointError(f"{name!r} is in two files, {self.files[name]} and {shard}.")
-                    self.files[name] = shard
-                    self.dtypes[name] = DTYPES[kind]
-                    self.shapes[name] = torch.Size(part.get_shape())
-        except FileNotFoundError:
-            raise CheckpointError(f"{shard} is missing, though the checkpoint's index names it.") from None
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{shard} ({shard.stat().st_size} bytes) cannot be read as safetensors: {error}. It is truncated or "
-                "damaged; copy or fetch it again."
-            ) from error
+        entries, _ = read_header(shard)
+        for name, entry in entries.items():
+            if entry.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{name!r} in {shard} has the type {entry.dtype}, which moa does not read. "
+                    f"Known: {', '.join(DTYPES)}."
+                )
+            if name in self.files:
+                raise CheckpointError(f"{name!r} is in two files, {self.files[name]} and {shard}.")
+            self.files[name] = shard
+            self.dtypes[name] = DTYPES[entry.dtype]
+            self.shapes[name] = torch.Size(entry.shape)
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.files[name]
@@ -129,14 +120,7 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{indices[0]} has no weight_map: it is not a safetensors index.")
         for name, file in weight_map.items():
-            if not _is_name(file):
-                raise CheckpointError(f"{indices[0]} says that {name!r} is in {file!r}: expected the name of a file.")
-            inside = PurePath(file)
-            if inside.is_absolute() or ".." in inside.parts or "\\" in file:
-                raise CheckpointError(
-                    f"{indices[0]} says that {name!r} is in {file!r}, outside the checkpoint's folder: it was changed "
-                    "by hand, or is not to be trusted."
-                )
+            _check_inside(path, file, f"{indices[0]} says that {name!r} is in")
         return [path / file for file in sorted(set(weight_map.values()))], weight_map
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
@@ -153,34 +137,22 @@ def _shards(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     )
 
 
-def _is_name(value: Any) -> bool:
-    """Tell whether a value of an index can be a file's name."""
-    if not isinstance(value, str) or not PurePath(value).name or "\0" in value:
-        return False
+def _check_inside(folder: Path, file: object, who: str) -> None:
+    """Check that a name which a file gives is one of a file in the folder."""
+    name = PurePath(file) if isinstance(file, str) and "\0" not in file else PurePath()
+    if not name.parts:
+        raise CheckpointError(f"{who} {shown(repr(file))}: expected the name of a file.")
+    if name.is_absolute() or ".." in name.parts or "\\" in str(file):
+        raise CheckpointError(
+            f"{who} {shown(repr(file))}, outside the checkpoint's folder: it was changed by hand, or is not to "
+            "be trusted."
+        )
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except RecursionError:
-        raise CheckpointError(f"{path} is not usable JSON: it is nested too deep.") from None
-    except ValueError as error:  # not JSON, not UTF-8, or a number of thousands of digits
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object.")
-    return value
+        there = (folder / name).is_file()
+    except OSError:  # a name that no file system takes
+        there = False
+    if not there:
+        raise CheckpointError(f"{who} {shown(repr(file))}, which is missing, though the checkpoint's index names it.")
 
 
 def difference(

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from ..delta import Delta, LowRank
 from ..errors import CheckpointError, ConfigError, ShapeError
-from ..formats.atomic import TYPE_NAMES, copy_rest, plan_shards, staged, write_safetensors
+from ..formats.atomic import staged
 from ..formats.card import model_card, peft_version
+from ..formats.json_files import read_json
 from ..formats.named_deltas import DeltaLike, as_delta, check_finite, listed
 from ..formats.peft_folder import PREFIX
-from ..formats.tensor_files import Checkpoint, read_json
+from ..formats.tensor_files import Checkpoint
+from ..formats.tensor_writing import TYPE_NAMES, copy_rest, plan_shards, write_safetensors
 from .compose import Squeezed, squeeze
 
 

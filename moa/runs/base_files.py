@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..formats.headers import read_header
 from .yaml_values import is_folder, shortened
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
@@ -65,20 +66,10 @@ def check_positions(config: Mapping[str, Any], max_length: int) -> None:
 def check_whole(file: Path) -> None:
     """Check that a safetensors file is as long as its header says; no tensor is read.
 
-    Format: the safetensors specification (8-byte header length, JSON header, data).
-
     Raises:
         ConfigError: it is truncated or no such file.
     """
-    size, said = file.stat().st_size, "has no usable header"
     try:
-        with open(file, "rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length) if 0 < length <= size - 8 else b"")
-        ends = [row["data_offsets"][1] for name, row in header.items() if name != "__metadata__"]
-        wanted = 8 + length + max(ends, default=0)
-        said = f"its header says {wanted}"
-    except (ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError):
-        wanted = -1
-    if size != wanted:
-        raise ConfigError(f"base: {file} is truncated or damaged ({size} bytes, {said}): copy or fetch it again.")
+        read_header(file)
+    except CheckpointError as error:
+        raise ConfigError(f"base: {error}") from error

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError
-from .base_files import check_whole
+from ..formats.atomic import said_of
+from ..formats.scratch import put, sweep
+from ..training.checkpoints import checkpoints, newest_checkpoint, number
 from .config import TrainConfig, read_config
 from .yaml_values import shortened
 
@@ -57,9 +58,11 @@ class RunFolder:
         self.old: set[Path] = set()
         self.checkpoint: Path | None = None
         check_writable(self.out)
+        with said_of(self.out):
+            sweep(self.out)  # a run that was killed while it took the place of another one
         if resume:
             self.work = self.beside if (self.beside / CONFIG).is_file() else self.out
-            self.checkpoint = newest_whole(self.work)
+            self.checkpoint = newest_checkpoint(self.work)
             if self.checkpoint is None:
                 raise ConfigError(f"nothing to resume: {config.output} holds no whole checkpoint-N folder of Trainer.")
             self._compare()
@@ -137,8 +140,8 @@ class RunFolder:
             rows: task -> what `EncodedTask.fingerprint` returns.
         """
         if self.resume:
-            for folder in _checkpoints(self.work):
-                if _number(folder) > _number(self.checkpoint or folder):
+            for folder in checkpoints(self.work):
+                if number(folder) > number(self.checkpoint or folder):
                     shutil.rmtree(folder)  # half-written
         else:
             if self.work == self.beside and self.beside.exists():
@@ -163,7 +166,7 @@ class RunFolder:
     def abandon(self) -> None:
         """Leave no trace of a start that failed; a run that got as far as its first log line or checkpoint is kept."""
         log = self.work / "routing.jsonl"
-        if self.resume or _checkpoints(self.work) or (log.is_file() and log.stat().st_size):
+        if self.resume or checkpoints(self.work) or (log.is_file() and log.stat().st_size):
             return
         self._clear()
         for folder in self.made:
@@ -174,65 +177,36 @@ class RunFolder:
         """Put the finished run where it belongs; what no run wrote in the old folder goes along."""
         if self.work == self.out:
             return
-        replaced = self.out.with_name(f".{self.out.name}.replaced")
-        if replaced.exists():
-            shutil.rmtree(replaced)
-        os.rename(self.out, replaced)
-        os.rename(self.work, self.out)
-        for path in sorted(replaced.iterdir()):
+        for path in sorted(self.out.iterdir()):
             if path.name not in OWN and not re.fullmatch(r"checkpoint-\d+", path.name):
-                os.rename(path, self.out / path.name)
-        shutil.rmtree(replaced)
+                _copy(path, self.work / path.name)
+        with said_of(self.out):
+            put(self.work, self.out)
         self.work = self.out
 
     def way_on(self) -> str:
         """Return how to go on after a stop."""
-        checkpoint = newest_whole(self.work)
+        checkpoint = newest_checkpoint(self.work)
         if checkpoint is None:
             return "nothing was saved yet: start it again."
         return f"{checkpoint.name} is saved: go on with moa train CONFIG --resume."
 
 
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def holds_run(folder: Path) -> bool:
     """Tell whether something was trained in a folder."""
-    return (folder / MODEL).exists() or (folder / RESULTS).exists() or bool(_checkpoints(folder))
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint-N that Trainer finished writing, or None."""
-    return next((found for found in reversed(_checkpoints(folder)) if _is_whole(found)), None)
+    return (folder / MODEL).exists() or (folder / RESULTS).exists() or bool(checkpoints(folder))
 
 
 def _is_ours(config: Path) -> bool:
     """Tell whether a run wrote a configuration: one that a user wrote is kept."""
     return config.is_file() and config.read_bytes().startswith(HEADER.encode())
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=_number)
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint has all that resuming needs, each file as long as it should be."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if state.get("global_step") != _number(checkpoint):
-        return False
-    for weights in checkpoint.glob("*.safetensors"):
-        try:
-            check_whole(weights)
-        except ConfigError:
-            return False
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    whole = all(zipfile.is_zipfile(file) for file in archives)
-    return whole and any(checkpoint.glob("*.safetensors")) and any(checkpoint.glob("rng_state*.pth"))
 
 
 def _is_free(key: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moa.errors import CheckpointError, ConfigError
-from moa.formats.atomic import file_order, plan_shards, staged, write_safetensors
+from moa.formats.atomic import staged
+from moa.formats.tensor_writing import file_order, plan_shards, write_safetensors
 from moa.merge import Checkpoint
 from tests.merge.tools import snapshot
 
@@ -25,7 +28,7 @@ def test_a_block_that_ends_makes_the_folder(tmp_path: Path) -> None:
     with staged(tmp_path / "deep" / "out") as partial:
         (partial / "file").write_text("x")
         assert not (tmp_path / "deep" / "out").exists()
-        assert partial.parent == tmp_path / "deep", "on the same file system"
+        assert tmp_path / "deep" in partial.parents, "on the same file system"
     assert snapshot(tmp_path / "deep" / "out") == {"file": b"x"}
     assert left(tmp_path / "deep") == ["out"]
 
@@ -33,14 +36,23 @@ def test_a_block_that_ends_makes_the_folder(tmp_path: Path) -> None:
 OLD = '{"model_type": "old"}'
 
 
+def write_old(out: Path, *names: str) -> None:
+    with staged(out) as partial:
+        (partial / "config.json").write_text(OLD)
+        for name in names:
+            (partial / name).write_text("old")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("boom")])
 @pytest.mark.parametrize("old", [False, True])
 def test_a_block_that_raises_leaves_no_trace(tmp_path: Path, error: BaseException, old: bool) -> None:
     out = tmp_path / "out"
     if old:
-        out.mkdir()
-        (out / "config.json").write_text(OLD)
-    with pytest.raises(type(error)), staged(out, overwrite=old) as partial:
+        write_old(out)
+    with (
+        pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)),
+        staged(out, overwrite=old) as partial,
+    ):
         (partial / "half").write_text("x")
         raise error
     assert left(tmp_path) == (["out"] if old else [])
@@ -49,9 +61,7 @@ def test_a_block_that_raises_leaves_no_trace(tmp_path: Path, error: BaseExceptio
 
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text(OLD)
-    (out / "stale.safetensors").write_text("old")
+    write_old(out, "stale.safetensors", "deep_stale.txt")
     with staged(out, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
     assert snapshot(out) == {"config.json": b"new"}
@@ -59,20 +69,17 @@ def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
 
 
 def test_a_failed_swap_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "config.json").write_text(OLD)
+    write_old(out)
     real = os.rename
 
     def rename(source: Path, target: Path) -> None:
-        if str(source).endswith(".partial"):
+        if source.name == "folder":
             raise OSError("denied")
         real(source, target)
 
-    monkeypatch.setattr("moa.formats.atomic.os.rename", rename)
-    with pytest.raises(OSError, match="denied"), staged(out, overwrite=True) as partial:
+    monkeypatch.setattr("moa.formats.scratch.os.rename", rename)
+    with pytest.raises(CheckpointError, match="cannot be written: denied"), staged(out, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
     assert snapshot(out) == {"config.json": OLD.encode()}
     assert left(tmp_path) == ["out"]
@@ -112,18 +119,80 @@ def test_a_folder_with_another_programs_config_is_not_replaced(tmp_path: Path, c
     assert snapshot(tmp_path / "out") == before
 
 
-def test_what_is_no_part_of_a_checkpoint_outlives_it(tmp_path: Path) -> None:
-    """A project that holds a model: its code, notes and history stay; the old model's files go."""
+def test_a_model_of_another_writer_is_not_replaced(tmp_path: Path) -> None:
+    """A config.json of a model says nothing of who wrote the folder."""
+    project(tmp_path / "out", OLD)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no folder with a checkpoint"), staged(tmp_path / "out", overwrite=True):
+        pass
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_what_moa_did_not_write_outlives_what_it_wrote(tmp_path: Path) -> None:
+    """A project that holds a model: its code, notes and history stay, whatever they are called; the old files go."""
     out = tmp_path / "out"
+    write_old(out, "model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "adapter_model.bin", "b.json")
     project(out, OLD)
-    for stale in ("model-00001-of-00002.safetensors", "tokenizer.json", "merges.txt", "adapter_model.bin"):
-        (out / stale).write_text("stale")
+    (out / "mine.safetensors").write_text("mine")
     with staged(out, overwrite=True) as partial:
         (partial / "config.json").write_text("new")
         (partial / "a.json").write_text("new")
-    new = {"config.json": b"new", "a.json": b"new"}
-    assert snapshot(out) == {**{name: text.encode() for name, text in PROJECT.items()}, **new}
+    mine = {name: text.encode() for name, text in PROJECT.items()} | {"mine.safetensors": b"mine"}
+    moved = {"a.json.old": mine.pop("a.json")}
+    assert snapshot(out) == {**mine, **moved, "config.json": b"new", "a.json": b"new"}
     assert left(tmp_path) == ["out"]
+    with staged(out, overwrite=True) as partial:
+        (partial / "c.json").write_text("newer")
+    assert snapshot(out) == {**mine, **moved, "c.json": b"newer"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_dead_process_left_is_cleared_up(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    write_old(out)
+    hidden = [tmp_path / f".out.{'0' * 11}{n}.{kind}" for n, kind in enumerate(("partial", "replaced"))]
+    shutil.copytree(out, hidden[0])
+    if there:
+        shutil.copytree(out, hidden[1])
+    else:
+        os.rename(out, hidden[1])
+    foreign = tmp_path / ".out.partial"  # no name of ours
+    foreign.mkdir()
+    with staged(tmp_path / "other") as partial:
+        (partial / "x").write_text("x")
+    assert all(path.exists() for path in hidden), "those of another target are left alone"
+    with pytest.raises(CheckpointError, match="exists already"), staged(out):
+        pass
+    assert left(tmp_path) == [".out.partial", "other", "out"] and snapshot(out) == {"config.json": OLD.encode()}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with staged(tmp_path / "out") as first:
+        (first / "x").write_text("first")
+        with staged(tmp_path / "out") as second:
+            (second / "x").write_text("second")
+        with pytest.raises(CheckpointError, match="exists already"), staged(tmp_path / "out"):
+            pass
+        shutil.rmtree(tmp_path / "out")
+    assert snapshot(tmp_path / "out") == {"x": b"first"} and left(tmp_path) == ["out"]
+
+
+def test_the_second_of_two_savers_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be written"), staged(tmp_path / "out") as first:
+        (first / "x").write_text("first")
+        with staged(tmp_path / "out") as second:
+            (second / "x").write_text("second")
+    assert snapshot(tmp_path / "out") == {"x": b"second"} and left(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_may_not_be_written_is_said(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(CheckpointError, match="Permission denied"), staged(tmp_path / "a" / "out"):
+            pass
+    finally:
+        tmp_path.chmod(0o755)
 
 
 def test_inputs_are_never_replaced(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moa.formats.atomic import MANIFEST
 from moa.merge import LowRank
 
 
@@ -81,5 +82,6 @@ def lora_folder(path: Path, modules: dict[str, tuple[Tensor, Tensor]], **config:
 
 
 def snapshot(path: Path) -> dict[str, bytes]:
-    """Return the bytes of every file under a folder."""
-    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+    """Return the bytes of every file under a folder, the list of what moa wrote left out."""
+    files = [f for f in sorted(path.rglob("*")) if f.is_file() and f.name != MANIFEST]
+    return {str(f.relative_to(path)): f.read_bytes() for f in files}

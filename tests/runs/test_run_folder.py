@@ -16,9 +16,9 @@ from transformers import TrainerCallback
 from moa.cli.main import main
 from moa.errors import ConfigError
 from moa.runs.config import parse
-from moa.runs.run_folder import newest_whole
 from moa.runs.session import Run
 from moa.runs.train import train
+from moa.training.checkpoints import newest_checkpoint
 from tests.tiny_run import config_values, decoder_folder, encoder_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
@@ -166,14 +166,14 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, name: str) -> 
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         write_whole(tmp_path / f"checkpoint-{step}", step)
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     file = tmp_path / "checkpoint-10" / name
     file.write_bytes(file.read_bytes()[:-8])
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     file.unlink()
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert newest_whole(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_other_rows_under_the_same_name_are_not_resumed(
