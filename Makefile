@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu bench bench-gpu kills clean
+.PHONY: setup demo check format test test-gpu test-slow bench bench-gpu kills clean
 
 setup: .venv/.done
 
@@ -30,6 +30,9 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 bench: setup
 	$(BIN)/python -m experiments.bench

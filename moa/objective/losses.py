@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,20 +13,45 @@ from ..errors import ConfigError, ContextError, ShapeError
 from ..types import Routing
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean of values (*rows, E) over the rows that count, (E,).
+@dataclass(frozen=True)
+class Loss:
+    """A loss on routings as what is summed over rows, and the loss of the sums.
+
+    Sums of several processes add up to those of their rows together, so that a loss is that of the global batch,
+    however unevenly its rows are spread.
 
     Args:
-        values: (*rows, E), or (*rows,) for a scalar mean.
-        mask: (*rows,) bool, True on rows that count; None counts all. A routing of fewer rows than the mask
-            (sequence or task rows) is averaged unmasked.
+        sums: routing, mask (*rows,) or None -> sums over the rows that count, of a fixed shape, e.g. (2, E).
+        of: those sums, behind any leading axes -> the loss of each, (*,).
+        of_model: one loss on the rows of all layers with equally many experts together, not one for each layer.
     """
-    if mask is None or values.ndim < mask.ndim or values.shape[: mask.ndim] != mask.shape:
-        rows = values if values.ndim > 0 else values.unsqueeze(0)
-        return rows.flatten(0, -2).mean(0) if rows.ndim > 1 else rows
-    weight = mask.to(values.dtype)
-    spread = weight.reshape(*mask.shape, *([1] * (values.ndim - mask.ndim)))
-    return (values * spread).sum(tuple(range(mask.ndim))) / weight.sum().clamp(min=1)
+
+    sums: Callable[[Routing, Tensor | None], Tensor]
+    of: Callable[[Tensor], Tensor]
+    of_model: bool = False
+
+    def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
+        """Return the loss of one routing, (), over the rows that count, mask (*rows,)."""
+        return self.of(self.sums(routing, mask))
+
+
+def masked_sums(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sums of values (*rows, E) over the rows that count, and how many these are, (E + 1,).
+
+    Args:
+        values: (*rows, E).
+        mask: (*rows,) bool, True on rows that count; None counts all. A routing of fewer rows than the mask
+            (sequence or task rows) is summed unmasked.
+    """
+    rows = values.shape[:-1]
+    weight = values.new_ones(rows) if mask is None or mask.shape != rows else mask.to(values.dtype)
+    counted = torch.cat([values * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1)  # (*rows, E + 1)
+    return counted.reshape(-1, counted.shape[-1]).sum(0)
+
+
+def mean_of(sums: Tensor) -> Tensor:
+    """Return the means over rows of what `masked_sums` summed, (*, E), of sums (*, E + 1); 0 where nothing counts."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1)
 
 
 def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -38,7 +64,7 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
         ContextError: the routing carries no scores.
     Source: Fedus et al. 2021 (Switch), arXiv 2101.03961, eq. 4-6.
     Differs: divided by k, so that the minimum is 1 for every k; transformers' Mixtral loss is k times this one, on the
-        rows of all layers together (see `MODEL_LOSSES`).
+        rows of all layers together ("model_balance" in `LOSSES`).
     """
     return balance_of(balance_sums(routing, mask))
 
@@ -61,13 +87,13 @@ def balance_sums(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
 
 def balance_of(sums: Tensor) -> Tensor:
-    """Return the balance loss E · Σ_e c_e s_e / (Σ_e c_e · Σ_e s_e) of counts and summed scores (2, E), scalar.
+    """Return the balance loss E · Σ_e c_e s_e / (Σ_e c_e · Σ_e s_e) of counts and summed scores (*, 2, E), (*,).
 
     With T rows, f = c / T, P = s / T, k = Σ c / T and Σ s = T it is E/k · Σ_e f_e P_e.
     """
-    counts, scores = sums
-    total = (counts.sum() * scores.sum().detach()).clamp(min=torch.finfo(torch.float32).tiny)
-    return counts.shape[-1] * (counts * scores).sum() / total
+    counts, scores = sums.unbind(-2)
+    total = (counts.sum(-1) * scores.sum(-1).detach()).clamp(min=torch.finfo(torch.float32).tiny)
+    return counts.shape[-1] * (counts * scores).sum(-1) / total
 
 
 def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -77,16 +103,28 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
         ContextError: the routing carries no logits.
     Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
     """
+    return LOSSES["z"](routing, mask)
+
+
+def _z_sums(routing: Routing, mask: Tensor | None) -> Tensor:
     if routing.logits is None:
         raise ContextError("z-loss needs the router's logits, and this routing has none: set z_loss=0.")
-    return masked_mean(routing.logits.logsumexp(-1, keepdim=True).square(), mask).squeeze(-1)
+    return masked_sums(routing.logits.logsumexp(-1, keepdim=True).square(), mask)
 
 
-def _cv_squared(total: Tensor) -> Tensor:
-    """Return var/mean² of totals (E,), 0 for one expert."""
-    if total.numel() == 1:
-        return total.new_zeros(())
-    return total.var() / (total.mean().square() + 1e-10)
+def _z_of(sums: Tensor) -> Tensor:
+    return mean_of(sums).squeeze(-1)
+
+
+def _cv_squared(mean: Tensor, variance: Tensor) -> Tensor:
+    """Return var/mean², each (*,)."""
+    return variance / (mean.square() + 1e-10)
+
+
+def _unevenness(sums: Tensor) -> Tensor:
+    """Return var/mean² over experts of what `masked_sums` summed, (*,), of sums (*, E + 1); 0 for one expert."""
+    means = mean_of(sums)  # (*, E)
+    return _cv_squared(means.mean(-1), means.var(-1, correction=min(1, means.shape[-1] - 1)))
 
 
 def importance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -94,7 +132,11 @@ def importance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 6-7.
     """
-    return _cv_squared(masked_mean(routing.dense(), mask))
+    return LOSSES["importance"](routing, mask)
+
+
+def _importance_sums(routing: Routing, mask: Tensor | None) -> Tensor:
+    return masked_sums(routing.dense(), mask)
 
 
 def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -104,9 +146,13 @@ def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
         ContextError: the routing carries no usage (only a noisy router in training has it).
     Source: Shazeer et al. 2017, arXiv 1701.06538, appendix A, eq. 8-11.
     """
+    return LOSSES["load"](routing, mask)
+
+
+def _load_sums(routing: Routing, mask: Tensor | None) -> Tensor:
     if routing.usage is None:
         raise ContextError("load loss needs a noisy router in training (routing.usage is None).")
-    return _cv_squared(masked_mean(routing.usage, mask))
+    return masked_sums(routing.usage, mask)
 
 
 def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -122,6 +168,11 @@ def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Differs: var/mean² as in the released code, the paper has var/mean; means over an example's rows, where both have
         sums, so that a long example does not count as an uneven one.
     """
+    return LOSSES["localized"](routing, mask)
+
+
+def _localized_sums(routing: Routing, mask: Tensor | None) -> Tensor:
+    """Return Σ v, Σ v² and the number of (example, expert) pairs, (3,), of v = E · usage − 1, which is 0 where even."""
     if routing.usage is None:
         raise ContextError("localized balance needs a router that reports usage in training (routing.usage is None).")
     usage = routing.usage
@@ -131,7 +182,14 @@ def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
         if mask is not None and mask.shape == usage.shape[:-1]:
             weight = mask.to(usage.dtype).unsqueeze(-1)
         usage = (usage * weight).sum(inner) / weight.sum(inner).clamp(min=1)
-    return _cv_squared(usage.flatten())
+    off = usage * usage.shape[-1] - 1  # (B, E); squares of the usage itself would cancel
+    return torch.stack([off.sum(), off.square().sum(), torch.ones_like(off).sum()])
+
+
+def _localized_of(sums: Tensor) -> Tensor:
+    total, squares, pairs = sums.unbind(-1)  # each (*,)
+    off = total / pairs
+    return _cv_squared(1 + off, (squares - total * off) / (pairs - 1).clamp(min=1))
 
 
 def entropy(scores: Tensor) -> Tensor:
@@ -140,19 +198,15 @@ def entropy(scores: Tensor) -> Tensor:
     return -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum(-1)
 
 
-LOSSES: dict[str, Callable[[Routing, Tensor | None], Tensor]] = {
-    "balance": balance_loss,
-    "z": z_loss,
-    "importance": importance_loss,
-    "load": load_loss,
-    "localized": localized_loss,
+LOSSES: dict[str, Loss] = {
+    "balance": Loss(balance_sums, balance_of),
+    "model_balance": Loss(balance_sums, balance_of, of_model=True),
+    "z": Loss(_z_sums, _z_of),
+    "importance": Loss(_importance_sums, _unevenness),
+    "load": Loss(_load_sums, _unevenness),
+    "localized": Loss(_localized_sums, _localized_of),
 }
-"""Losses of one layer's routing; the training loss has their mean over layers."""
-
-MODEL_LOSSES: dict[str, tuple[Callable[[Routing, Tensor | None], Tensor], Callable[[Tensor], Tensor]]] = {
-    "model_balance": (balance_sums, balance_of),
-}
-"""Losses of all layers together: what is summed over layers with equally many experts, and the loss of the sum."""
+"""Losses of routings by name; the training loss has their mean over layers."""
 
 
 def rloo(losses: Tensor, log_probs: Tensor) -> Tensor:

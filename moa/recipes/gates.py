@@ -12,7 +12,7 @@ from ..routers.linear import check_jitter
 from ..routers.localized import check_kinds
 from ..routers.table import check_size, check_tasks
 from ..routers.threshold import check_threshold
-from .balance import BalancedRecipe
+from .balance import BalancedRecipe, LossRecipe
 from .recipe import Folds, Recipe, TopKRecipe, register_recipe
 
 
@@ -36,16 +36,19 @@ class TopK(TopKRecipe, BalancedRecipe):
         super().__post_init__()
         check_jitter(self.jitter)
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficients of the balance and the z-loss; no tensors."""
+        return {**super().losses(), "z": self.z_loss}
+
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i)."""
-        losses = self.losses(z=self.z_loss)
-        router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter, losses=losses)
-        return [Branch(router, self.bank(site))]
+        router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("dense", "soft mixture of LoRAs; gate of HydraLoRA, arXiv 2404.19245")
 @dataclass(frozen=True, kw_only=True)
-class Dense(Recipe):
+class Dense(LossRecipe):
     """Softmax gate per linear over all experts.
 
     Args:
@@ -57,10 +60,14 @@ class Dense(Recipe):
 
     z_loss: float = 0.0
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficient of the z-loss, a number."""
+        return {"z": self.z_loss}
+
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), all experts."""
-        router = LinearRouter(site.d_in, self.n_experts, self.n_experts, losses={"z": self.z_loss})
-        return [Branch(router, self.bank(site))]
+        router = LinearRouter(site.d_in, self.n_experts, self.n_experts)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("switch", "Fedus et al. 2021, arXiv 2101.03961")
@@ -86,16 +93,19 @@ class Switch(TopKRecipe, BalancedRecipe):
         super().__post_init__()
         check_jitter(self.jitter)
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficients of the balance and the z-loss; no tensors."""
+        return {**super().losses(), "z": self.z_loss}
+
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i), weights not renormalised."""
-        losses = self.losses(z=self.z_loss)
-        router = LinearRouter(site.d_in, self.n_experts, self.k, renormalize=False, jitter=self.jitter, losses=losses)
-        return [Branch(router, self.bank(site))]
+        router = LinearRouter(site.d_in, self.n_experts, self.k, renormalize=False, jitter=self.jitter)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("noisy_topk", "Shazeer et al. 2017, arXiv 1701.06538")
 @dataclass(frozen=True, kw_only=True)
-class NoisyTopK(TopKRecipe):
+class NoisyTopK(TopKRecipe, LossRecipe):
     """Learned noise on the logits in training, softmax over the k kept, importance and load losses.
 
     Args:
@@ -109,11 +119,14 @@ class NoisyTopK(TopKRecipe):
     importance: float = 0.01
     load: float = 0.01
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficients of the importance and the load loss; no tensors."""
+        return {"importance": self.importance, "load": self.load}
+
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a noisy linear gate on x (*rows, i)."""
-        losses = {"importance": self.importance, "load": self.load}
-        router = LinearRouter(site.d_in, self.n_experts, self.k, noisy=True, losses=losses)
-        return [Branch(router, self.bank(site))]
+        router = LinearRouter(site.d_in, self.n_experts, self.k, noisy=True)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("sigmoid", "DeepSeek-V3, arXiv 2412.19437; Wang et al. 2024, arXiv 2408.15664")
@@ -177,9 +190,8 @@ class AdaMoLE(BalancedRecipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a gate with a threshold on x (*rows, i)."""
-        losses = self.losses()
-        router = ThresholdRouter(site.d_in, self.n_experts, max_threshold=self.max_threshold, losses=losses)
-        return [Branch(router, self.bank(site))]
+        router = ThresholdRouter(site.d_in, self.n_experts, max_threshold=self.max_threshold)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("hydralora", "Tian et al. 2024, arXiv 2404.19245")
@@ -200,7 +212,7 @@ class HydraLoRA(Dense):
 
 @register_recipe("loramoe", "Dou et al. 2023, arXiv 2312.09979")
 @dataclass(frozen=True, kw_only=True)
-class LoRAMoE(Recipe):
+class LoRAMoE(LossRecipe):
     """Softmax gate per linear over all experts; localized balance: each half of them for one kind of task.
 
     Args:
@@ -230,11 +242,14 @@ class LoRAMoE(Recipe):
         if not self.task_kinds:
             self.check_unused("task_kinds", "delta")
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficient of the localized loss, a number."""
+        return {"localized": self.localized}
+
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a dense gate on x (*rows, i) that knows which expert is meant for which kind."""
-        losses = {"localized": self.localized}
-        router = LocalizedRouter(site.d_in, self.n_experts, task_kinds=self.task_kinds, delta=self.delta, losses=losses)
-        return [Branch(router, self.bank(site))]
+        router = LocalizedRouter(site.d_in, self.n_experts, task_kinds=self.task_kinds, delta=self.delta)
+        return [Branch(self.learning(router), self.bank(site))]
 
 
 @register_recipe("moelora", "Liu et al. 2023, arXiv 2310.18339")

@@ -59,7 +59,7 @@ class Hydra(TopKRecipe, BalancedRecipe):
                 f"n_experts={self.n_experts} needs gate='experts': without it each branch is one pair of factors."
             )
         if self.gate != "experts":
-            self.check_unused("gate='experts'", "balance", "balance_over")
+            self.check_unused("gate='experts'", "balance", "balance_over", "losses_over")
 
     def build(self, site: Site) -> list[Branch]:
         """Return two branches: on the layer's input (*rows, i) and on its output (*rows, o)."""
@@ -79,7 +79,7 @@ class Hydra(TopKRecipe, BalancedRecipe):
             return FixedRouter(d_in, 1)
         if self.gate == "branches":
             return LinearRouter(d_in, 1, 1, score="sigmoid", renormalize=False)
-        return LinearRouter(d_in, self.n_experts, self.k, losses=self.losses())
+        return self.learning(LinearRouter(d_in, self.n_experts, self.k))
 
     def _bank(self, site: Site, rank: int) -> ExpertBank:
         family = Affine() if self.biases else self.family

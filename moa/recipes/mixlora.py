@@ -50,6 +50,10 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
         super().__post_init__()
         check_jitter(self.jitter)
 
+    def losses(self) -> dict[str, float]:
+        """Return the coefficients of the balance and the z-loss; no tensors."""
+        return {**super().losses(), "z": self.z_loss}
+
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe.
 
@@ -85,11 +89,10 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
                 "no feed-forward block (layers d -> f, then one f -> d) is complete among the target layers "
                 f"{', '.join(s.name for s in sites[:6])}: use targets='all-linear' or 'ffn'."
             )
-        losses = self.losses(z=self.z_loss)
         for block in blocks:
             members = []
             for site in block:
-                router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter, losses=losses)
+                router = self.learning(LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter))
                 members.append((site.module, site.name, Branch(router, self._bank(site, self.n_experts))))
             for layer in routed_block(members[:-1], members[-1], scope):
                 made[layer.name] = layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ class Router(nn.Module):
         needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
-        loss_weights: name in `LOSSES` or `MODEL_LOSSES` of `moa.objective.losses` -> coefficient, added to the
-            training loss.
+        loss_weights: name in `LOSSES` of `moa.objective.losses` -> coefficient, added to the training loss.
+        losses_over: whose rows these losses are of: "global", the batch of all processes, or each "process" by itself.
         known_tasks: the task ids it can route; None where it does not look at them or takes any.
         learning_rate: of this router's parameters, see `MoAModel.optimizer_groups`; None uses the optimizer's.
 
@@ -48,6 +49,7 @@ class Router(nn.Module):
         self.known_tasks: range | None = None
         self.learning_rate: float | None = None
         self.loss_weights: dict[str, float] = {}
+        self.losses_over: Literal["global", "process"] = "global"
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing of x (*rows, i); its rows broadcast against (*rows,)."""

@@ -1,0 +1,84 @@
+"""Several processes end with the weights of one that has the same global batch, for every recipe.
+
+Uneven rows and padding, accumulation, experts without rows, forwards that only one process makes; unused parameters
+would be an error, as DDP looks for none. Run: pytest tests/parallel/test_data_parallel.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moa
+from moa.errors import ConfigError
+from tests import models
+from tests.laws import assert_close
+
+from .processes import run_together
+from .steps import CASES, STEPS, by_task, learned, model_of, optimizer_of, same_draws, take_step
+
+TOLERANCE = 2e-5  # of how far a weight moved: transformers forms losses and norms in fp32
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which two processes have left what they trained."""
+    folder = tmp_path_factory.mktemp("two")
+    run_together("tests.parallel.steps", 2, str(folder), ",".join(CASES))
+    return folder
+
+
+def alone(case: str, world: int, start: Any = None) -> dict[str, torch.Tensor]:
+    """Return what one process learns on the batches of several, from the start or from a checkpoint after a step."""
+    model = model_of(case) if start is None else moa.load(start[0], models.llama(num_hidden_layers=1).double()).train()
+    optimizer = optimizer_of(model)
+    if start is not None:
+        optimizer.load_state_dict(torch.load(start[1]))
+    with same_draws():
+        for step in range(0 if start is None else 1, STEPS):
+            take_step(model, optimizer, step, world, None, by_task(case))
+    return learned(model)
+
+
+def assert_moved_alike(case: str, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Fail unless what training moved lies where it does in one process."""
+    before = learned(model_of(case))
+    assert got.keys() == expected.keys() == before.keys()
+    moved = {name: expected[name] - value for name, value in before.items()}
+    assert any(bool(value.any()) for value in moved.values()) or case.startswith("arrow"), "nothing was learned"
+    for name, value in moved.items():
+        assert_close(got[name] - before[name], value, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_learn_what_one_does(case: str, two: Path) -> None:
+    assert_moved_alike(case, torch.load(two / f"{case}.pt"), alone(case, 2))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_of_two_processes_goes_on_in_one(case: str, two: Path) -> None:
+    resumed = alone(case, 2, (two / case, two / f"{case}.optimizer.pt"))
+    assert_moved_alike(case, resumed, torch.load(two / f"{case}.pt"))
+
+
+@pytest.mark.slow
+def test_four_processes_learn_what_one_does(tmp_path: Path) -> None:
+    run_together("tests.parallel.steps", 4, str(tmp_path), ",".join(CASES))
+    for case in CASES:
+        assert_moved_alike(case, torch.load(tmp_path / f"{case}.pt"), alone(case, 4))
+
+
+def test_each_process_by_itself_is_an_option() -> None:
+    """The keyword reaches every router, and a recipe without a loss refuses it."""
+    for name in ("topk", "switch", "noisy_topk", "adamole", "loramoe", "mixlora"):
+        options = {"targets": "all-linear", "losses_over": "process"}
+        model = moa.build(models.llama(num_hidden_layers=1), name, n_experts=4, **options)
+        found = {branch.router.losses_over for _, branch in model.branches() if branch.router.loss_weights}
+        assert found == {"process"}, name
+    with pytest.raises(ConfigError, match="losses_over='process' changes nothing"):
+        moa.make_recipe("dense", losses_over="process")
+    with pytest.raises(ConfigError, match="unknown losses_over 'local'"):
+        moa.make_recipe("topk", losses_over="local")
