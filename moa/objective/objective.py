@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from ..errors import ContextError, NumericsError
 from ..types import Routing
-from .losses import LOSSES, MODEL_LOSSES, example_losses, rloo
+from .exchange import over_processes
+from .losses import LOSSES, example_losses, rloo
 from .trace import Record, Trace
 
 
@@ -21,13 +23,14 @@ class Objective:
     L = mean_m L_m + mean over layers of Σ coefficient · auxiliary loss + policy term
 
     Auxiliary losses are means over layers, so that a coefficient means the same in deep and shallow models; those of
-    the model, `MODEL_LOSSES`, take the rows of all layers together, and are one value whatever the depth. Under
-    gradient accumulation and data parallelism the whole sum is weighted by the batch's share of the labelled items:
-    nothing in it is multiplied by the number of processes or of micro-batches.
+    the model take the rows of all layers together, and are one value whatever the depth. Under data parallelism they
+    are those of the rows of all processes. Under gradient accumulation and data parallelism the whole sum is weighted
+    by the batch's share of the labelled items: nothing in it is multiplied by the number of processes or of
+    micro-batches.
 
     Attributes:
         per_example_rule: how per-example losses are found: "shifted", "aligned", "none" (batch losses), or None
-            before the first step. The rule is the one that reproduces the model's own loss.
+            before the first step, which then finds the rule; set it where you know it.
     """
 
     def __init__(self) -> None:
@@ -60,6 +63,10 @@ class Objective:
     def per_example(self, losses: list[Tensor], logits: list[Tensor | None], labels: Any) -> Tensor | None:
         """Return each example's share of the task loss under each selection (M, B), or None where nothing gives it.
 
+        The rule is the one under which the loss has the gradient that the model's own has at the logits. That says
+        which label each position is scored by, whatever the logits are: their values say nothing where they are nearly
+        uniform. A step whose losses the rule does not give all the same counts as a batch.
+
         Args:
             losses: M task losses () that the model reports.
             logits: M outputs, (B, C) or (B, S, C), or None.
@@ -69,12 +76,17 @@ class Objective:
         if len(known) < len(losses) or not isinstance(labels, Tensor):
             return None
         if self.per_example_rule is None:
-            self.per_example_rule = _matching_rule(losses[0], known[0], labels)
-        if self.per_example_rule == "none":
+            self.per_example_rule = rule_of(losses[0], known[0], labels)
+        if self.per_example_rule in (None, "none"):
             return None
         with torch.no_grad():
-            rows = [example_losses(item, labels, self.per_example_rule == "shifted") for item in known]
-        return None if any(row is None for row in rows) else torch.stack([row for row in rows if row is not None])
+            found = [example_losses(item, labels, self.per_example_rule == "shifted") for item in known]
+            rows = [row for row in found if row is not None]
+            if len(rows) < len(losses):
+                return None
+            examples, whole = torch.stack(rows), torch.stack(losses).unsqueeze(1)  # (M, B), (M, 1)
+            agree = torch.isclose(examples.sum(1, keepdim=True), whole.to(examples.dtype), rtol=1e-2, atol=1e-4).all()
+            return torch.where(agree, examples, whole.to(examples.dtype))
 
     @staticmethod
     def share(labels: Any, num_items: Tensor | int | None, shifts: bool) -> Tensor | None:
@@ -118,58 +130,72 @@ class Objective:
                 )
 
 
+@dataclass(frozen=True)
+class _Term:
+    """One loss of L layers of one trace that are alike: its name, coefficient, whose rows it is of, its sums (L, …)."""
+
+    name: str
+    coefficient: float
+    over: str
+    group: tuple[int, int]  # number of the trace, E
+    sums: Tensor
+
+
 def auxiliary_losses(traces: list[Trace]) -> dict[str, Tensor]:
     """Return name -> mean over selections and layers of coefficient · loss, each ().
 
-    In a loss of the model, a layer has the value of the layers that it shares a selection, a coefficient and a number
-    of experts with.
+    Losses over the global batch are the same in every process, see `moa.objective.exchange`. In a loss of the model, a
+    layer has the value of the layers that it shares a selection, a coefficient and a number of experts with.
 
     Raises:
         ContextError: a routing carries no gradient to a router that should learn from it.
     """
-    terms: dict[str, list[Tensor]] = {}
-    for alike in _alike([record for trace in traces for record in trace], LOSSES):
-        for name, coefficient, values in _terms(LOSSES, alike):
-            terms.setdefault(name, []).append(coefficient * values)
-    sums = {name: statistic for name, (statistic, _) in MODEL_LOSSES.items()}
-    for trace in traces:
-        groups: dict[tuple[str, float, int], list[Tensor]] = {}
-        for alike in _alike(list(trace), sums):
-            for name, coefficient, values in _terms(sums, alike):  # (L, …)
-                groups.setdefault((name, coefficient, alike[0].routing.n_experts), []).append(values)
-        for (name, coefficient, _), parts in groups.items():
-            layers = torch.cat(parts)
-            value = MODEL_LOSSES[name][1](layers.sum(0))
-            terms.setdefault(name, []).append(coefficient * value.expand(len(layers)))
-    return {name: torch.cat(values).mean() for name, values in terms.items()}
+    own = [term for number, trace in enumerate(traces) for term in _terms(number, trace)]
+    added = iter(over_processes([term.sums for term in own if term.over == "global"]))
+    terms = [replace(term, sums=next(added)) if term.over == "global" else term for term in own]
+    values: dict[str, list[Tensor]] = {}
+    together: dict[tuple[str, float, str, tuple[int, int]], list[Tensor]] = {}
+    for term in terms:
+        if LOSSES[term.name].of_model:
+            together.setdefault((term.name, term.coefficient, term.over, term.group), []).append(term.sums)
+        else:
+            values.setdefault(term.name, []).append(term.coefficient * LOSSES[term.name].of(term.sums))
+    for (name, coefficient, *_), parts in together.items():
+        layers = torch.cat(parts)  # (L, …)
+        value = coefficient * LOSSES[name].of(layers.sum(0))
+        values.setdefault(name, []).append(value.expand(len(layers)))
+    return {name: torch.cat(found).mean() for name, found in values.items()}
 
 
-def _terms(losses: Losses, alike: list[Record]) -> Iterator[tuple[str, float, Tensor]]:
-    """Yield (name, coefficient, values (L, …)) of those losses that the router of L alike records asks for.
+def _terms(number: int, trace: Trace) -> Iterator[_Term]:
+    """Yield the losses that the routers of one trace ask for, layers that are alike together.
 
     Raises:
         ContextError: one carries no gradient to a router that should learn from it.
     """
-    weights: Any = alike[0].router.loss_weights
-    for name, values in _of_layers({name: losses[name] for name in weights if name in losses}, alike).items():
-        if not values.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
-            raise ContextError(
-                f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
-                "it. Reentrant gradient checkpointing does this: use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        yield name, weights[name], values
+    for alike in _alike(list(trace)):
+        router: Any = alike[0].router
+        names = [name for name in router.loss_weights if name in LOSSES]
+        for name, sums in zip(names, _sums_of_layers(names, alike), strict=True):
+            if not sums.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
+                raise ContextError(
+                    f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
+                    "it. Reentrant gradient checkpointing does this: use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
+            group = number, alike[0].routing.n_experts
+            yield _Term(name, router.loss_weights[name], router.losses_over, group, sums)
 
 
-def _alike(records: list[Record], losses: Losses) -> list[list[Record]]:
-    """Return the records that have such losses, in groups where these are one function of tensors of the same shapes.
+def _alike(records: list[Record]) -> list[list[Record]]:
+    """Return the records that have losses, in groups where these are one function of tensors of the same shapes.
 
     Records of a group share their mask.
     """
     groups: list[list[Record]] = []
     for record in records:
         weights: Any = record.router.loss_weights
-        if not weights.keys().isdisjoint(losses):
+        if not weights.keys().isdisjoint(LOSSES):
             group = next((group for group in groups if _are_alike(group[0], record)), None)
             if group is None:
                 groups.append([record])
@@ -182,7 +208,7 @@ def _are_alike(one: Record, other: Record) -> bool:
     """Whether a loss is one function of both; sizes are compared and not hashed, which would fix them when compiled."""
     if one.mask is not other.mask or one.routing.n_experts != other.routing.n_experts:
         return False
-    if one.router.loss_weights != other.router.loss_weights:
+    if one.router.loss_weights != other.router.loss_weights or one.router.losses_over != other.router.losses_over:
         return False
     for mine, theirs in zip(_fields(one.routing), _fields(other.routing), strict=True):
         if mine is None or theirs is None:
@@ -193,24 +219,24 @@ def _are_alike(one: Record, other: Record) -> bool:
     return True
 
 
-def _of_layers(losses: Losses, records: list[Record]) -> dict[str, Tensor]:
-    """Return losses of L records that are alike, (L, …): at once, as L small losses cost 5 % of a step."""
+def _sums_of_layers(names: list[str], records: list[Record]) -> list[Tensor]:
+    """Return the sums of losses over L records that are alike, (L, …), at once: L small losses cost 5 % of a step."""
     first, n_experts = records[0], records[0].routing.n_experts
     if len(records) == 1:
-        return {name: loss(first.routing, first.mask).unsqueeze(0) for name, loss in losses.items()}
+        return [LOSSES[name].sums(first.routing, first.mask).unsqueeze(0) for name in names]
     layers = zip(*(_fields(record.routing) for record in records), strict=True)
     stacked = [None if values[0] is None else torch.stack(values) for values in layers]
 
     def of_one(*fields: Any) -> list[Tensor]:
         weights, indices, logits, scores, usage = fields
         routing = Routing(weights, indices, n_experts, logits, scores, usage=usage)
-        return [loss(routing, first.mask) for loss in losses.values()]
+        return [LOSSES[name].sums(routing, first.mask) for name in names]
 
     in_dims = tuple(None if value is None else 0 for value in stacked)
-    return dict(zip(losses, torch.vmap(of_one, in_dims)(*stacked), strict=True))
+    found: list[Tensor] = torch.vmap(of_one, in_dims)(*stacked)
+    return found
 
 
-Losses = dict[str, Callable[[Routing, Tensor | None], Tensor]]
 # What a loss may look at: weights (*rows, K), indices, logits (*rows, E), scores, usage; None where there are none.
 _fields = operator.attrgetter("weights", "indices", "logits", "scores", "usage")
 
@@ -238,13 +264,31 @@ def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
     return torch.stack(sums).sum(0)
 
 
-def _matching_rule(loss: Tensor, logits: Tensor, labels: Tensor) -> str:
-    """Return the rule whose sum over examples is the model's own loss, or "none"."""
+@torch.enable_grad()
+def rule_of(loss: Tensor, logits: Tensor, labels: Tensor) -> str | None:
+    """Return the rule, "shifted" or "aligned", whose loss has the gradient of a model's own at its logits, or "none".
+
+    Args:
+        loss: () that the model reports.
+        logits: (B, C) or (B, S, C), of which the loss was formed.
+        labels: (B,) or (B, S) class ids.
+
+    Returns:
+        None where this batch has no finite loss, which says nothing.
+    """
     if labels.is_floating_point() or bool((labels >= logits.shape[-1]).any()):  # not class ids, e.g. counts to regress
         return "none"
-    with torch.no_grad():
-        for rule in ("aligned", "shifted"):
-            rows = example_losses(logits, labels, rule == "shifted")
-            if rows is not None and torch.isclose(rows.sum().float(), loss.float(), rtol=1e-3, atol=1e-5):
+    if not bool(torch.isfinite(loss)):
+        return None
+    if not (loss.requires_grad and logits.requires_grad):
+        return "none"
+    (own,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    for rule in ("shifted", "aligned"):
+        leaf = logits.detach().requires_grad_()
+        rows = None if own is None else example_losses(leaf, labels, rule == "shifted")
+        if rows is not None and own is not None:
+            (expected,) = torch.autograd.grad(rows.sum(), leaf)
+            # another label makes a difference as large as the gradient itself, 16-bit logits one of some thousandths
+            if bool((own - expected).abs().amax() <= 0.02 * expected.abs().amax()):
                 return rule
     return "none"

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import moa
 from moa.errors import ConfigError, ContextError
 from moa.objective.losses import rloo
-from moa.objective.objective import Objective
+from moa.objective.objective import Objective, rule_of
 from moa.recipes import make_recipe
 from moa.routers import SampledRouter
 from moa.routers.sampled import plackett_luce
@@ -316,6 +316,49 @@ def test_per_example_losses_are_found(kind):
     assert not bool(torch.isclose(rows[0, 0], rows[0, 1]))
 
 
+@pytest.mark.parametrize("kind", list(RULES))
+@pytest.mark.parametrize("size", [0.0, 1e-4], ids=["uniform", "nearly uniform"])
+def test_the_rule_is_not_guessed_from_logits(kind, size):
+    """Logits that are (nearly) uniform give both rules the same loss; the rule is found all the same."""
+    make, make_batch = models.MODELS[kind]
+    model = moa.build(make(), "remix", n_experts=4, targets="all-linear").train()
+    head = model.get_output_embeddings() or model.base.classifier
+    with torch.no_grad():
+        for p in head.parameters():
+            p.mul_(size)
+        if size:
+            assert head.weight.abs().max() > 0
+    model(**make_batch())
+    assert model.objective.per_example_rule == RULES[kind][2]
+
+
+def test_a_step_that_the_rule_does_not_give_counts_as_a_batch():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    objective = Objective()
+    objective.per_example_rule = "aligned"
+    weighted = F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 3.0, 0.2]))
+    rows = objective.per_example([weighted] * 2, [logits] * 2, labels)
+    assert torch.equal(rows, weighted.expand(2, 4))
+
+
+def test_class_weights_are_not_taken_for_plain_cross_entropy():
+    """With uniform logits their losses are equal, too."""
+    logits, labels = torch.zeros(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    weighted = F.cross_entropy(logits, labels, weight=torch.tensor([1.0, 3.0, 0.2]))
+    assert torch.isclose(weighted, F.cross_entropy(logits, labels))
+    assert rule_of(weighted, logits, labels) == "none"
+    assert rule_of(F.cross_entropy(logits, labels), logits, labels) == "aligned"
+    assert rule_of(F.cross_entropy(logits, torch.full((4,), -100)), logits, torch.full((4,), -100)) is None
+
+
+def test_the_policy_term_needs_no_exchange(monkeypatch):
+    """Advantages are each example's own: nothing of a ReMix step is added up over processes."""
+    seen = []
+    monkeypatch.setattr("moa.objective.objective.over_processes", lambda values: seen.append(len(values)) or values)
+    moa.build(models.llama(), "remix", n_experts=4).train()(**models.lm_batch()).loss.backward()
+    assert seen == [0]
+
+
 @pytest.mark.parametrize(
     ("options", "labels"),
     [
@@ -342,7 +385,7 @@ def test_a_model_with_outputs_of_its_own_falls_back_to_the_batch():
 
 
 def test_a_custom_loss_that_looks_alike_is_not_taken_for_cross_entropy():
-    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    logits, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
     objective = Objective()
     smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
     assert objective.per_example([smoothed] * 2, [logits] * 2, labels) is None
