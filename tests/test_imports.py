@@ -39,8 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     "model": LAYERS | {"recipes", "objective", "formats", "folding"},
     "training": MODEL,
     "monitor": {"errors", "types", "objective", "model"},
-    "runs": MODEL | {"training", "monitor", "__init__"},
-    "cli": MODEL | {"training", "monitor", "runs", "__init__"},
+    "serving": MODEL,
+    "runs": MODEL | {"training", "monitor", "serving", "__init__"},
+    "cli": MODEL | {"training", "monitor", "runs", "serving", "__init__"},
     "__main__": {"cli"},
     "__init__": MODEL | {"training", "monitor"},
 }
@@ -48,8 +49,16 @@ ALLOWED: dict[str, set[str]] = {
 ONLY_IN = {
     "triton": {"kernels/triton/*.py"},
     "megablocks": {"kernels/megablocks.py"},
-    "transformers": {"model/moa_model.py", "model/heads.py", "monitor/callback.py", "runs/*.py", "cli/main.py"},
+    "transformers": {
+        "model/moa_model.py",
+        "model/heads.py",
+        "monitor/callback.py",
+        "runs/*.py",
+        "cli/main.py",
+        "serving/vllm/registration.py",
+    },
     "peft": {"nowhere"},
+    "vllm": {"serving/vllm/*.py"},
     "datasets": {"runs/*.py", "cli/main.py"},
     "matplotlib": {"monitor/figures.py", "monitor/report.py"},
 }

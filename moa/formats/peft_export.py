@@ -1,20 +1,21 @@
-"""An expert of a mixture written as PEFT's LoRA folder."""
+"""An expert of a mixture, or what one task gets, written as PEFT's LoRA folder."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..delta import LowRank
+from ..delta import Delta, LowRank
 from ..errors import ConfigError, FoldError
 from ..layers import as_factors, is_conv1d
-from ..mixture import ExpertsMixture, Mixture
-from ..mixture.change import factor_change, single
+from ..mixture import Branch, ExpertsMixture, Mixture
+from ..mixture.change import Change, factor_change, mixed, single
 from .atomic import staged
 from .card import model_card
 from .peft_parameters import stacked_factors
@@ -42,6 +43,67 @@ def export_expert(model: Any, expert: int, folder: str | Path, *, overwrite: boo
         CheckpointError: the folder holds what moa did not write, e.g. the base, or cannot be written.
         FoldError: experts that are not low-rank changes, or add a constant; the layer is named.
     """
+    said = f"Expert {expert} of a mixture of adapters made by moa."
+    return _export(model, lambda mixture: _of_expert(mixture, expert), folder, said, overwrite, expert)
+
+
+def export_task(model: Any, task: int, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write what the inputs of one task get as a PEFT LoRA folder, with a model card, and return its path.
+
+    Its logits are those of the model with that task's id on every example: an engine with LoRA per request serves a
+    model that routes by task, or whose routing is constant, as one adapter for each task.
+
+    Args:
+        model: a `MoAModel` whose routing is constant for a task, over low-rank changes (o, i).
+        task: its id.
+        folder: made if it does not exist.
+        overwrite: allow replacing a folder that moa wrote.
+
+    Raises:
+        ConfigError: the model has no mixtures.
+        FoldError: a routing that depends on the input, or experts that are not low-rank changes; the layer is named.
+    """
+
+    def of_task(mixture: Mixture) -> Delta:
+        def mean(branch: Branch) -> Change:
+            routing = branch.router.constant(task)
+            if routing is None:
+                raise FoldError(
+                    f"{mixture.name}: the routing of {type(branch.router).__name__} depends on the input, or does not "
+                    f"know task {task}: no one adapter equals it."
+                )
+            return mixed(branch.bank, routing.dense())
+
+        return factor_change(mixture, mean)
+
+    return _export(model, of_task, folder, f"Task {task} of a mixture of adapters made by moa.", overwrite)
+
+
+def tasks_of(model: Any) -> range:
+    """Return the ids of the tasks that a model routes by, a single 0 where its routing is constant; no tensors.
+
+    Raises:
+        FoldError: its routing depends on the input.
+    """
+    found = range(1)
+    for name, branch in model.branches():
+        known = getattr(branch.router, "tasks", None)
+        if known is not None:
+            found = known
+        elif branch.router.constant() is None:
+            raise FoldError(f"{name}: the routing of {type(branch.router).__name__} depends on the input.")
+    return found
+
+
+def _export(
+    model: Any,
+    change_of: Callable[[Mixture], Delta],
+    folder: str | Path,
+    said: str,
+    overwrite: bool,
+    expert: int | None = None,
+) -> Path:
+    """Write each layer's change (o, i) as a PEFT LoRA folder, and return its path."""
     target = Path(folder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -54,11 +116,13 @@ def export_expert(model: Any, expert: int, folder: str | Path, *, overwrite: boo
         if prefix and name == full:
             raise FoldError(f"{full} lies outside {prefix}, which is what a LoRA folder of this model is for.")
         if isinstance(mixture, ExpertsMixture):
+            if expert is None:
+                raise FoldError(f"{full} holds a base's fused experts, whose change for a task no LoRA folder holds.")
             written, rank = stacked_factors(mixture, expert)
             tensors |= {f"base_model.model.{name}.{key}": factor for key, factor in written.items()}
             fused |= {f"{name}.{part.weight}": rank for part in mixture.slices()}
             continue
-        change = _as_low_rank(mixture, expert)
+        change = _as_low_rank(mixture, change_of(mixture))
         for letter, factor in zip("AB", as_factors(mixture.base, change.down, change.up.T), strict=True):
             tensors[f"base_model.model.{name}.lora_{letter}.weight"] = factor.cpu().contiguous()
         ranks[name] = change.rank
@@ -101,18 +165,20 @@ def export_expert(model: Any, expert: int, folder: str | Path, *, overwrite: boo
         if prefix and heads:
             save_file(heads, partial / "heads.safetensors", metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        card = model_card(base, f"Expert {expert} of a mixture of adapters made by moa.", task_type)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        (partial / "README.md").write_text(model_card(base, said, task_type), encoding="utf-8")
     return target
 
 
-def _as_low_rank(mixture: Mixture, expert: int) -> LowRank:
-    """Return one expert's change (o, i) as factors.
+def _of_expert(mixture: Mixture, expert: int) -> Delta:
+    return factor_change(mixture, lambda branch: single(branch.bank, expert))
+
+
+def _as_low_rank(mixture: Mixture, change: Delta) -> LowRank:
+    """Return a layer's change (o, i) as factors.
 
     Raises:
-        FoldError: it is not one.
+        FoldError: it is not low-rank.
     """
-    change = factor_change(mixture, lambda branch: single(branch.bank, expert))
     if not isinstance(change, LowRank):
         raise FoldError(
             f"{mixture.name}: its experts are {type(change).__name__.lower()} changes, which a LoRA folder has no "

@@ -60,7 +60,7 @@ class FollowRouter(Router):
 
     def __init__(self, d_in: int, leader: Router, decided_as: str) -> None:
         super().__init__(d_in, leader.n_experts, leader.k)
-        self.causal, self.per_row = leader.causal, leader.per_row
+        self.causal, self.per_row, self.rowwise = leader.causal, leader.per_row, leader.rowwise
         self.decided_as = decided_as
 
     def forward(self, x: Tensor, context: Context) -> Routing:

@@ -38,6 +38,7 @@ class ExpertChoiceRouter(Router):
     """
 
     causal = False
+    rowwise = False
 
     def __init__(self, d_in: int, n_experts: int, *, capacity: float = 2.0) -> None:
         super().__init__(d_in, n_experts, n_experts)
@@ -86,6 +87,7 @@ class SoftRouter(Router):
     """
 
     causal = False
+    rowwise = False
 
     def __init__(self, d_in: int, n_experts: int, *, n_slots: int = 1) -> None:
         super().__init__(d_in, n_experts, n_experts)

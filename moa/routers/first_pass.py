@@ -44,6 +44,7 @@ class PreviewRouter(Router):
     """
 
     needs_preview = True
+    rowwise = False
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ class IdRouter(Router):
     """
 
     per_row = False
+    rowwise = False
 
     def __init__(self, d_in: int, n_experts: int) -> None:
         super().__init__(d_in, n_experts, 1)

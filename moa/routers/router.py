@@ -24,6 +24,8 @@ class Router(nn.Module):
     Attributes:
         causal: the routing of a row never depends on later rows of its sequence, nor on other examples.
         per_row: each row (token) has a routing of its own; False where it is constant, or one for each task or example.
+        rowwise: the routing of a row is a function of that row alone: no task, no other row, no first pass. An engine
+            that lays the rows of many requests side by side can run only such routers.
         needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
@@ -38,6 +40,7 @@ class Router(nn.Module):
 
     causal: bool = True
     per_row: bool = True
+    rowwise: bool = True
     stochastic: bool = False
     needs_preview: bool = False
 

@@ -58,6 +58,7 @@ class SampledRouter(Router):
         check_sampling(samples, granularity)
         self.samples, self.granularity = samples, granularity
         self.per_row = granularity == "token"
+        self.rowwise = granularity == "token"
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.reset_parameters()
 

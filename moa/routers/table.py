@@ -33,6 +33,7 @@ class TaskRouter(Router):
     """
 
     per_row = False
+    rowwise = False
 
     def __init__(
         self,

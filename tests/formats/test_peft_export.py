@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moa
-from moa.errors import CheckpointError, ConfigError
+from moa.errors import CheckpointError, ConfigError, FoldError
+from moa.formats.peft_export import export_task, tasks_of
 from tests import models
 from tests.laws import assert_close
 
@@ -261,3 +262,31 @@ def test_a_name_that_looks_like_another(tmp_path):
         expected = model(x)
     theirs = PeftModel.from_pretrained(Nested(), moa.export_expert(model, 1, tmp_path)).eval()
     assert_close(theirs(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("router", ["poly", "mhr", "moelora"])
+def test_what_a_task_gets_is_one_lora_that_peft_loads(router, tmp_path):
+    options = {"n_tasks": 3, "n_experts": 3, "targets": "all-linear"}
+    model = moa.build(models.llama(), router=router, **options)
+    for _, branch in model.branches():
+        for parameter in branch.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.3)
+    model.eval()
+    ids = torch.arange(3, 9)[None]
+    found = []
+    assert list(tasks_of(model)) == [0, 1, 2]
+    for task in tasks_of(model):
+        export_task(model, task, tmp_path / str(task))
+        plain = PeftModel.from_pretrained(models.llama(), tmp_path / str(task)).eval()
+        expected = model(input_ids=ids, task_ids=torch.tensor([task])).logits
+        found.append(plain(input_ids=ids).logits)
+        torch.testing.assert_close(found[-1], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
+def test_a_routing_by_input_has_no_lora_for_a_task(tmp_path):
+    model = moa.build(models.llama(), router="topk")
+    with pytest.raises(FoldError, match="depends on the input"):
+        tasks_of(model)
+    with pytest.raises(FoldError, match="depends on the input"):
+        export_task(model, 0, tmp_path)

