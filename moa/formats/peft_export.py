@@ -18,6 +18,8 @@ from ..mixture import Branch, ExpertsMixture, Mixture
 from ..mixture.change import Change, factor_change, mixed, single
 from .atomic import staged
 from .card import model_card
+from .peft_kinds import KINDS, Kind
+from .peft_native import native_config, shared_tensors, write_native
 from .peft_parameters import stacked_factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -25,26 +27,34 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
-def export_expert(model: Any, expert: int, folder: str | Path, *, overwrite: bool = True) -> Path:
-    """Write one expert as a PEFT LoRA folder that peft loads by itself, with a model card, and return its path.
+def export_expert(
+    model: Any, expert: int, folder: str | Path, *, overwrite: bool = True, as_lora: bool = False
+) -> Path:
+    """Write one expert as a PEFT folder that peft loads by itself, with a model card, and return its path.
+
+    A family that peft has (see `KINDS`) is written as its own kind, number by number; every other as a LoRA.
 
     Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
     Where the base is a class of moa around a transformers model (task heads on an encoder), the adapter is for the
     model inside, and the heads lie beside it in heads.safetensors.
 
     Args:
-        model: a `MoAModel` whose experts are low-rank changes (o, i): of any family, behind any router.
+        model: a `MoAModel` whose experts are of one family that peft has, or low-rank changes (o, i) of any family,
+            behind any router.
         expert: which of 0 … E - 1.
         folder: made if it does not exist; it appears whole or not at all.
         overwrite: replace an adapter that moa wrote there.
+        as_lora: write a LoRA, also where peft has the family, if its experts are low-rank changes.
 
     Raises:
         ConfigError: no such expert.
         CheckpointError: the folder holds what moa did not write, e.g. the base, or cannot be written.
-        FoldError: experts that are not low-rank changes, or add a constant; the layer is named.
+        FoldError: experts that are not low-rank changes, or add a constant, or of several families, or at a place where
+            peft's are not; the layer is named.
     """
     said = f"Expert {expert} of a mixture of adapters made by moa."
-    return _export(model, lambda mixture: _of_expert(mixture, expert), folder, said, overwrite, expert)
+    kind = None if as_lora else _kind_of(model)
+    return _export(model, lambda mixture: _of_expert(mixture, expert), folder, said, overwrite, expert, kind)
 
 
 def export_task(model: Any, task: int, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -102,8 +112,9 @@ def _export(
     said: str,
     overwrite: bool,
     expert: int | None = None,
+    kind: Kind | None = None,
 ) -> Path:
-    """Write each layer's change (o, i) as a PEFT LoRA folder, and return its path."""
+    """Write each layer's change (o, i), or an expert of a kind that peft has, as a PEFT folder; return its path."""
     target = Path(folder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -115,6 +126,11 @@ def _export(
         name = full.removeprefix(f"{prefix}.") if prefix else full
         if prefix and name == full:
             raise FoldError(f"{full} lies outside {prefix}, which is what a LoRA folder of this model is for.")
+        if kind is not None and expert is not None:
+            own = write_native(_only_bank(mixture, kind, expert), kind, expert)
+            tensors |= {f"base_model.model.{name}.{ending}": value for ending, value in own.items()}
+            ranks[name], transposed = 0, transposed or is_conv1d(mixture.base)
+            continue
         if isinstance(mixture, ExpertsMixture):
             if expert is None:
                 raise FoldError(f"{full} holds a base's fused experts, whose change for a task no LoRA folder holds.")
@@ -144,22 +160,27 @@ def _export(
     every = ranks | fused
     rank = max(set(every.values()), key=list(every.values()).count)
     others = {re.escape(n): r for n, r in every.items() if r != rank}
-    config = {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base,
+    lora = {
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": "|".join(map(re.escape, names)) if alike else names,
         "target_parameters": sorted(fused) or None,
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
+    }
+    config = {
+        "peft_type": "LORA" if kind is None else kind.peft_type,
+        "task_type": task_type,
+        "base_model_name_or_path": base,
+        "target_modules": "|".join(map(re.escape, names)) if alike else names,
         "modules_to_save": None if prefix else list(model.modules_to_save) or None,
         "inference_mode": True,
+        **(lora if kind is None else native_config(model, kind, transposed)),
     }
+    if kind is not None:
+        tensors |= shared_tensors(model, kind)
     with staged(target, overwrite=overwrite) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if prefix and heads:
@@ -167,6 +188,41 @@ def _export(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(model_card(base, said, task_type), encoding="utf-8")
     return target
+
+
+def _kind_of(model: Any) -> Kind | None:
+    """Return the kind of adapter that peft has for the family of a model's experts, or None.
+
+    Raises:
+        FoldError: some layers have experts of such a family and others do not.
+    """
+    families = {recipe.family.name for recipe, _ in model.recipes}
+    kinds = {KINDS[name].peft_type for name in families if name in KINDS}
+    if kinds and len(families) > 1:
+        raise FoldError(
+            f"this model has experts of the families {', '.join(sorted(families))}, and a PEFT folder holds one kind: "
+            "pass as_lora=True, where all of them are low-rank changes."
+        )
+    return KINDS[families.pop()] if kinds else None
+
+
+def _only_bank(mixture: Mixture, kind: Kind, expert: int) -> Any:
+    """Return the bank (*rows, i) -> (*rows, o) of a layer that peft's kind of adapter can stand for.
+
+    Raises:
+        FoldError: it has several, or one at another place.
+        ConfigError: no such expert.
+    """
+    (branch, *more) = mixture.branches
+    assert isinstance(branch, Branch)
+    fits = branch.tap == "input" or kind.family == "ia3"
+    if more or not fits or isinstance(mixture, ExpertsMixture) or mixture.why_not_fold is not None:
+        raise FoldError(
+            f"{mixture.name}: a {kind.peft_type} adapter of peft stands on the input of a linear layer, one for each, "
+            "and these experts do not."
+        )
+    single(branch.bank, expert)
+    return branch.bank
 
 
 def _of_expert(mixture: Mixture, expert: int) -> Delta:

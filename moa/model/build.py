@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, UnadaptedWarning
-from ..formats.peft_experts import largest_rank, load_experts, read_adapters
+from ..formats.peft_native import read_given
 from ..mixture import GROUPS, backbone_prefix, fused_experts
 from ..recipes import Recipe, make_recipe, recipe_class
 from ..tables import own_words
@@ -45,8 +45,8 @@ def build(
         rank: r of each expert, default 8.
         alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
         targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
-        experts: folders of PEFT LoRA adapters that become the experts, on the layers that they adapt; frozen unless
-            train_experts=True.
+        experts: folders of PEFT adapters of one kind (LoRA, or that of a family) that become the experts, on the layers
+            that they adapt; frozen unless train_experts=True.
         modules_to_save: names of modules that are trained and saved whole; default the new heads of
             classification models, and what a class of your own puts beside a body of transformers.
         options: the recipe's own keywords; peft's spellings (target_modules, r, lora_alpha, …) are understood.
@@ -78,9 +78,9 @@ def build(
     if experts is not None and not isinstance(router, str):
         raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
     base = model.base if isinstance(model, MoAModel) else model
-    adapters = read_adapters(experts, base) if experts is not None else None
-    if adapters is not None:
-        for name, value in (("n_experts", len(adapters)), ("rank", largest_rank(adapters))):
+    given_experts = read_given(experts, base, expert) if experts is not None else None
+    if given_experts is not None:
+        for name, value in given_experts.keywords.items():
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
         for name, why in (("targets", "on which layers they sit"), ("alpha", "their scale")):
@@ -88,7 +88,7 @@ def build(
                 raise ConfigError(f"{name}={options[name]!r} changes nothing: the adapters given say {why}.")
         options.setdefault("train_experts", False)
     if isinstance(router, str):
-        if adapters is None and recipe_class(router).wants_experts:
+        if given_experts is None and recipe_class(router).wants_experts:
             raise ConfigError(f"router={router!r} is for adapters that exist already: name them with experts=[…].")
         recipes = [make_recipe(router, **options)]
     else:
@@ -104,12 +104,11 @@ def build(
             modules_to_save = _new_heads(model)
         out.train_whole(modules_to_save or ())
         for recipe in recipes:
-            sites = None if adapters is None else sorted({name for a in adapters for name in a})
-            names = out.add_recipe(recipe, sites)
-            if adapters is not None:
-                load_experts(out.mixtures(), names, adapters)
+            names = out.add_recipe(recipe, None if given_experts is None else given_experts.layers)
+            if given_experts is not None:
+                given_experts.fill(out.mixtures(), names)
                 out.experts_changed()
-    if fused_experts(model) and any(recipe.targets in GROUPS for recipe in recipes) and adapters is None:
+    if fused_experts(model) and any(recipe.targets in GROUPS for recipe in recipes) and given_experts is None:
         warnings.warn(f"{type(base).__name__}: {out.adapted_summary()}", UnadaptedWarning, stacklevel=2)
     return out
 
