@@ -173,7 +173,7 @@ def test_export_of_what_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "IA3"}, "has peft_type 'IA3': expected 'LORA'"),
+        ({"peft_type": "ADALORA"}, "has peft_type 'ADALORA': expected 'LORA'"),
         ({"use_dora": True}, "no magnitude, though it sets use_dora"),
         ({"lora_bias": True}, "no bias, though it sets lora_bias"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
