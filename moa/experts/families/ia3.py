@@ -146,7 +146,7 @@ class IA3(Family):
         """Return a fresh bank with scale (E, i) or (E, o).
 
         Raises:
-            ConfigError: an input of a convolution.
+            ConfigError: an input of a convolution, or of a layer whose weight cannot be read.
         """
         if site.place != "input":
             return OutputScaleBank(site.d_in, site.d_out, n_experts, **options)
@@ -155,4 +155,5 @@ class IA3(Family):
                 f"{site.name} is a convolution, whose input channels lie in several places of a row: (IA)³ scales its "
                 "output; leave it out of feedforward, or choose place='output'."
             )
+        site.weight()  # named now, if it cannot be read, and not in the middle of a forward
         return InputScaleBank(site, n_experts, **options)
