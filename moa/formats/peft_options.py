@@ -33,12 +33,12 @@ class Option:
     why: str
 
 
-def _all(verdict: Verdict, **options: str) -> dict[str, Option]:
+def verdicts(verdict: Verdict, **options: str) -> dict[str, Option]:
     return {name: Option(verdict, why) for name, why in options.items()}
 
 
 OPTIONS: dict[str, Option] = {
-    **_all(
+    **verdicts(
         "honoured",
         peft_type="LORA, or an error",
         base_model_name_or_path="the deltas' base",
@@ -50,7 +50,7 @@ OPTIONS: dict[str, Option] = {
         fan_in_fan_out="the base stores its weights (i, o)",
         init_lora_weights="see INITS",
     ),
-    **_all(
+    **verdicts(
         "converted",
         use_bdlora="block-diagonal factors are written out as matrices",
         use_dora="the rescaled weight minus the base's: dense, so for merging only; needs the base",
@@ -59,7 +59,7 @@ OPTIONS: dict[str, Option] = {
         modules_to_save="the saved tensors minus the base's: for merging only; needs the base",
         bias="the trained biases minus the base's: for merging only; needs the base",
     ),
-    **_all(
+    **verdicts(
         "harmless",
         task_type="which class of PEFT wraps the model",
         auto_mapping="which class the base has",
@@ -81,7 +81,7 @@ OPTIONS: dict[str, Option] = {
         velora_config="compresses what the backward pass keeps, not the output",
         ensure_weight_tying="ties adapters of embeddings, whose own tensors are refused",
     ),
-    **_all(
+    **verdicts(
         "refused",
         alora_invocation_tokens="an activated LoRA (aLoRA) acts only after given tokens: no constant change",
         use_qalora="QALoRA pools groups of inputs of a GPTQ layer before the factors, whose codes take no change",
@@ -96,7 +96,7 @@ OPTIONS: dict[str, Option] = {
 
 # init_lora_weights: where training began, and whether that moved part of the base weight into the factors
 INITS: dict[str, Option] = {
-    **_all(
+    **verdicts(
         "harmless",
         **{"true": "up starts at zero", "false": "both factors are drawn"},
         gaussian="up starts at zero",
@@ -104,7 +104,7 @@ INITS: dict[str, Option] = {
         orthogonal="both factors are drawn, the base is kept",
         mica="down starts at zero, the base is kept",
     ),
-    **_all(
+    **verdicts(
         "converted",
         pissa="ΔW = s B A minus the base's r largest singular components; needs the base, or the initial adapter",
         olora="ΔW = s B A minus s Q R of the base's first r columns of Q; needs the base, or the initial adapter",
@@ -112,7 +112,9 @@ INITS: dict[str, Option] = {
         corda="began with a decomposition by data; needs the initial adapter",
         lora_ga="began with gradients of data; needs the initial adapter",
     ),
-    **_all("refused", loftq="it replaces the base's weights by quantised ones, and the factors carry the difference"),
+    **verdicts(
+        "refused", loftq="it replaces the base's weights by quantised ones, and the factors carry the difference"
+    ),
 }
 # what PEFT's LoraConfig holds under a name; a word such as "no" would be taken for true
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {

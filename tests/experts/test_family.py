@@ -137,7 +137,7 @@ def test_keywords_of_a_family_in_a_configuration_and_a_checkpoint(tmp_path: Path
     config.write_text(yaml.safe_dump({**values, "recipe": keywords}))
     recipe = moa.make_recipe(**read_config(config).recipe)
     assert recipe.family.width == 7
-    for wrong, match in (({"width": "wide"}, "width must be int"), ({"widht": 7}, "Did you mean 'width'")):
+    for wrong, match in (({"width": "wide"}, "width must be a whole number"), ({"widht": 7}, "Did you mean 'width'")):
         config.write_text(yaml.safe_dump({**values, "recipe": {**keywords, **wrong}}))
         with pytest.raises(ConfigError, match=match):
             read_config(config)
