@@ -16,7 +16,7 @@ from torch import Tensor
 from . import bag
 from .dtypes import cast, wide
 from .engine import Gradients, Operands
-from .few_rows import few_rows, few_rows_backward, few_rows_forward
+from .few_rows import few_rows
 from .scale import scale
 
 __all__ = [
@@ -24,8 +24,6 @@ __all__ = [
     "PLAIN",
     "backward",
     "few_rows",
-    "few_rows_backward",
-    "few_rows_forward",
     "forward",
     "slot_gradients",
     "slot_products",

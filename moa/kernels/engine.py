@@ -96,19 +96,11 @@ class FewRowsEngine(Protocol):
     FEW_ROWS: int
 
     def few_rows(self, operands: Operands, scaling: float, dtype: torch.dtype) -> Tensor:
-        """Return y (T, o) in x's dtype, its mixture times scaling and formed in a dtype.
+        """Return y (T, o) in x's dtype, its mixture times scaling and formed in a dtype, by ops that have gradients.
 
         Raises:
             IndexError, RuntimeError: an index names no expert; it is not checked before.
         """
-
-    def few_rows_forward(self, operands: Operands, scaling: float) -> tuple[Tensor, Tensor]:
-        """Return y (T, o), its mixture times scaling, and the hidden values of all experts (T, E, r)."""
-
-    def few_rows_backward(
-        self, grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool], scaling: float
-    ) -> Gradients:
-        """Return `Engine.backward` for what `few_rows_forward` returned."""
 
 
 class RoutedEngine(Protocol):
@@ -135,7 +127,7 @@ class RoutedEngine(Protocol):
 # PLAIN = True: it is then given fp32 where the hardware has no such products.
 _ABILITIES: dict[Ability, tuple[str, ...]] = {
     "slots": ("slot_products", "slot_gradients"),
-    "few_rows": ("FEW_ROWS", "few_rows", "few_rows_forward", "few_rows_backward"),
+    "few_rows": ("FEW_ROWS", "few_rows"),
     "routed": ("routed",),
 }
 

@@ -47,7 +47,7 @@ def gated_linear(
         a: (E, r, i) down factors.
         b: (E, r, o) up factors, stored transposed.
         scaling: s.
-        with_scores: whether they are wanted; with gradients they are there in any case.
+        with_scores: whether they are wanted; for many rows with gradients they are there in any case.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
@@ -58,15 +58,16 @@ def gated_linear(
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
     with exact_dtypes(x):
-        if torch.is_grad_enabled():
+        rows = _flat(x)
+        chosen = ops.choose_for(rows, a, b, gate.k, engine or "", "few_rows")
+        if torch.is_grad_enabled() and not chosen.few:
             return _GatedLinear.apply(  # type: ignore[no-any-return]
                 x, gate.weight, a, b, (weight, bias, gate, scaling, engine or "")
             )
-        # No node is needed, and in decoding its bookkeeping is what costs.
-        rows = _flat(x)
+        # No node is needed: in decoding and short steps its bookkeeping is what costs.
         logits = _logits(_jittered(rows, gate)[0], gate.weight)
         weights, indices, scores = gate.decide(logits, with_scores)
-        y = ops.infer(Operands(rows, a, b, weights, indices, weight, bias), engine or "", scaling)
+        y = ops.compose(Operands(rows, a, b, weights, indices, weight, bias), chosen, scaling)
         return _unflatten(x, y, weights, indices, logits, scores)
 
 
@@ -91,7 +92,8 @@ class _GatedLinear(torch.autograd.Function):
             seen, noise = _jittered(rows, gate)
             logits = _logits(seen, gate_weight)
             weights, indices, scores = gate.decide(logits)
-            y, hidden = ops.node_forward(Operands(rows, a, b, weights, indices, base, bias), chosen, scaling)
+            operands = Operands(rows, a, b, weights, indices, base, bias)
+            y, hidden = ops.run_forward(ops.scaled(operands, scaling), chosen)
         else:
             y, logits, weights, indices, hidden = found
             scores = logits.softmax(-1)
@@ -124,8 +126,10 @@ class _GatedLinear(torch.autograd.Function):
         to_weights = None if grad_weights is None else _flat(grad_weights)
         if grad is not None:
             operands, needs = Operands(rows, a, b, weights, indices, base), (need_x, need_a, need_b, True)
-            to_x, to_a, to_b, own = ops.node_backward(_flat(grad), operands, hidden, needs, chosen, scaling)
+            inner = ops.scaled(operands, scaling)
+            to_x, to_a, to_b, own = ops.run_backward(_flat(grad), inner, hidden, needs, chosen)
             assert own is not None
+            own = own if scaling == 1 else own * scaling
             to_weights = own if to_weights is None else own + to_weights
         to_logits = gate.to_logits(
             None if grad_logits is None else _flat(grad_logits),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..compat import is_transformed
+from ..compat import is_transformed, own_view
 from ..errors import ShapeError
 from . import ops
 from .dtypes import cast, exact_dtypes
@@ -123,23 +123,28 @@ def _apply(
     scaling: float,
     engine: str | None,
 ) -> Tensor:
-    """Check, choose the compute dtype, and call the op, its eager node, or neither where nothing needs a gradient."""
+    """Check, choose the compute dtype, and call the op, its eager node, or the engine itself where neither is needed."""
     _check(x, a, b, weights, indices)
     dtype, device, name = x.dtype, x.device.type, engine or ""
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
+    shape, flat, flat_weights, slots = x.shape, *flatten(x, weights, indices)
+    flat = cast(flat, dtype)
     if not is_plain(x, a, b, weights):
-        flat, weights, indices = flatten(x, weights, indices)
-        scaled = weights if scaling == 1 else weights * scaling
-        y: Tensor = ops.forward_op(cast(flat, dtype), a, b, scaled, indices, base, bias, name)[0]
-    elif torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad or weights.requires_grad):
-        mixed: Tensor = Mix.apply(x, a, b, weights, (indices, base, bias, scaling, dtype, name))
-        return mixed
+        weighted = flat_weights if scaling == 1 else flat_weights * scaling
+        y: Tensor = ops.forward_op(flat, a, b, weighted, slots, base, bias, name)[0]
     else:
-        flat, weights, indices = flatten(x, weights, indices)
+        chosen = ops.choose_for(flat, a, b, flat_weights.shape[1], name, "few_rows")
+        if not chosen.few and torch.is_grad_enabled() and _needs_gradient(x, a, b, weights):
+            mixed: Tensor = Mix.apply(x, a, b, weights, (indices, base, bias, scaling, dtype, name))
+            return mixed
         with exact_dtypes(x):
-            y = ops.infer(Operands(cast(flat, dtype), a, b, weights, indices, base, bias), name, scaling)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+            y = ops.compose(Operands(flat, a, b, flat_weights, slots, base, bias), chosen, scaling)
+    return y if len(shape) == 2 else own_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def _needs_gradient(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> bool:
+    return x.requires_grad or a.requires_grad or b.requires_grad or weights.requires_grad
 
 
 def is_plain(*operands: Tensor) -> bool:

@@ -33,7 +33,7 @@ class Mix(torch.autograd.Function):
         with exact_dtypes(rows):
             chosen = ops.choose_for(rows, a, b, routed.shape[1], engine)
             ops.check_indices(rows, a, slots)
-            y, hidden = ops.node_forward(Operands(rows, a, b, routed, slots, base, bias), chosen, scaling)
+            y, hidden = ops.run_forward(ops.scaled(Operands(rows, a, b, routed, slots, base, bias), scaling), chosen)
         need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
         # x is kept only for the gradient of a; hidden for those of b and the weights; the base for that of x.
         inner = hidden if need_b or need_weights else None
@@ -54,8 +54,9 @@ class Mix(torch.autograd.Function):
         with exact_dtypes(grad):
             flat = grad if grad.ndim == 2 else grad.reshape(-1, grad.shape[-1])
             operands = Operands(rows, a, b, weights, indices, base)
-            to_x, to_a, to_b, to_weights = ops.node_backward(flat, operands, hidden, needs, chosen, scaling)
+            to_x, to_a, to_b, to_weights = ops.run_backward(flat, ops.scaled(operands, scaling), hidden, needs, chosen)
             if to_weights is not None:
+                to_weights = to_weights if scaling == 1 else to_weights * scaling
                 to_weights = to_weights.view(*x_shape[:-1], to_weights.shape[1]).sum_to_size(weights_shape)
         if to_x is not None:
             to_x = cast(to_x.view(x_shape), x_dtype)

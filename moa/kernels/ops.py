@@ -64,50 +64,24 @@ def run_forward(operands: Operands, chosen: Chosen) -> tuple[Tensor, Tensor]:
     return (y if late is None else y.add_(F.linear(operands.x, cast(late, dtype)))), hidden
 
 
-def infer(operands: Operands, engine: str, scaling: float = 1.0) -> Tensor:
-    """Return y (T, o) without the bookkeeping of the op: for plain tensors, no gradients and no autocast.
+def compose(operands: Operands, chosen: Chosen, scaling: float = 1.0) -> Tensor:
+    """Return y (T, o), its mixture times scaling, of plain tensors without autocast.
 
-    `scaling` multiplies the mixture. With few rows, call overhead dominates.
+    Few rows go through ops that have gradients; for others none is formed. With few rows, call overhead dominates.
     """
-    x, a, indices = operands.x, operands.a, operands.indices
-    chosen = choose_for(x, a, operands.b, operands.weights.shape[-1], engine, "few_rows")
     if not chosen.few:
-        check_indices(x, a, indices)
-        return run_forward(_scaled(operands, scaling), chosen)[0]
+        check_indices(operands.x, operands.a, operands.indices)
+        return run_forward(scaled(operands, scaling), chosen)[0]
     try:
         y: Tensor = chosen.engine.few_rows(operands, scaling, chosen.dtype)
     except (IndexError, RuntimeError):  # PyTorch bounds-checks the index; checked again only to name it
-        check_indices(x, a, indices)
+        check_indices(operands.x, operands.a, operands.indices)
         raise
     return y
 
 
-def node_forward(operands: Operands, chosen: Chosen, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return y (T, o), its mixture times scaling, and hidden values, for an eager node of the graph."""
-    if chosen.few and chosen.dtype == operands.x.dtype:
-        y, hidden = chosen.engine.few_rows_forward(operands.cast(chosen.dtype), scaling)
-        return y, hidden
-    return run_forward(_scaled(operands, scaling), chosen)
-
-
-def node_backward(
-    grad: Tensor, operands: Operands, hidden: Tensor, needs: Sequence[bool], chosen: Chosen, scaling: float
-) -> Gradients:
-    """Return the gradients of x, a, b and weights (T, K), each in its own dtype, by what `node_forward` returned."""
-    if not chosen.few or chosen.dtype != grad.dtype:
-        to_x, to_a, to_b, to_weights = run_backward(grad, _scaled(operands, scaling), hidden, needs, chosen)
-        if to_weights is not None and scaling != 1:
-            to_weights = to_weights * scaling
-        return to_x, to_a, to_b, to_weights
-    inner = operands.cast(grad.dtype)
-    to_x, to_a, to_b, to_weights = chosen.engine.few_rows_backward(grad, inner, hidden, needs, scaling)
-    if inner is not operands:
-        to_a = None if to_a is None else cast(to_a, operands.a.dtype)
-        to_b = None if to_b is None else cast(to_b, operands.b.dtype)
-    return to_x, to_a, to_b, to_weights
-
-
-def _scaled(operands: Operands, scaling: float) -> Operands:
+def scaled(operands: Operands, scaling: float) -> Operands:
+    """Return operands whose weights (T, K) are multiplied by scaling."""
     return operands if scaling == 1 else replace(operands, weights=operands.weights * scaling)
 
 

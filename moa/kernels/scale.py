@@ -18,7 +18,10 @@ def scale(values: Tensor, weights: Tensor, onto_itself: bool = False) -> Tensor:
     elif len(weights) == 1 or weights.stride(0) == 0:  # Python has looked at one row before a tensor op starts
         suspect = 0.0 in weights[:1].flatten().tolist()
     else:
-        suspect = math.isnan(scaled.sum())
+        suspect = math.isnan(scaled.detach().sum())
     if suspect:
-        scaled.masked_fill_(gate == 0, 0)
+        if scaled.requires_grad:  # the mask goes before the product, so that no infinity reaches a gradient either
+            scaled = values.masked_fill(gate == 0, 0) * gate
+        else:
+            scaled.masked_fill_(gate == 0, 0)
     return scaled if scaled.dtype == values.dtype else scaled.to(values.dtype)
