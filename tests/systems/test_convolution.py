@@ -15,7 +15,8 @@ from transformers import ConvNextConfig, ConvNextModel, ResNetConfig, ResNetForI
 import moa
 from moa.errors import ConfigError, ContextError, FoldError, ShapeError
 from moa.layers import as_weight, features, matrix, patches
-from moa.mixture.mixture import ConvMixture, mixture_on
+from moa.mixture import mixture_on
+from moa.mixture.mixture import ConvMixture
 from moa.recipes import Site
 from tests import laws, models
 from tests.laws import assert_close
