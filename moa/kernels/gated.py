@@ -47,7 +47,8 @@ def gated_linear(
         a: (E, r, i) down factors.
         b: (E, r, o) up factors, stored transposed.
         scaling: s.
-        with_scores: whether they are wanted; for many rows with gradients they are there in any case.
+        with_scores: whether they are wanted; with gradients they are there in any case, so that a block that runs again
+            without a trace keeps the same tensors.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
@@ -66,7 +67,7 @@ def gated_linear(
             )
         # No node is needed: in decoding and short steps its bookkeeping is what costs.
         logits = _logits(_jittered(rows, gate)[0], gate.weight)
-        weights, indices, scores = gate.decide(logits, with_scores)
+        weights, indices, scores = gate.decide(logits, with_scores or torch.is_grad_enabled())
         y = ops.compose(Operands(rows, a, b, weights, indices, weight, bias), chosen, scaling)
         return _unflatten(x, y, weights, indices, logits, scores)
 
