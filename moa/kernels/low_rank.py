@@ -123,7 +123,7 @@ def _apply(
     scaling: float,
     engine: str | None,
 ) -> Tensor:
-    """Check, choose the compute dtype, and call the op, its eager node, or the engine itself where neither is needed."""
+    """Check, choose the compute dtype, and call the op, its eager node, or the engine itself."""
     _check(x, a, b, weights, indices)
     dtype, device, name = x.dtype, x.device.type, engine or ""
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
