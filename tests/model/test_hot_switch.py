@@ -10,7 +10,7 @@ import torch
 import moa
 from moa.errors import ConfigError, FoldError
 from moa.model.hot_switch import hot_switch
-from moa.training.entries import choose_entries
+from moa.training.sparse_entries import choose_entries
 from tests import models
 from tests.laws import assert_close
 

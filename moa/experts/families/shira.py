@@ -129,7 +129,7 @@ class ShiRA(Family):
         density: share of the weight's entries that each expert trains; 0 is rank · (o + i) of them, as many as a LoRA
             of that rank has.
         mask: "random" from the seed, the "magnitude" of W0's entries, "structured" (the diagonal, then whole rows and
-            columns), or "given": chosen by whoever sets them, such as `moa.training.entries.choose_entries` by
+            columns), or "given": chosen by whoever sets them, such as `moa.training.sparse_entries.choose_entries` by
             gradient or SNIP, and stored.
         seed: of the random places; every layer and expert draws its own.
 
