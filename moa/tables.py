@@ -14,6 +14,8 @@ Row = TypeVar("Row", bound=type)
 # peft's spelling of a keyword, and that of other mixtures -> ours
 PEFT_WORDS = {
     "target_modules": "targets",
+    "exclude_modules": "exclude",
+    "layers_to_transform": "layers",
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",

@@ -49,7 +49,7 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
         numbers = [t.numel() for n, t in tensors.items() if any(n.startswith(f"base.{h}.") for h in heads)]
         lines.append(f"trained whole: {', '.join(heads)} ({sum(numbers):,} parameters)")
     for recipe in description["recipes"]:
-        options = {key: value for key, value in recipe.items() if key not in ("router", "layers")}
+        options = {key: value for key, value in recipe.items() if key not in ("router", "sites")}
         lines += ["", f"recipe {recipe['router']}: {json.dumps(options)}"]
         lines += _layer_lines(recipe, tensors, n_rows, kind, device)
     lines += ["", f"engines for {n_rows} rows of {dtype} on {device}; on this machine:"]
@@ -60,9 +60,9 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
 def _layer_lines(
     recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], n_rows: int, dtype: torch.dtype, device: str
 ) -> list[str]:
-    width = max([len("layer"), *map(len, recipe["layers"])])
+    width = max([len("layer"), *map(len, recipe["sites"])])
     lines = [f"  {'layer':<{width}}  {'experts':>10}  {'router':>8}  engine  tensors"]
-    for layer in recipe["layers"]:
+    for layer in recipe["sites"]:
         own = {
             n.removeprefix(f"base.{layer}."): t for n, t in tensors.items() if n.startswith(f"base.{layer}.branches.")
         }

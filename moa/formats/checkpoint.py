@@ -25,7 +25,7 @@ from .atomic import replacing, said_of
 from .json_files import read_json
 from .scratch import sweep
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, CONFIG, DIVERGED = "model.safetensors", "config.json", "diverged"
 SIZE_NAMES = r"(n|d)_\w+|(\w+_)?rank|width|depth"  # options of recipes that are sizes of tensors
 HARMLESS = 2**16  # a claim up to this size costs little memory, used or not
@@ -122,7 +122,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what a checkpoint holds: its description and its tensors on the CPU, name -> tensor of any shape.
 
     Raises:
-        CheckpointError: no such file, a truncated one, one that moa did not write, or a newer format.
+        CheckpointError: no such file, a truncated one, one that moa did not write, or another version of the format.
     """
     file = folder / WEIGHTS
     if not file.is_file():
@@ -141,6 +141,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{file} has format version {description['format_version']}, this moa reads up to {FORMAT_VERSION}: "
             "upgrade moa."
+        )
+    if description["format_version"] < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {description['format_version']}, of moa before its release: train it anew."
         )
     _check_claims(description, tensors, file)
     return description, tensors

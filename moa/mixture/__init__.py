@@ -5,6 +5,7 @@ from .base_experts import fused_experts, summary
 from .experts_mixture import ExpertsMixture, experts_branches, matrix_sites
 from .inject import copy_sharing, inject, placement, take_out
 from .mixture import BlockMixture, Branch, ConvMixture, Mixture, plain_weight
+from .narrow import Narrowing
 from .placed import mixture_on
 from .sites import (
     GROUPS,
@@ -25,6 +26,7 @@ __all__ = [
     "ConvMixture",
     "ExpertsMixture",
     "Mixture",
+    "Narrowing",
     "Site",
     "all_sites",
     "backbone_prefix",

@@ -14,9 +14,11 @@ from ..layers import Site, features, is_convolution
 from .base_experts import fused_experts
 from .fused_layouts import layout_of
 from .mixture import BlockMixture, Mixture
+from .narrow import Narrowing, ends_in, pattern
 from .uncalled import is_left_out, maps_linearly
 
 GROUPS = ("all-linear", "attention", "ffn", "moe-experts")
+ALL = Narrowing()
 
 
 def linear_sites(model: nn.Module) -> list[Site]:
@@ -69,8 +71,8 @@ def backbone_prefix(model: nn.Module) -> str:
     return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
 
 
-def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
-    """Return the layers that targets names.
+def find_sites(model: nn.Module, targets: str | tuple[str, ...], narrowing: Narrowing = ALL) -> list[Site]:
+    """Return the layers that targets names and narrowing keeps.
 
     Args:
         model: any module.
@@ -79,10 +81,11 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
             experts), a tuple of name endings and of these words, or a regex on the whole name. Endings and regex
             find convolutions too. The first three leave out layers that are known to be read and not called, and
             linear classes of a model's own that are no linear map, as routers are.
+        narrowing: leaves out some of them.
 
     Raises:
-        ConfigError: nothing matches, or nothing matches one name of several (near misses are named); a grouped
-            convolution does; fused experts whose class computes in a way that is not known.
+        ConfigError: nothing matches, or nothing matches one name of several (near misses are named), or nothing is
+            kept; a grouped convolution is; fused experts whose class computes in a way that is not known.
     """
     if not targets:
         raise ConfigError(_no_match(model, "", linear_sites(model)))
@@ -93,7 +96,7 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
         if not found:
             raise ConfigError(_no_match(model, target, linear_sites(model), group=alone))
         names |= {site.name for site in found}
-    chosen = [site for site in all_sites(model) if site.name in names]
+    chosen = narrowing.of(model, [site for site in all_sites(model) if site.name in names])
     for site in chosen:
         if getattr(site.module, "groups", 1) != 1:
             raise ConfigError(
@@ -115,8 +118,8 @@ def _named_by(model: nn.Module, target: str, *, ending: bool) -> list[Site]:
             return _feed_forward(model, [s for s in body if s not in attention])
         return body if target == "all-linear" else attention
     if ending:
-        return [s for s in sites if _ends_in(s.name, target)]
-    return [s for s in sites if _pattern(target).fullmatch(s.name)]
+        return [s for s in sites if ends_in(s.name, target)]
+    return [s for s in sites if pattern("targets", target).fullmatch(s.name)]
 
 
 def _fused(model: nn.Module) -> list[Site]:
@@ -137,10 +140,6 @@ def _fused(model: nn.Module) -> list[Site]:
                 "(use_experts_implementation), and for Llama 4's."
             )
     return found
-
-
-def _ends_in(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _is_attention(site: Site) -> bool:
@@ -216,34 +215,28 @@ def block_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def find_blocks(model: nn.Module, targets: str | tuple[str, ...]) -> list[Site]:
-    """Return the blocks, (B, S, d) -> (B, S, d), that targets names.
+def find_blocks(model: nn.Module, targets: str | tuple[str, ...], narrowing: Narrowing = ALL) -> list[Site]:
+    """Return the blocks, (B, S, d) -> (B, S, d), that targets names and narrowing keeps.
 
     Args:
         model: any module.
         targets: "all-linear" (every block of the body), a tuple of name endings, or a regex on the whole name.
+        narrowing: leaves out some of them.
 
     Raises:
-        ConfigError: nothing matches.
+        ConfigError: nothing matches, or nothing is kept.
     """
     sites = block_sites(model)
     if targets == "all-linear":
         found = [site for site in sites if site.name.startswith(backbone_prefix(model))]
     elif isinstance(targets, tuple):
-        found = [s for s in sites if any(s.name == t or s.name.endswith(f".{t}") for t in targets)]
+        found = [s for s in sites if any(ends_in(s.name, t) for t in targets)]
     else:
-        found = [site for site in sites if _pattern(targets).fullmatch(site.name)]
+        found = [site for site in sites if pattern("targets", targets).fullmatch(site.name)]
     if not found:
         names = ", ".join(site.name for site in sites[:8]) or "none"
         raise ConfigError(f"targets={targets!r} matches no block of {type(model).__name__}; its blocks are: {names}.")
-    return found
-
-
-def _pattern(targets: str) -> re.Pattern[str]:
-    try:
-        return re.compile(targets)
-    except re.error as error:
-        raise ConfigError(f"targets={targets!r} is not a regular expression: {error}.") from error
+    return narrowing.of(model, found)
 
 
 def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool = True) -> str:
@@ -262,7 +255,7 @@ def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool =
     endings = sorted({s.name.rsplit(".", 1)[-1] for s in sites if not s.name.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], [*endings, *GROUPS], n=3, cutoff=0.4)
     hint = f" Near: {', '.join(near)}." if near else ""
-    others = [(n, m) for n, m in model.named_modules() if _ends_in(n, target)]
+    others = [(n, m) for n, m in model.named_modules() if ends_in(n, target)]
     kind = f" {others[0][0]} is of class {type(others[0][1]).__name__}." if others else ""
     taken = [name for name, m in model.named_modules() if isinstance(m, Mixture)]
     already = f" {len(taken)} layers already carry experts." if taken else ""

@@ -49,7 +49,8 @@ def build(
             that they adapt; frozen unless train_experts=True.
         modules_to_save: names of modules that are trained and saved whole; default the new heads of
             classification models, and what a class of your own puts beside a body of transformers.
-        options: the recipe's own keywords; peft's spellings (target_modules, r, lora_alpha, …) are understood.
+        options: the recipe's own keywords, among them exclude and layers, which narrow the targets (see
+            `moa recipes NAME`); peft's spellings (target_modules, r, lora_alpha, …) are understood.
 
     Returns:
         The `MoAModel`; `model` is inside it as `.base`.
@@ -72,9 +73,6 @@ def build(
     for name in given.keys() & options.keys():
         raise ConfigError(f"{name} is given twice, once under peft's spelling: give it once.")
     options = {**given, **options}
-    if isinstance(options.get("targets"), list | set | frozenset):
-        named = options["targets"]
-        options["targets"] = tuple(named if isinstance(named, list) else sorted(named))
     if experts is not None and not isinstance(router, str):
         raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
     base = model.base if isinstance(model, MoAModel) else model
@@ -83,7 +81,8 @@ def build(
         for name, value in given_experts.keywords.items():
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
-        for name, why in (("targets", "on which layers they sit"), ("alpha", "their scale")):
+        where = dict.fromkeys(("targets", "exclude", "layers", "layers_pattern"), "on which layers they sit")
+        for name, why in (where | {"alpha": "their scale"}).items():
             if name in options:
                 raise ConfigError(f"{name}={options[name]!r} changes nothing: the adapters given say {why}.")
         options.setdefault("train_experts", False)

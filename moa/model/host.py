@@ -18,8 +18,6 @@ from ..mixture import (
     Mixture,
     all_sites,
     block_sites,
-    find_blocks,
-    find_sites,
     inject,
     named_sites,
     placement,
@@ -77,8 +75,8 @@ class Host(Stepped):
             ConfigError: no layer matches, or one of them carries experts already.
         """
         recipe = recipe.for_base(self.base)
-        find, free = (find_blocks, block_sites) if recipe.where == "block" else (find_sites, all_sites)
-        chosen = find(self.base, recipe.targets) if sites is None else named_sites(self.base, free(self.base), sites)
+        free = block_sites if recipe.where == "block" else all_sites
+        chosen = recipe.sites(self.base) if sites is None else named_sites(self.base, free(self.base), sites)
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
         shared = recipe.shared(chosen)
         if shared is not None:
@@ -330,7 +328,7 @@ class Host(Stepped):
                 "config": checkpoint.plain_config(config.to_dict()) if config is not None else None,
                 "fingerprint": checkpoint.fingerprint(self.base, self.modules_to_save),
             },
-            "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in self.recipes],
+            "recipes": [{**recipe.to_dict(), "sites": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,
         }
 

@@ -53,8 +53,8 @@ def load_host(
         out = around(base)
         out.train_whole(description["modules_to_save"])
         for row in description["recipes"]:
-            options = {key: value for key, value in row.items() if key not in ("router", "layers")}
-            out.add_recipe(make_recipe(row["router"], **options), row["layers"])
+            options = {key: value for key, value in row.items() if key not in ("router", "sites")}
+            out.add_recipe(make_recipe(row["router"], **options), row["sites"])
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     out.eval()
     return out

@@ -6,14 +6,10 @@ from collections.abc import Iterable
 
 from ..errors import unknown_name
 
-_LAYERS = "name the layers in targets, as a list of endings or a regex on the whole name"
 _RECIPES = "give router= a list of recipes, each with its own targets={} as a regex"
 
 # peft's keyword -> what to write instead
 ELSEWHERE = {
-    "exclude_modules": f"{_LAYERS}, e.g. targets=r'(?!.*o_proj).*_proj'",
-    "layers_to_transform": f"{_LAYERS}, e.g. targets=r'.*layers\\.(0|1)\\..*'",
-    "layers_pattern": f"{_LAYERS}, e.g. targets=r'.*layers\\.(0|1)\\..*'",
     "rank_pattern": _RECIPES.format(" and rank"),
     "alpha_pattern": _RECIPES.format(" and alpha"),
     "use_rslora": "give alpha = lora_alpha · √rank; the recipe 'remix' has scale='rslora'",

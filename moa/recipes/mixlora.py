@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..experts import ExpertBank
-from ..mixture import Branch, Mixture, Site, feed_forward_blocks, find_sites, linear_sites, mixture_on
+from ..mixture import Branch, Mixture, Site, feed_forward_blocks, linear_sites, mixture_on
 from ..mixture.blocks import routed_block
 from ..routers import FixedRouter, LinearRouter
 from ..routers.linear import check_jitter
@@ -61,7 +61,7 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
             ConfigError: of a feed-forward block (d -> f, f -> d) some layers are targets and others are not.
         """
 
-        chosen = {site.name for site in find_sites(base, self.targets)}
+        chosen = {site.name for site in self.sites(base)}
         for block in feed_forward_blocks(linear_sites(base)):
             names = [site.name for site in block]
             left = [name for name in names if name not in chosen]

@@ -119,7 +119,8 @@ class Poly(Recipe):
         if mode != "mu":
             raise ConfigError(f"collapse=True needs equal weights, mode='mu', got mode={mode!r}.")
         alpha = 1.0 if self.alpha is None else self.alpha
-        return Fixed(rank=self.rank, alpha=alpha, dropout=self.dropout, targets=self.targets, engine=self.engine)
+        kept = ("rank", "dropout", "targets", "exclude", "layers", "layers_pattern", "engine")
+        return Fixed(alpha=alpha, **{name: getattr(self, name) for name in kept})
 
     @torch.no_grad()
     def carry_over(self, old: Sequence[Branch], new: Sequence[Branch]) -> None:

@@ -23,12 +23,13 @@ from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Scope
 from .keywords import unknown_keyword
+from .targets import Targets
 
 Folds = Literal["always", "by task", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Targets):
     """A row of the table; subclasses add their keywords and say how a site is built.
 
     Args:
@@ -40,8 +41,6 @@ class Recipe:
         rank: r of each expert.
         alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
         dropout: probability on the experts' input in training.
-        targets: "all-linear", "ffn", "attention", a tuple of name endings, or a regex on the whole name; the last two
-            find convolutions too.
         engine: kernel engine by name; None lets the dispatcher choose.
         train_experts: False freezes the experts, so that only the routers learn; the default with `experts=[…]`.
 
@@ -74,13 +73,11 @@ class Recipe:
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    targets: str | tuple[str, ...] = "all-linear"
     engine: str | None = None
     train_experts: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        super().__post_init__()
         check_experts(self.n_experts, 1)
         self._check_family()
         if self.rank < 1:
@@ -147,6 +144,14 @@ class Recipe:
             value = getattr(self, field.name)
             if field.name in keywords and value != field.default:
                 raise ConfigError(f"{field.name}={value!r} changes nothing here: it needs {needs}.")
+
+    def sites(self, base: nn.Module) -> list[Site]:
+        """Return the layers or blocks of a base, (*rows, i) -> (*rows, o), that this recipe is for, in order.
+
+        Raises:
+            ConfigError: there are none, or a keyword names what the base has not.
+        """
+        return self.sites_at(base, self.where)
 
     def build(self, site: Site) -> list[Branch]:
         """Return the branches of one site, whose module maps (*rows, i) to (*rows, o)."""

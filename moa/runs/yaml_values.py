@@ -175,7 +175,7 @@ def typed(value: Any, hint: Any, where: str) -> Any:
         choices = [a for a in args if a is not type(None)]
         if len(choices) == 1:
             return typed(value, choices[0], where)
-        hint = choices[0] if isinstance(value, str) else choices[1]  # the one such hint: a name, or several
+        hint = choices[1] if isinstance(value, list | tuple) else choices[0]  # the one such hint: one, or several
         return typed(value, hint, where)
     if dataclasses.is_dataclass(hint):
         return read_dataclass(typing.cast(type, hint), value, where)

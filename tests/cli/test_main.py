@@ -52,7 +52,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 def test_inspect_prints_what_is_there(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run.parent / "run")]) == 0
     text = said(capsys)
-    for part in ("moa format 1", "MultiTaskForSequenceClassification", "heads", "recipe topk", '"n_experts": 4'):
+    for part in ("moa format 2", "MultiTaskForSequenceClassification", "heads", "recipe topk", '"n_experts": 4'):
         assert part in text
     line = next(row for row in text.splitlines() if "layer.0.intermediate.dense" in row)
     assert "concat" in line and "down (4, 2, 16)" in line and "up (4, 2, 24)" in line

@@ -194,10 +194,11 @@ def test_foreign_files(tmp_path):
         build().save_pretrained(tmp_path / "file")
 
 
-def test_a_format_of_the_future(tmp_path):
+@pytest.mark.parametrize(("version", "words"), [(99, "this moa reads up to .*upgrade moa"), (1, "train it anew")])
+def test_a_format_of_another_time(tmp_path, version, words):
     saved(tmp_path)
-    rewrite(tmp_path, lambda tensors, header: header.update(format_version=99))
-    assert_fails(tmp_path, "format version 99, this moa reads up to .*upgrade moa")
+    rewrite(tmp_path, lambda tensors, header: header.update(format_version=version))
+    assert_fails(tmp_path, f"format version {version}, .*{words}")
 
 
 def test_a_recipe_or_a_layer_that_is_not_there(tmp_path):
@@ -205,7 +206,7 @@ def test_a_recipe_or_a_layer_that_is_not_there(tmp_path):
     rewrite(tmp_path, lambda tensors, header: header["recipes"][0].update(router="topkk"))
     assert_fails(tmp_path, "unknown router 'topkk'", ConfigError)
     saved(tmp_path)
-    rewrite(tmp_path, lambda tensors, header: header["recipes"][0]["layers"].append("model.layers.9.q"))
+    rewrite(tmp_path, lambda tensors, header: header["recipes"][0]["sites"].append("model.layers.9.q"))
     assert_fails(tmp_path, "no free linear layer or block named model.layers.9.q", ConfigError)
 
 

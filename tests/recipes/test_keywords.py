@@ -135,7 +135,7 @@ def test_build_and_by_depth_warn_of_k() -> None:
 
 # ------------------------------------------------------------------------------------------------ every other keyword
 
-HOST = {"targets", "train_experts"}  # read by who puts the recipe into a model
+HOST = {"targets", "exclude", "layers", "layers_pattern", "train_experts"}  # read by who puts the recipe into a model
 OTHER: dict[str, Any] = {"expert": "shared", "place": "output", "engine": "concat", "alpha": 3.0, "dropout": 0.25}
 
 
@@ -219,6 +219,8 @@ def test_what_the_adapters_say_is_not_asked_twice(tmp_path: Path) -> None:
     folders = adapters.write(tmp_path, models.llama)
     for options, message in (
         ({"targets": "ffn"}, "targets='ffn' changes nothing: the adapters given say on which layers"),
+        ({"exclude_modules": ["o_proj"]}, "exclude=.* changes nothing: the adapters given say on which layers"),
+        ({"layers": 1}, "layers=1 changes nothing: the adapters given say on which layers"),
         ({"alpha": 4.0}, "alpha=4.0 changes nothing: the adapters given say their scale"),
         ({"lora_alpha": 4.0}, "alpha=4.0 changes nothing"),
     ):
@@ -231,18 +233,6 @@ def test_pefts_words_are_answered_in_ours(theirs: str) -> None:
     assert not any(theirs in keywords(name) for name in RECIPES)
     with pytest.raises(ConfigError, match=re.escape(f"unknown keyword '{theirs}' in the recipe 'topk'. Instead: ")):
         moa.build(models.llama(), "topk", **{theirs: 1})
-
-
-def test_the_advice_on_layers_does_what_it_says() -> None:
-    """The regexes in the messages are ones that `targets` takes."""
-    names = [site.name for site in find_sites(models.llama(), "all-linear")]
-    for theirs, kept in (
-        ("exclude_modules", [name for name in names if name.endswith("_proj") and "o_proj" not in name]),
-        ("layers_to_transform", [name for name in names if ".layers.0." in name or ".layers.1." in name]),
-    ):
-        pattern = re.search(r"r'(.*)'", ELSEWHERE[theirs])
-        assert pattern is not None
-        assert [site.name for site in find_sites(models.llama(), pattern[1])] == kept
 
 
 @recipes
