@@ -18,6 +18,7 @@ from ..mixture import Mixture
 from ..objective.objective import Objective
 from ..objective.trace import Trace
 from ..recipes import Recipe
+from .decoding import Decoding, handed_on
 from .inputs import describe_batch, input_names, outermost, prompt_attention
 from .judged import Judged, judged_by
 from .learned import Learned
@@ -32,7 +33,7 @@ from .signature import joint_signature
 from .stepping import watch
 
 
-class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
+class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -151,11 +152,14 @@ class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: i
             kwargs: as the base's.
 
         Raises:
-            ContextError: a router is not causal, so that cached decoding would differ from the full forward.
+            ContextError: a router is not causal, so that cached decoding would differ from the full forward; as an
+                assistant, a routing that needs what its target does not hand on.
+            ConfigError: a paged cache, where `init_continuous_batching` refuses.
         """
         wrong = sorted({name for name, branch in self.branches() if not branch.router.causal})
         if wrong:
             raise ContextError(f"cannot generate: the routing of {wrong[0]} (and {len(wrong) - 1} more) is not causal.")
+        self._check_decoding(kwargs)
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         mask = kwargs.get("attention_mask")
         if mask is None and isinstance(inputs, Tensor) and inputs.ndim == 2:
@@ -170,7 +174,8 @@ class MoAModel(Learned, Recomputed, OnBase, Judged, PreTrainedModel):  # type: i
         preview = self.preview
         self.scope.enter(self, context)
         try:
-            with preview.before_each_forward() if preview is not None else contextlib.nullcontext():
+            first = preview.before_each_forward() if preview is not None else contextlib.nullcontext()
+            with first, handed_on(kwargs.get("assistant_model"), context.task_ids):
                 return self.base.generate(*args, **kwargs)  # type: ignore[operator]
         finally:
             self.scope.leave(self)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..errors import ConfigError
 from ..mixture import BlockMixture, ConvMixture, ExpertsMixture
+from ..model.decoding import looks_beyond_rows
 from ..model.host import Host
 
 BY_TASK = "export one LoRA for each task (moa export --to peft-tasks) and let the engine choose it per request"
@@ -14,8 +15,6 @@ DISTIL = "distil it into one adapter (moa distill), or serve it by `moa generate
 
 def reasons(model: Host) -> Iterator[str]:
     """Yield why a model's mixtures are not a function of each row (i,) by itself, with the next best thing."""
-    if model.streams is not None:
-        yield f"its base runs in {model.streams.n} streams that read each other: {DISTIL}"
     if model.modules_to_save:
         yield f"it has modules that were trained whole ({', '.join(model.modules_to_save)}): save them into the base"
     for name, mixture in model.mixtures().items():
@@ -25,17 +24,8 @@ def reasons(model: Host) -> Iterator[str]:
             yield f"{name}: it sits on a convolution: fold it or {DISTIL}"
         if isinstance(mixture, ExpertsMixture):
             yield f"{name}: it sits on the base's own fused experts, which the engine replaces by a kernel: {DISTIL}"
-    for name, branch in model.branches():
-        router = branch.router
-        if router.rowwise:
-            continue
-        who = f"{name}: {type(router).__name__} looks at"
-        if router.constant(0) is not None and router.constant() is None:
-            yield f"{who} the task of a request: {BY_TASK}"
-        elif router.needs_preview:
-            yield f"{who} a first pass of the base, which is a second model: {DISTIL}"
-        else:
-            yield f"{who} a whole sequence, and a step of the engine holds parts: {DISTIL}"
+    for kind, reason in looks_beyond_rows(model):
+        yield f"{reason}: {BY_TASK if kind == 'task' else DISTIL}"
 
 
 def check_servable(model: Host) -> None:

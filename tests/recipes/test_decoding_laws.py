@@ -5,6 +5,7 @@ Run: pytest tests/recipes/test_decoding_laws.py
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -51,11 +52,44 @@ def test_every_way_gives_the_same_tokens(name: str, variant: str) -> None:
         assert torch.equal(decoded(model, **options, **tasks), want), way
 
 
-@laws.parametrize([case for case in laws.RECIPE_CASES if not laws.needs_tasks(case[0]) and case[1] != "sequence"])
-def test_a_mixture_assists_a_base(name: str, variant: str) -> None:
+@laws.parametrize(laws.RECIPE_CASES)
+def test_a_mixture_assists_or_says_why_not(name: str, variant: str) -> None:
+    """A base gets its own tokens with a mixture's proposals; a mixture of the same tasks hands them on."""
     model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)), 0.4).eval()
-    if not all(branch.router.causal for _, branch in model.branches()):  # type: ignore[operator]
+    assert isinstance(model, moa.MoAModel)
+    if not all(branch.router.causal for _, branch in model.branches()):
         return
     base = models.llama()
     want = base.generate(PROMPT, max_new_tokens=6, do_sample=False)
-    assert torch.equal(base.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model), want)
+    by_task = laws.needs_tasks(name) and variant != "mu"
+    if by_task or variant == "sequence":
+        says = r"merge_and_unload\(task_id\)" if by_task else "granularity='token'"
+        with pytest.raises(ContextError, match=f"this mixture cannot assist.*{says}"):
+            base.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model)
+    else:
+        assert torch.equal(base.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model), want)
+    if not by_task:
+        return
+    one, other = (model.generate(PROMPT, max_new_tokens=6, do_sample=False, task_ids=torch.tensor([t])) for t in (0, 1))
+    assert not torch.equal(one, other)
+    proposed = proposals_of(model, torch.tensor([1]))
+    assert torch.equal(torch.cat([PROMPT, proposed], 1), other[:, : PROMPT.shape[1] + proposed.shape[1]])
+    assert model.context.task_ids is None
+
+
+def proposals_of(model: moa.MoAModel, task_ids: Tensor) -> Tensor:
+    """Return the first tokens (1, n) that a mixture proposes to a copy of itself, of some tasks (1,)."""
+    target, first = copy.deepcopy(model), []
+    forward = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        first.append(out.sequences[:, PROMPT.shape[1] :])
+        return out
+
+    model.generate = generate  # type: ignore[method-assign]
+    try:
+        target.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model, task_ids=task_ids)
+    finally:
+        del model.generate
+    return first[0]
