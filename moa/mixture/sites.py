@@ -118,7 +118,7 @@ def _named_by(model: nn.Module, target: str, *, ending: bool) -> list[Site]:
             return _feed_forward(model, [s for s in body if s not in attention])
         return body if target == "all-linear" else attention
     if ending:
-        return [s for s in sites if ends_in(s.name, target)]
+        return [s for s in [*sites, *experts_sites(model)] if ends_in(s.name, target)]
     return [s for s in sites if pattern("targets", target).fullmatch(s.name)]
 
 

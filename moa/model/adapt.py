@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..mixture import Mixture, Site, placement
+from ..errors import ConfigError
+from ..mixture import ExpertsMixture, Mixture, Site, placement
 from ..recipes import Recipe
 from ..routers import Router
 
@@ -32,13 +33,19 @@ def adapted(
         collapse: with "mu", replace the experts of a layer by one LoRA, their mean.
 
     Raises:
-        ConfigError: a recipe that does not route by task, an unknown mode, collapse in another mode; nothing is
-            changed then.
+        ConfigError: a recipe that does not route by task, an unknown mode, collapse in another mode or on fused
+            experts; nothing is changed then.
     Source: Caccia et al. 2023, arXiv 2211.03831, §4.
     Differs: in mode "mu" the released code keeps all experts; with collapse=True one LoRA is trained, which starts at
         the same function and, by each expert's share 1/E of the gradient, wants a learning rate of its own.
     """
     planned = [(recipe.adapted(new_task, mode, collapse), recipe, names) for recipe, names in recipes]
+    fused = [name for _, _, names in planned for name in names if isinstance(mixtures[name], ExpertsMixture)]
+    if collapse and fused:
+        raise ConfigError(
+            f"collapse=True replaces experts by one LoRA, and {fused[0]} carries them on fused experts, each "
+            "matrix its own: use collapse=False."
+        )
     for new, old, names in planned:
         for name in names:
             mixture = mixtures[name]

@@ -76,7 +76,11 @@ class Entry:
         own, masks, looked_at = as_masks(given), _NO_MASKS, _NO_MASKS
         source: tuple[Tensor, Sequence[Tensor]] | None = None
         crossed = inputs.get("encoder_hidden_states")
-        if isinstance(crossed, Tensor):
+        if isinstance(
+            inputs.get("context"), Tensor
+        ):  # a resampler: its own rows are latents, the mask is the context's
+            source = (inputs["context"], own)
+        elif isinstance(crossed, Tensor):
             there = as_masks(inputs.get("encoder_attention_mask"))
             source = (crossed, there) if there or around.source is None else around.source
             masks, looked_at = own or batch.decoder, batch.routing_of(own, decoder=True)

@@ -124,7 +124,8 @@ def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """
     if x.ndim != 3:
         raise ShapeError(
-            f"sequence routing needs x of shape (B, S, i), got {tuple(x.shape)}: use granularity='token' here."
+            f"sequence routing needs x of shape (B, S, i), got {tuple(x.shape)}: use granularity='token' here, or "
+            "leave this layer out with exclude=[…]."
         )
     if not masks:
         return x.mean(1, keepdim=True)
