@@ -213,7 +213,7 @@ class Context:
         masks = self.routing_masks if masks is None else masks
         if self.frozen_routings is None:
             return masks
-        # decoding: what comes after the prompt, such as tokens that are only proposed, is no part of it
+        # decoding: what comes after the prompt, such as tokens that are only proposed, is not a part of it
         return [F.pad(mask, (0, max(0, x.shape[1] - mask.shape[1]))) for mask in masks] if x.ndim > 2 else masks
 
     def _of_source(self, x: Tensor) -> Sequence[Tensor] | None:
@@ -265,7 +265,7 @@ def check_task_ids(task_ids: Tensor, known: range) -> None:
     low, high = int(task_ids.min()), int(task_ids.max())
     if low < known.start or high >= known.stop:
         wrong = low if low < known.start else high
-        only = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start} alone"
+        only = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start} only"
         raise ContextError(
             f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
             "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."

@@ -24,7 +24,7 @@ def add(command: Command) -> None:
     distill.add_argument("--steps", type=int, default=0, help="gradient steps after the closed form (0)")
     distill.add_argument("--lr", type=float, default=1e-3, help="learning rate of the first step (1e-3)")
     distill.add_argument("--objective", default="kl", help="what the steps lower: kl (default) or mse of the logits")
-    distill.add_argument("--task", type=int, metavar="ID", help="stand for this task's inputs alone")
+    distill.add_argument("--task", type=int, metavar="ID", help="stand for only this task's inputs")
     add_out(distill)
 
 

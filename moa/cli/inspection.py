@@ -1,4 +1,4 @@
-"""What is in a checkpoint, as text, from its file alone: the base is not loaded."""
+"""What is in a checkpoint, as text, from its file only: the base is not loaded."""
 
 from __future__ import annotations
 

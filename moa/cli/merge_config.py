@@ -40,7 +40,7 @@ class MergeConfig:
         base: folder of the base model: the merged change is added to it.
         rank: squeeze every layer's merged change to this rank; needed where a method leaves no factors and `base` is
             not given.
-        missing: "refuse" adapters that hold other layers, or "zero": what is missing is no change.
+        missing: "refuse" adapters that hold other layers, or "zero": what is missing changes nothing.
         same_base: refuse adapters that name different bases.
         task_type: PEFT's, for the adapter's configuration, e.g. CAUSAL_LM.
         max_shard_bytes: of a checkpoint's files.
@@ -85,7 +85,7 @@ class MergeConfig:
         """Return the adapters' deltas, each (o, i), read when asked for.
 
         Raises:
-            CheckpointError: a folder is no adapter and no checkpoint, or is damaged.
+            CheckpointError: a folder is neither an adapter nor a checkpoint, or is damaged.
         """
         return [self._read(Path(source.path)) for source in self.adapters]
 

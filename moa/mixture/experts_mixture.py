@@ -165,7 +165,7 @@ class MatrixBank(ExpertBank):
 
 
 def _of_matrix(branches: list[Branch], leaders: list[Branch], number: int, n_matrices: int) -> list[Branch]:
-    """Return branches of one matrix (o, i) alone, each with the router that decides for it."""
+    """Return branches of only one matrix (o, i), each with the router that decides for it."""
     pairs = zip(branches, leaders, strict=True)
     return [Branch(leader.router, MatrixBank(branch.bank, number, n_matrices)) for branch, leader in pairs]
 

@@ -35,7 +35,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """A class of fused experts under the contract of transformers: gate and up in one tensor or up alone, then down.
+    """A class of fused experts under the contract of transformers: gate and up in one tensor or only up, then down.
 
     Args:
         up: name of the tensor of first matrices.

@@ -80,7 +80,7 @@ def find_sites(model: nn.Module, targets: str | tuple[str, ...], narrowing: Narr
             outside attention blocks; ffn layers come as a pair d -> f, f -> d), "moe-experts" (the base's own fused
             experts), a tuple of name endings and of these words, or a regex on the whole name. Endings and regex
             find convolutions too. The first three leave out layers that are known to be read and not called, and
-            linear classes of a model's own that are no linear map, as routers are.
+            linear classes of a model's own that are not a linear map, as routers are.
         narrowing: leaves out some of them.
 
     Raises:
@@ -270,7 +270,7 @@ def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
     """Return the feed-forward blocks among the sites: the layers d -> f that open one, then the f -> d' that closes it.
 
     Told from sizes and order, not from names, but for attention, which is left out by its name. Gate and up may be one
-    layer d -> 2f. In a model with a stack, what stands outside the stack is no block.
+    layer d -> 2f. In a model with a stack, what stands outside the stack is not a block.
 
     Args:
         sites: of one model, in order.

@@ -23,13 +23,13 @@ def adapted(
 ) -> list[tuple[Recipe, list[str]]]:
     """Make trained mixtures ready to learn one new task from their skills, in place, and return their new recipes.
 
-    The task table is replaced by a fresh row for the new task alone; the experts are kept.
+    The task table is replaced by a fresh row for only the new task; the experts are kept.
 
     Args:
         recipes: (recipe, names of its layers), which route by task.
         mixtures: by the name of their layer, each (*rows, i) -> (*rows, o).
         new_task: the id that the new task's examples carry in task_ids.
-        mode: "full" trains the new row and the experts, "z" the row alone, "mu" the experts under equal weights.
+        mode: "full" trains the new row and the experts, "z" only the row, "mu" the experts under equal weights.
         collapse: with "mu", replace the experts of a layer by one LoRA, their mean.
 
     Raises:

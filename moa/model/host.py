@@ -155,7 +155,7 @@ class Host(Stepped):
 
     @property
     def preview(self) -> Preview | None:
-        """What runs the base alone first, (B, S, d), where a router looks at that."""
+        """What runs only the base first, (B, S, d), where a router looks at that."""
         if not self._needs_preview:
             return None
         if self._preview is None:
@@ -277,7 +277,7 @@ class Host(Stepped):
 
         Args:
             new_task: the id that the new task's examples carry in task_ids.
-            mode: "full", "z" (the new task's routing alone) or "mu" (the experts under equal weights).
+            mode: "full", "z" (only the new task's routing) or "mu" (the experts under equal weights).
             collapse: with "mu", one LoRA in place of the experts, their mean.
 
         Raises:

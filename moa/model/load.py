@@ -73,7 +73,7 @@ def _foreign_base(found: foreign.Foreign, kwargs: Mapping[str, Any]) -> nn.Modul
     task = found.config.get("task_type")
     if task not in TASKS:
         raise CheckpointError(
-            f"{found.path} has task_type {task!r}: the class of its base is known for {', '.join(TASKS)} alone. "
+            f"{found.path} has task_type {task!r}: the class of its base is known only for {', '.join(TASKS)}. "
             "Pass load(path, base=model)."
         )
     row = {"class": TASKS[task], "name_or_path": found.config.get("base_model_name_or_path"), "config": None}

@@ -1,4 +1,4 @@
-"""What a base returns, whatever it is: a dict, a tuple that begins with a loss, or the loss alone."""
+"""What a base returns, whatever it is: a dict, a tuple that begins with a loss, or only the loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 def tensors_of(outputs: Any) -> list[Tensor]:
     """Return the tensors of any shape among outputs, nested as they are."""
     if hasattr(outputs, "__dict__") and not isinstance(outputs, (Tensor, dict)):
-        outputs = (outputs, vars(outputs))  # a record that is no tree to PyTorch
+        outputs = (outputs, vars(outputs))  # a record that is not a tree to PyTorch
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 

@@ -1,4 +1,4 @@
-"""A model's mixtures from its description alone, for an engine that has layers of its own in place of the base's."""
+"""A model's mixtures from only its description, for an engine that has layers of its own in place of the base's."""
 
 from __future__ import annotations
 

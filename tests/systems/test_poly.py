@@ -154,7 +154,7 @@ def test_adapted_models_know_the_new_task_alone() -> None:
     model.adapt(5)
     batch = models.lm_batch()
     model(**batch, task_ids=torch.full((4,), 5))
-    with pytest.raises(ContextError, match=r"unknown task id 1: this model routes tasks 5 alone"):
+    with pytest.raises(ContextError, match=r"unknown task id 1: this model routes tasks 5 only"):
         model(**batch, task_ids=torch.ones(4, dtype=torch.long))
 
 
