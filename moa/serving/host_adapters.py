@@ -60,7 +60,7 @@ def put_on_host(name: str, folder: str | Path, model: nn.Module, file: Path, max
         max_rank: the largest rank that is allowed; None is any.
 
     Raises:
-        CheckpointError: a folder that is no LoRA, or is for another base, or whose rank is too large.
+        CheckpointError: a folder that is not a LoRA, or is for another base, or whose rank is too large.
         NumericsError: NaN or infinity in a factor.
     """
     changes = expert_changes(read_foreign(Path(folder)), base_of_model(model))

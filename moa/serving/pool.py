@@ -77,7 +77,7 @@ class AdapterPool:
 
         Raises:
             ConfigError: the name is taken, or the adapter by itself is larger than the device's capacity.
-            CheckpointError: a folder that is no LoRA, or is for another base, or whose rank is too large.
+            CheckpointError: a folder that is not a LoRA, or is for another base, or whose rank is too large.
             NumericsError: NaN or infinity in a factor.
         """
         if name in self._hosts:
@@ -134,7 +134,7 @@ class AdapterPool:
         Raises:
             ContextError: no such adapter.
             BackendError: the batch's adapters do not fit on the device together.
-            ShapeError: later, where the number of rows is no multiple of B.
+            ShapeError: later, where the number of rows is not a multiple of B.
         """
         with torch.no_grad(), self._batch(adapter_ids):
             return self.model(*args, **kwargs)

@@ -37,7 +37,7 @@ def export_vllm(model: Host, folder: str | Path, *, overwrite: bool = False) -> 
         overwrite: allow replacing a folder that moa wrote.
 
     Raises:
-        ConfigError: a base that is not a causal language model, or a mixture that is no function of each row (i,): the
+        ConfigError: a base that is not a causal language model, or a mixture that is not a function of each row (i,): the
             reason and the next best thing are named.
     """
     base: Any = model.base
