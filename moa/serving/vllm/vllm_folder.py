@@ -37,8 +37,8 @@ def export_vllm(model: Host, folder: str | Path, *, overwrite: bool = False) -> 
         overwrite: allow replacing a folder that moa wrote.
 
     Raises:
-        ConfigError: a base that is not a causal language model, or a mixture that is not a function of each row (i,): the
-            reason and the next best thing are named.
+        ConfigError: a base that is not a causal language model, or a mixture that is not a function of each row (i,):
+            the reason and the next best thing are named.
     """
     base: Any = model.base
     if not type(base).__name__.endswith(GENERATES):
