@@ -95,6 +95,45 @@ class Decision:
     hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """Which expert acts with weight 1, in place of the routers: the same for all examples, or one for each.
+
+    Args:
+        experts: (1,) or (B,) int64; -1 is the base as it is.
+        highest: the largest of them; None where it is not known, as in compiled code.
+        has_base: one of them may be -1.
+    """
+
+    experts: Tensor
+    highest: int | None
+    has_base: bool
+
+    @staticmethod
+    def of(experts: Sequence[int]) -> Pinned:
+        """Return the record of experts by number: one of them for all examples, or B of them."""
+        return Pinned(torch.tensor(experts), max(experts), min(experts) < 0)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return the experts shaped to broadcast against the rows of x (*rows, i): (1,) or (B, 1, …), -1 for the base.
+
+        Raises:
+            ShapeError: the rows of x are not a multiple of the number of examples.
+        """
+        experts, rows = self.experts.to(x.device, non_blocking=True), x.shape[:-1]
+        if experts.numel() == 1 or not rows:
+            return experts[:1]
+        experts = repeat_to(experts, rows[0], "adapter_ids")
+        return experts.reshape(experts.shape[0], *([1] * (len(rows) - 1)))
+
+    def keep_base(self, y: Tensor, y0: Tensor) -> Tensor:
+        """Return y (*rows, …) with the rows of y0, which broadcasts against it, in the examples that have no expert."""
+        if not self.has_base:
+            return y
+        rows = self.rows(y0)  # (1,) or (B, 1, …)
+        return torch.where(rows.reshape(-1, *([1] * (y.ndim - 1))) < 0, y0, y)
+
+
 class Scope(Protocol):
     """Where mixtures find the context of the forward that runs: a `Context` is its own."""
 
@@ -125,7 +164,7 @@ class Context:
         rows: (B, S) of the tokens of the part that the layer is in, where they are known: some layers see them
             flattened.
         enabled: False makes every mixture its base layer.
-        pinned: the only expert that mixtures use, with weight 1, in place of their routers; None lets routers decide.
+        pinned: the only experts that mixtures use, in place of their routers; None lets routers decide.
     """
 
     task_ids: Tensor | None = None
@@ -141,7 +180,7 @@ class Context:
     handed_on: bool = True
     rows: tuple[int, int] | None = None
     enabled: bool = True
-    pinned: int | None = None
+    pinned: Pinned | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _known: range | None = field(default=None, init=False, repr=False, compare=False)
 

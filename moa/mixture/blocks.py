@@ -127,9 +127,8 @@ class BlockEntry(BlockLayer):
         hidden = self.block.hidden(decision, branch, x)
         slots = branch.bank.fused.open_slots(x, routing.indices, base_out, hidden)  # (*rows, K, o)
         chosen = routing.indices.unsqueeze(-1)
-        return add_constants(
-            slots, branch.bank, Routing(torch.ones_like(chosen, dtype=x.dtype), chosen, routing.n_experts)
-        )
+        each = Routing(torch.ones_like(chosen, dtype=x.dtype), chosen, routing.n_experts)
+        return self.kept(add_constants(slots, branch.bank, each), base_out.unsqueeze(-2))
 
 
 class BlockExit(BlockLayer):
@@ -158,7 +157,8 @@ class BlockExit(BlockLayer):
         if self.bias is not None:
             y = y + (weights.sum(-2) - 1).to(y.dtype) * self.bias.to(y.dtype)
         bank = self.branch.bank
-        return add_constants(y + bank.fused.close_slots(x, routing.weights, routing.indices).to(y.dtype), bank, routing)
+        out = y + bank.fused.close_slots(x, routing.weights, routing.indices).to(y.dtype)
+        return self.kept(add_constants(out, bank, routing), y)
 
 
 def routed_block(

@@ -96,8 +96,8 @@ class Mixture(nn.Module):
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
         if self.context.pinned is not None:
-            pinned: Routing = branch.router.pinned(x, self.context.pinned)
-            return pinned
+            only: Routing = branch.router.pinned(x, self.context.pinned)
+            return only
         routing: Routing = branch.router(x, self.context)
         self._record(routing, x, branch.router)
         return routing
@@ -108,8 +108,9 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""
-        base, enabled = self.base, self.context.enabled
-        plain = plain_weight(base) if enabled else None
+        base, enabled, pinned = self.base, self.context.enabled, self.context.pinned
+        apart = pinned is not None and pinned.has_base  # some rows need the base's output by itself
+        plain = plain_weight(base) if enabled and not apart else None
         if plain is not None:
             branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
             if len(branches) == 1 and branches[0].tap == "input":
@@ -124,6 +125,11 @@ class Mixture(nn.Module):
             )
         self.check_differentiable(x, base_out)
         return self.add(x, base_out)
+
+    def kept(self, y: Tensor, y0: Tensor) -> Tensor:
+        """Return y (*rows, …) with y0, the base's output, in examples for which the batch names no expert."""
+        pinned = self.context.pinned
+        return y if pinned is None else pinned.keep_base(y, y0)
 
     def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
@@ -162,7 +168,7 @@ class Mixture(nn.Module):
             source = x if branch.tap == "input" else y0
             routing = self.route(branch, source)
             y = add_constants(y + branch.bank(source, routing).to(y.dtype), branch.bank, routing)
-        return y
+        return self.kept(y, y0)
 
     def slices(self) -> list[Slice]:
         """Return the parameters of the base that the branches change, (o, i) or several such in one tensor."""

@@ -12,6 +12,7 @@ from torch.compiler import is_compiling
 
 from ..objective import Trace
 from ..types import Context
+from .chosen import chosen_experts, take_ids
 from .inputs import Batch, as_masks, describe_batch, input_names, outermost
 from .scope import ModelScope
 
@@ -21,7 +22,7 @@ _NO_MASKS: Sequence[Tensor] = ()
 
 
 class Entry:
-    """The hook at the entry of one part: its layers see its own mask, and the tasks of the outermost entry.
+    """The hook at the entry of one part: its layers see its own mask, and the outermost entry's tasks and experts.
 
     A part that gets no mask counts all its rows, but for the one part inside another that has no layers beside it.
 
@@ -48,19 +49,25 @@ class Entry:
         self.shared, self.stacked = shared, stacked
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Enter the part's context; return the inputs without task_ids where only the mixtures take them."""
-        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        around, changed = self.scope.current(), False
+        """Enter the part's context; return the inputs without those that only the mixtures take."""
+        around, given = self.scope.current(), len(kwargs)
         if around.batch is None:
-            batch = describe_batch(inputs, kind=self.kind, task_ids=inputs.get("task_ids"), labels=inputs.get("labels"))
+            kwargs = dict(kwargs)
+            ids = take_ids(kwargs, self.names)
+            pinned = None if ids is None else chosen_experts(ids, self.scope.names, kwargs, args)
+            inputs = self._by_name(args, kwargs)
+            tasks, labels = inputs.get("task_ids"), inputs.get("labels")
+            batch = describe_batch(inputs, kind=self.kind, task_ids=tasks, labels=labels, pinned=pinned)
             around = outermost(around, batch)
             if around.trace is None and module.training and torch.is_grad_enabled() and not is_compiling():
                 around.trace = _Own(self)
-            changed = "task_ids" in kwargs and "task_ids" not in self.names
-        self.scope.enter(self, self._context(around, inputs))
-        if changed:
-            return args, {name: value for name, value in kwargs.items() if name != "task_ids"}
-        return None
+            if "task_ids" not in self.names:
+                kwargs.pop("task_ids", None)
+        self.scope.enter(self, self._context(around, self._by_name(args, kwargs)))
+        return (args, kwargs) if len(kwargs) < given else None
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def leave(self, module: nn.Module, args: Any, outputs: Any) -> None:
         """Go back to the context around."""

@@ -30,6 +30,7 @@ from ..objective.trace import Trace
 from ..recipes import Recipe
 from ..types import Context
 from .adapt import adapted, optimizer_groups
+from .chosen import common_names
 from .entries import close_entries, open_entries
 from .running import hold_still
 from .scope import ModelScope
@@ -125,6 +126,7 @@ class Host(Stepped):
 
     def routers_changed(self) -> None:
         """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
+        self.scope.names = common_names([recipe.names for recipe, _ in self.recipes])
         routers = [branch.router for _, branch in self.branches()]
         self.samples = max([1, *(router.samples for router in routers)])
         self._needs_preview = any(router.needs_preview for router in routers)
@@ -188,14 +190,6 @@ class Host(Stepped):
         """
         with self._set("disable_adapter", "enabled", False), as_they_came(self.whole):
             yield
-
-    def pin_expert(self, expert: int) -> contextlib.AbstractContextManager[None]:
-        """Use one expert with weight 1 in place of the routers inside the block; what is trained whole stays trained.
-
-        Raises:
-            ConfigError: at the first layer that has no such expert; inside `folded`.
-        """
-        return self._set("pin_expert", "pinned", expert)
 
     @contextlib.contextmanager
     def _set(self, what: str, name: str, value: Any) -> Iterator[None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..types import Context
+from ..types import Context, Pinned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Batch:
         decoder: (B, S') masks of the decoder of an encoder-decoder.
         decoder_routing: (B, S') masks of what pooled routers may look at there.
         generating: the masks are those of a prompt, which grows and whose rows may be repeated.
+        pinned: the expert of each example; None where routers decide.
     """
 
     task_ids: Tensor | None = None
@@ -32,6 +33,7 @@ class Batch:
     decoder: tuple[Tensor, ...] = ()
     decoder_routing: tuple[Tensor, ...] = ()
     generating: bool = False
+    pinned: Pinned | None = None
 
     def routing_of(self, own: tuple[Tensor, ...], *, decoder: bool = False) -> tuple[Tensor, ...]:
         """Return the masks of what pooled routers may look at in a part whose own masks (B, S) are these."""
@@ -50,6 +52,7 @@ def describe_batch(
     routing_mask: Tensor | None = None,
     labels: Any = None,
     generating: bool = False,
+    pinned: Pinned | None = None,
 ) -> Batch:
     """Return what a batch holds.
 
@@ -60,6 +63,7 @@ def describe_batch(
         routing_mask: (B, S) what pooled routers may look at; None finds the prompt.
         labels: (B, S) labels tell where a prompt ends.
         generating: the inputs are a prompt.
+        pinned: the expert of each example.
     """
     attention = as_masks(inputs.get("attention_mask"))
     token_labels = labels if isinstance(labels, Tensor) and labels.ndim == 2 else None
@@ -76,13 +80,14 @@ def describe_batch(
         routing = as_masks(routing_mask)
     elif kind == "decoder" and token_labels is not None:
         routing = (prompt_mask(token_labels, attention[0] if attention else None),)
-    return Batch(task_ids, attention, routing, decoder, decoder_routing, generating)
+    return Batch(task_ids, attention, routing, decoder, decoder_routing, generating, pinned)
 
 
 def outermost(around: Context, batch: Batch) -> Context:
     """Return the context of a forward that begins, given that outside of it; its masks (B, S) are the batch's."""
     context = around.within(batch.attention, batch.routing, None)
     context.task_ids = around.task_ids if batch.task_ids is None else batch.task_ids
+    context.pinned = around.pinned if batch.pinned is None else batch.pinned
     context.batch, context.handed_on, context.preview = batch, True, None
     return context
 

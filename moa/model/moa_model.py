@@ -25,6 +25,7 @@ from .learned import Learned
 from .load import load_host
 from .on_base import OnBase
 from .outputs import loss_of, with_loss
+from .pinning import Pinning
 from .recompute import Recomputed
 from .running import hold_still
 from .scope import ModelScope
@@ -33,7 +34,7 @@ from .signature import joint_signature
 from .stepping import watch
 
 
-class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
+class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its
@@ -79,6 +80,7 @@ class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel): 
         self,
         *args: Any,
         task_ids: Tensor | None = None,
+        adapter_ids: Any = None,
         routing_mask: Tensor | None = None,
         labels: Any = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -92,6 +94,8 @@ class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel): 
         Args:
             args: the base's positional inputs.
             task_ids: (B,) int64 task of each example, for routers and heads that need it.
+            adapter_ids: the one expert of each example, in place of the routers: B names or numbers, None for the base
+                as it is, or a tensor (B,) with -1 for it. peft's `adapter_names` is understood.
             routing_mask: (B, S) bool, what sequence-level routers may look at. Default: the prompt, i.e. the
                 positions before the first label, or the attention mask where labels are not per token.
             labels: passed to the base when given.
@@ -100,17 +104,19 @@ class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel): 
             kwargs: the base's inputs.
 
         Raises:
-            ContextError: task ids out of range; in training, a sampling recipe without labels (use `routed_loss`), or
-                labels that leave no token.
+            ContextError: task ids out of range; an unknown expert, or not one for each example; in training, a sampling
+                recipe without labels (use `routed_loss`), or labels that leave no token.
             NumericsError: a router produced NaN or infinity (its layer is named).
         """
         self.settle()
+        pinned = self._chosen(adapter_ids, args, kwargs)
         inputs = {**dict(zip(self._input_names, args, strict=False)), **kwargs}  # whichever way they were passed
         if labels is None:
             labels = inputs.get("labels")
         elif "labels" not in inputs:
             kwargs["labels"] = labels
-        batch = describe_batch(inputs, kind=self._kind(), task_ids=task_ids, routing_mask=routing_mask, labels=labels)
+        told = {"task_ids": task_ids, "routing_mask": routing_mask, "labels": labels, "pinned": pinned}
+        batch = describe_batch(inputs, kind=self._kind(), **told)
         if task_ids is not None and "task_ids" in self._input_names:
             kwargs["task_ids"] = task_ids
         outputs = None
@@ -143,21 +149,24 @@ class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel): 
 
     # ---------------------------------------------------------------- what transformers asks of a model
 
-    def generate(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, task_ids: Tensor | None = None, adapter_ids: Any = None, **kwargs: Any) -> Any:
         """Return the base's `generate` (B, S) under the mixtures; sequence routings are kept from the prompt on.
 
         Args:
             args: as the base's, input ids (B, S) first.
             task_ids: (B,) int64, for routers that need them.
+            adapter_ids: the one expert of each prompt, as in `forward`.
             kwargs: as the base's.
 
         Raises:
             ContextError: a router is not causal, so that cached decoding would differ from the full forward; as an
-                assistant, a routing that needs what its target does not hand on.
+                assistant, a routing that needs what its target does not hand on; an unknown expert, or not one for
+                each prompt.
             ConfigError: a paged cache, where `init_continuous_batching` refuses.
         """
+        pinned = self._chosen(adapter_ids, args, kwargs)
         wrong = sorted({name for name, branch in self.branches() if not branch.router.causal})
-        if wrong:
+        if wrong and pinned is None and self.context.pinned is None:
             raise ContextError(f"cannot generate: the routing of {wrong[0]} (and {len(wrong) - 1} more) is not causal.")
         self._check_decoding(kwargs)
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
@@ -168,7 +177,7 @@ class MoAModel(Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel): 
         if decoder is None:
             decoder = next((v.flatten(1)[:, :1] for v in (mask, inputs, *kwargs.values()) if _has_rows(v)), None)
         prompt = {"attention_mask": mask, "decoder_input_ids": decoder}
-        batch = describe_batch(prompt, kind=self._kind(), task_ids=task_ids, generating=True)
+        batch = describe_batch(prompt, kind=self._kind(), task_ids=task_ids, generating=True, pinned=pinned)
         context = outermost(self.context, batch)
         context.frozen_routings = {}
         preview = self.preview

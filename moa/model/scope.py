@@ -25,10 +25,13 @@ class ModelScope:
 
     Args:
         draws: which of a step's M forwards runs; every context holds it.
+
+    Attributes:
+        names: of the model's experts, by which a batch chooses them.
     """
 
-    def __init__(self, draws: Draws | None = None) -> None:
-        self.draws = draws
+    def __init__(self, draws: Draws | None = None, names: tuple[str, ...] = ()) -> None:
+        self.draws, self.names = draws, names
         self._here = _Thread(draws)
         self._graphs: dict[int, list[weakref.ref[_Graph]]] = {}  # of each thread
 
@@ -97,7 +100,7 @@ class ModelScope:
                 yield graph
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"draws": self.draws}  # a copy has run nothing
+        return {"draws": self.draws, "names": self.names}  # a copy has run nothing
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

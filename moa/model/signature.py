@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-ADDED = ("task_ids", "routing_mask", "num_items_in_batch")
+ADDED = ("task_ids", "adapter_ids", "routing_mask", "num_items_in_batch")
 
 
 def joint_signature(base: Callable[..., Any], own: Callable[..., Any]) -> inspect.Signature:

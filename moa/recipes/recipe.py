@@ -43,6 +43,8 @@ class Recipe(Targets):
         dropout: probability on the experts' input in training.
         engine: kernel engine by name; None lets the dispatcher choose.
         train_experts: False freezes the experts, so that only the routers learn; the default with `experts=[…]`.
+        expert_names: names of the experts, by which `adapter_ids`, `pin_expert` and `remove_expert` know them; empty
+            for their numbers, or those of the folders given as `experts=[…]`.
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
@@ -75,10 +77,13 @@ class Recipe(Targets):
     dropout: float = 0.0
     engine: str | None = None
     train_experts: bool = True
+    expert_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "expert_names", tuple(self.expert_names))
         check_experts(self.n_experts, 1)
+        check_names(self.expert_names, self.n_experts)
         self._check_family()
         if self.rank < 1:
             raise ConfigError(f"rank must be at least 1, got {self.rank}.")
@@ -113,6 +118,11 @@ class Recipe(Targets):
                 f"the recipe {self.name!r} puts experts on {' or '.join(self.places)}: "
                 f"place={self.place!r} does not fit."
             )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the experts, in order."""
+        return self.expert_names or tuple(map(str, range(self.n_experts)))
 
     @property
     def family(self) -> Family:
@@ -253,6 +263,16 @@ class Recipe(Targets):
         unused = {name for name in COMMON if name not in self.family.uses}
         kept = {name: value for name, value in own.items() if name not in unused}
         return {"router": self.name, **kept, "expert": self.family.name, **self.family.keywords()}
+
+
+def check_names(names: Sequence[str], n_experts: int) -> None:
+    """Check that there is one name for each expert; no tensors, so no shapes.
+
+    Raises:
+        ConfigError: another number of them, an empty one, or one given twice.
+    """
+    if names and (len(names) != n_experts or len(set(names)) < n_experts or not all(names)):
+        raise ConfigError(f"expert_names must be {n_experts} different names, one an expert, got {tuple(names)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
 from ..kernels import exact_linear
-from ..types import Context, Routing
+from ..types import Context, Pinned, Routing
 from .balanced import BalancedRouter
 
 Choice = Literal["magnitude", "signed", "shifted"]
@@ -88,16 +88,18 @@ class ProjectionRouter(BalancedRouter):
             return (y + bias).abs()
         return (y if self.choice == "signed" else y.abs()) + bias
 
-    def pinned(self, x: Tensor, expert: int) -> Routing:
-        """Return the routing that uses only one expert on x (*rows, i), with its own product as weight (*rows, 1).
+    def pinned(self, x: Tensor, pinned: Pinned) -> Routing:
+        """Return the routing that uses only one expert on a row of x (*rows, i), its own product as weight (*rows, 1).
 
         Raises:
-            ConfigError: expert is outside 0 … n_experts - 1.
+            ConfigError: an expert is above n_experts - 1.
+            ShapeError: the rows of x are not a multiple of the number of examples.
         """
-        only = super().pinned(x, expert)
-        y = exact_linear(x, self.projection[expert, None])  # (*rows, 1)
+        only = super().pinned(x, pinned)
         assert only.indices is not None
-        return Routing(y, only.indices.expand(y.shape), self.n_experts)
+        y = exact_linear(x, self.projection)  # (*rows, E)
+        indices = only.indices.expand(*y.shape[:-1], 1)
+        return Routing(y.gather(-1, indices), indices, self.n_experts)
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""

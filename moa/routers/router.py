@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError, ShapeError
 from ..kernels import Gate
-from ..types import Context, Routing, repeat_to
+from ..types import Context, Pinned, Routing, repeat_to
 
 
 class Router(nn.Module):
@@ -65,16 +65,22 @@ class Router(nn.Module):
         """
         return None
 
-    def pinned(self, x: Tensor, expert: int) -> Routing:
-        """Return the routing that uses only one expert on x (*rows, i): its weight is 1.
+    def pinned(self, x: Tensor, pinned: Pinned) -> Routing:
+        """Return the routing that uses only one expert on a row of x (*rows, i): its weight is 1.
+
+        An example that has no expert gets one all the same; the mixture puts its base's output in the place.
 
         Raises:
-            ConfigError: expert is outside 0 … n_experts - 1.
+            ConfigError: an expert is above n_experts - 1.
+            ShapeError: the rows of x are not a multiple of the number of examples.
         """
-        if not 0 <= expert < self.n_experts:
-            raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {self.n_experts - 1}.")
-        one = torch.ones(1, dtype=torch.float32, device=x.device)
-        return Routing(one, torch.full((1,), expert, device=x.device), self.n_experts)
+        if pinned.highest is not None and pinned.highest >= self.n_experts:
+            raise ConfigError(
+                f"expert {pinned.highest} does not exist: this layer has experts 0 to {self.n_experts - 1}."
+            )
+        indices = pinned.rows(x).clamp(min=0)  # (1,) or (B, 1, …)
+        indices = indices.unsqueeze(-1) if indices.numel() > 1 else indices
+        return Routing(torch.ones_like(indices, dtype=torch.float32), indices, self.n_experts)
 
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Take note of one training forward; mask (*rows,). Routers that balance by a bias count here."""

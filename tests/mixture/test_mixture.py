@@ -16,7 +16,7 @@ from moa.experts import LoRABank
 from moa.mixture.mixture import Branch, Mixture, is_conv1d, plain_weight
 from moa.objective.trace import Trace
 from moa.routers import FixedRouter, LinearRouter
-from moa.types import Context
+from moa.types import Context, Pinned
 from tests import laws, models
 from tests.laws import assert_close, randomised
 
@@ -119,12 +119,13 @@ def test_unknown_tap():
 def test_pinning_uses_one_expert_and_checks_it():
     mixture = make(nn.Linear(5, 7))
     x = torch.randn(2, 5, dtype=torch.float64)
-    mixture.context.pinned = 3
+    mixture.context.pinned = Pinned.of([3])
     assert_close(mixture(x), mixture.base(x) + mixture.branches[0].bank.expert_forward(x, 3))
-    for wrong in (4, -1):
-        mixture.context.pinned = wrong
-        with pytest.raises(ConfigError, match="experts 0 to 3"):
-            mixture(x)
+    mixture.context.pinned = Pinned.of([-1])
+    assert torch.equal(mixture(x), mixture.base(x))
+    mixture.context.pinned = Pinned.of([4])
+    with pytest.raises(ConfigError, match="experts 0 to 3"):
+        mixture(x)
 
 
 def test_a_trace_records_what_was_used():

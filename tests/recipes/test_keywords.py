@@ -135,7 +135,8 @@ def test_build_and_by_depth_warn_of_k() -> None:
 
 # ------------------------------------------------------------------------------------------------ every other keyword
 
-HOST = {"targets", "exclude", "layers", "layers_pattern", "train_experts"}  # read by who puts the recipe into a model
+# read by who puts the recipe into a model
+HOST = {"targets", "exclude", "layers", "layers_pattern", "train_experts", "expert_names"}
 OTHER: dict[str, Any] = {"expert": "shared", "place": "output", "engine": "concat", "alpha": 3.0, "dropout": 0.25}
 
 

@@ -1,0 +1,154 @@
+"""An expert for each example of a batch, over every recipe and family. Run: pytest tests/recipes/test_chosen_laws.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moa
+from moa.errors import ConfigError, ContextError
+from moa.experts import FAMILIES
+from moa.recipes.depth import by_depth
+from moa.types import Pinned
+from tests import laws, models
+
+from . import chosen_laws
+from .recipe_laws import Subject
+
+
+def subject_of(name: str, variant: str, kind: str = "decoder") -> Subject:
+    return Subject(laws.small_recipe(name, variant), kind)  # type: ignore[arg-type]
+
+
+FAMILY_CASES = [case for case in laws.BANK_CASES if case[0] in FAMILIES]
+
+
+@laws.parametrize(laws.RECIPE_CASES)
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_each_example_has_its_expert(name: str, variant: str, kind: str) -> None:
+    chosen_laws.each_example_has_its_expert(subject_of(name, variant, kind))
+
+
+@laws.parametrize(FAMILY_CASES)
+def test_each_example_has_its_expert_of_any_family(name: str, variant: str) -> None:
+    own = dict(laws.BANK_OPTIONS.get(name, {}).get(variant, {}))
+    own |= {"n_heads": 2} if "n_heads" in own else {}  # which divides the decoder's features
+    options = {"rank": 2} if "rank" in FAMILIES[name].uses else {}
+    # by task, which every family allows: some are whole weights, which no router can mix row by row
+    recipe = moa.make_recipe("moelora", n_experts=4, n_tasks=laws.N_TASKS, expert=name, **options, **own)
+    chosen_laws.each_example_has_its_expert(Subject(recipe))
+
+
+@laws.parametrize(laws.RECIPE_CASES)
+def test_prompts_are_generated_as_one_by_one(name: str, variant: str) -> None:
+    chosen_laws.generates_one_by_one(subject_of(name, variant))
+
+
+@pytest.mark.parametrize("broken", ["all as the first", "no base", "in another order"])
+def test_the_law_sees_a_wrong_choice(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    rows = Pinned.rows
+    if broken == "all as the first":
+        monkeypatch.setattr(Pinned, "rows", lambda self, x: rows(self, x)[:1].expand(rows(self, x).shape))
+    elif broken == "no base":
+        monkeypatch.setattr(Pinned, "keep_base", lambda self, y, y0: y)
+    else:
+        monkeypatch.setattr(Pinned, "rows", lambda self, x: rows(self, x).roll(1, 0))
+    with pytest.raises(AssertionError, match="a batch of several experts"):
+        chosen_laws.each_example_has_its_expert(subject_of("topk", "default"))
+
+
+# ------------------------------------------------------------------ names, entries, wrong inputs
+
+
+@pytest.fixture
+def named() -> moa.MoAModel:
+    return models.randomise(
+        moa.build(models.llama(), "topk", n_experts=3, k=2, rank=2, expert_names=["math", "code", "law"])
+    ).eval()
+
+
+def test_every_entry_and_spelling_is_the_same(named: moa.MoAModel) -> None:
+    batch = models.token_batch()
+    with torch.no_grad():
+        want = named(**batch, adapter_ids=["code", None, "math", "law"]).logits
+        peft = named(**batch, adapter_names=["code", "__base__", "math", "law"]).logits
+        body = named.model(**batch, adapter_ids=["code", None, "math", "law"]).last_hidden_state
+        base = named.base(**batch, adapter_ids=[1, None, 0, 2]).logits
+        with named.pin_expert("law"):
+            inside = named(**batch, adapter_ids=[1, None, 0, 2]).logits
+    for got in (peft, named.lm_head(body), base, inside):
+        assert torch.equal(got, want)
+    assert named.context.pinned is None and named.expert_names == ["math", "code", "law"]
+
+
+def test_names_are_saved(named: moa.MoAModel, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    named.save_pretrained(tmp_path)
+    again = moa.load(tmp_path, base=models.llama())
+    assert again.expert_names == ["math", "code", "law"]
+    batch = models.token_batch()
+    ids = ["law", "law", "code", None]
+    assert torch.equal(again(**batch, adapter_ids=ids).logits, named(**batch, adapter_ids=ids).logits)
+
+
+def test_checkpointing_recomputes_each_examples_expert(named: moa.MoAModel) -> None:
+    batch, found = models.lm_batch(), []
+    named.double().train()
+    for checkpointed in (False, True):
+        if checkpointed:
+            named.gradient_checkpointing_enable()
+        named.zero_grad()
+        loss = named(**batch, adapter_ids=["law", None, "code", "law"]).loss
+        named(**batch).loss.detach()
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in named.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        laws.assert_close(found[1][name], grad, 1e-9, name)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (["math"], "has 1 entries and the batch 4 examples"),
+        ([], "has 0 entries"),
+        (["math", "maths", "law", None], "unknown expert 'maths'. Did you mean 'math'"),
+        ([0, 1, 2, 3], "expert 3 does not exist: this model has experts 0 to 2"),
+        ([0, 1, 2, -2], "expert -2 does not exist"),
+        ("math", "one name for each example"),
+        (torch.tensor([0.0, 1.0, 2.0, 1.0]), "whole numbers"),
+        (torch.tensor([[0, 1], [1, 2]]), "whole numbers"),
+        ([True, 0, 1, 2], "unknown expert True"),
+    ],
+)
+def test_wrong_ids_are_refused(named: moa.MoAModel, ids, said: str) -> None:  # type: ignore[no-untyped-def]
+    batch = models.token_batch()
+    for run in (named, named.model, lambda **kwargs: named.generate(**kwargs, max_new_tokens=1)):
+        with pytest.raises(ContextError, match=said):
+            run(**batch, adapter_ids=ids)
+    assert torch.equal(named(**batch).logits, named(**batch).logits)
+
+
+def test_other_misuse_is_refused(named: moa.MoAModel) -> None:
+    batch = models.token_batch()
+    with pytest.raises(ContextError, match="give one of them"):
+        named(**batch, adapter_ids=[0, 0, 0, 0], adapter_names=["math"] * 4)
+    with pytest.raises(ContextError, match="unknown expert 'maths'"), named.pin_expert("maths"):
+        pass
+    with pytest.raises(ConfigError, match="numbered from 0"), named.pin_expert(-1):
+        pass
+    for names in (["a", "b"], ["a", "b", "a"], ["a", "b", ""]):
+        with pytest.raises(ConfigError, match="must be 3 different names"):
+            moa.make_recipe("topk", n_experts=3, expert_names=names)
+    one = moa.build(models.llama(), "fixed", n_experts=1, rank=2)
+    with one.folded(), pytest.raises(ConfigError, match="adapter_ids needs the frozen base"):
+        one(**batch, adapter_ids=[0, 0, 0, 0])
+
+
+def test_the_names_of_several_recipes_are_those_they_share() -> None:
+    model = models.randomise(moa.build(models.llama(), by_depth("topk", 2, (2, 3), rank=2))).eval()
+    assert model.expert_names == ["0", "1"]
+    batch = models.token_batch()
+    with torch.no_grad():
+        got = model(**batch, adapter_ids=["1", 0, None, 1]).logits
+        want = chosen_laws.one_by_one(model, batch, [1, 0, None, 1])
+    laws.assert_close(got, want, 1e-5)
