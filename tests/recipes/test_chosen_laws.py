@@ -32,7 +32,7 @@ def test_each_example_has_its_expert(name: str, variant: str, kind: str) -> None
 @laws.parametrize(FAMILY_CASES)
 def test_each_example_has_its_expert_of_any_family(name: str, variant: str) -> None:
     own = dict(laws.BANK_OPTIONS.get(name, {}).get(variant, {}))
-    own |= {"n_heads": 2} if "n_heads" in own else {}  # which divides the decoder's features
+    own |= {key: 2 for key in ("n_heads", "block_size") if key in own}  # which divides the decoder's features
     options = {"rank": 2} if "rank" in FAMILIES[name].uses else {}
     # by task, which every family allows: some are whole weights, which no router can mix row by row
     recipe = moa.make_recipe("moelora", n_experts=4, n_tasks=laws.N_TASKS, expert=name, **options, **own)
