@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +65,15 @@ def expert_changes(found: Foreign, base: Base | None) -> Deltas:
             raise CheckpointError(f"{source} sets use_dora=True, whose change of {name!r} is dense: {LOW_RANK}.")
         changes[name] = check_finite(delta, name, source)
     return deltas(changes, source)
+
+
+def names_of(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """Return the last part of each folder's path, or () where they are no names; no tensors, so no shapes.
+
+    Two that are the same would not tell the experts apart, and a number would be taken for an expert's number.
+    """
+    names = tuple(os.path.basename(os.path.abspath(path)) for path in paths)
+    return names if len(set(names)) == len(names) and not any(n.isdecimal() or not n for n in names) else ()
 
 
 def largest_rank(adapters: Sequence[Deltas]) -> int:

@@ -53,8 +53,9 @@ class ExpertsMixture(Mixture):
         tokens = self.context.in_examples(rows.tokens)
         leaders, followers = self._halves()
         routings = [self._on_rows(self.route(branch, tokens), tokens, rows) for branch in leaders]
-        opened = self._changed(layout.up, rows.x, rows, leaders, routings)
-        closed = self._changed(layout.down, layout.between(base, opened), rows, followers, routings)
+        kept = self._without_expert(tokens, rows)
+        opened = self._changed(layout.up, rows.x, rows, leaders, routings, kept)
+        closed = self._changed(layout.down, layout.between(base, opened), rows, followers, routings, kept)
         return layout.together(base, closed, rows)
 
     def _halves(self) -> tuple[list[Branch], list[Branch]]:
@@ -63,12 +64,29 @@ class ExpertsMixture(Mixture):
         half = len(branches) // 2
         return branches[:half], branches[half:]
 
-    def _changed(self, name: str, x: Tensor, rows: Rows, branches: list[Branch], routings: list[Routing]) -> Tensor:
+    def _changed(
+        self,
+        name: str,
+        x: Tensor,
+        rows: Rows,
+        branches: list[Branch],
+        routings: list[Routing],
+        kept: Tensor | None,
+    ) -> Tensor:
         """Return the products of x (R, i) with one tensor's matrices and what the adapters add, (R, o)."""
-        y = self.layout.product(self.base, name, x, rows.expert)
+        y = y0 = self.layout.product(self.base, name, x, rows.expert)
         for branch, routing in zip(branches, routings, strict=True):
             y = add_constants(y + branch.bank(x, routing).to(y.dtype), branch.bank, routing)
-        return y
+        return y if kept is None else torch.where(kept, y0, y)
+
+    def _without_expert(self, tokens: Tensor, rows: Rows) -> Tensor | None:
+        """Return which of the base's rows stay as they are (R, 1): those of examples for which no expert is named."""
+        pinned = self.context.pinned
+        if pinned is None or not pinned.has_base:
+            return None
+        lead = tokens.shape[:-1]
+        number = pinned.rows(tokens).expand(lead).reshape(-1)[rows.token]  # (R,)
+        return (number < 0).unsqueeze(-1)
 
     def _on_rows(self, routing: Routing, tokens: Tensor, rows: Rows) -> Routing:
         """Return a routing of tokens (*rows, d) as one of the base's rows, over the N · E experts of a bank."""

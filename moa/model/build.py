@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, UnadaptedWarning
+from ..formats.peft_experts import names_of
 from ..formats.peft_native import read_given
 from ..mixture import GROUPS, backbone_prefix, fused_experts
 from ..recipes import Recipe, make_recipe, recipe_class
@@ -46,7 +47,8 @@ def build(
         alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
         targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
         experts: folders of PEFT adapters of one kind (LoRA, or that of a family) that become the experts, on the layers
-            that they adapt; frozen unless train_experts=True.
+            that they adapt; frozen unless train_experts=True, and known by their folders' names unless expert_names
+            are given.
         modules_to_save: names of modules that are trained and saved whole; default the new heads of
             classification models, and what a class of your own puts beside a body of transformers.
         options: the recipe's own keywords, among them exclude and layers, which narrow the targets (see
@@ -81,11 +83,13 @@ def build(
         for name, value in given_experts.keywords.items():
             if options.setdefault(name, value) != value:
                 raise ConfigError(f"{name}={options[name]} was asked for, but the adapters given have {value}.")
+        scales = recipe_class(router).scales if isinstance(router, str) else ()
         where = dict.fromkeys(("targets", "exclude", "layers", "layers_pattern"), "on which layers they sit")
-        for name, why in (where | {"alpha": "their scale"}).items():
+        for name, why in (where | dict.fromkeys(scales, "their scale")).items():
             if name in options:
                 raise ConfigError(f"{name}={options[name]!r} changes nothing: the adapters given say {why}.")
         options.setdefault("train_experts", False)
+        options.setdefault("expert_names", names_of(experts or ()))
     if isinstance(router, str):
         if given_experts is None and recipe_class(router).wants_experts:
             raise ConfigError(f"router={router!r} is for adapters that exist already: name them with experts=[…].")

@@ -1,10 +1,10 @@
-"""Keywords that no recipe has: the nearest one that exists, or how what another library calls so is said here."""
+"""Keywords that no recipe has, with what to write instead, and names of experts that are none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from ..errors import unknown_name
+from ..errors import ConfigError, unknown_name
 
 _RECIPES = "give router= a list of recipes, each with its own targets={} as a regex"
 
@@ -30,3 +30,13 @@ def unknown_keyword(key: str, known: Iterable[str], where: str) -> str:
     if key in ELSEWHERE:
         return f"unknown keyword {key!r} in {where}. Instead: {ELSEWHERE[key]}."
     return unknown_name("keyword", key, known, where)
+
+
+def check_names(names: Sequence[str], n_experts: int) -> None:
+    """Check that there is one name for each expert; no tensors, so no shapes.
+
+    Raises:
+        ConfigError: another number of them, an empty one, or one given twice.
+    """
+    if names and (len(names) != n_experts or len(set(names)) < n_experts or not all(names)):
+        raise ConfigError(f"expert_names must be {n_experts} different names, one an expert, got {tuple(names)}.")

@@ -22,7 +22,7 @@ from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mix
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Scope
-from .keywords import unknown_keyword
+from .keywords import check_names, unknown_keyword
 from .targets import Targets
 
 Folds = Literal["always", "by task", "never"]
@@ -43,8 +43,8 @@ class Recipe(Targets):
         dropout: probability on the experts' input in training.
         engine: kernel engine by name; None lets the dispatcher choose.
         train_experts: False freezes the experts, so that only the routers learn; the default with `experts=[…]`.
-        expert_names: names of the experts, by which `adapter_ids`, `pin_expert` and `remove_expert` know them; empty
-            for their numbers, or those of the folders given as `experts=[…]`.
+        expert_names: names of the experts, by which `adapter_ids` and `pin_expert` know them; empty for their numbers.
+            With `experts=[…]` the default is the folders' names, unless two are the same or one is a number.
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
@@ -54,6 +54,7 @@ class Recipe(Targets):
         unused: a keyword of other recipes that changes nothing here -> why; `make_recipe` warns where it is given.
         refused: one that contradicts this recipe -> why; `make_recipe` raises.
         coefficients: keywords that weigh a loss; a negative one would train towards what the loss is against.
+        scales: keywords that only set the factor on the experts' output, which adapters read in bring along.
 
     Raises:
         ConfigError: a value out of range, or a family or a place that does not fit this recipe.
@@ -68,6 +69,7 @@ class Recipe(Targets):
     unused: ClassVar[Mapping[str, str]] = {"k": "every expert may act on every row"}
     refused: ClassVar[Mapping[str, str]] = {}
     coefficients: ClassVar[tuple[str, ...]] = ()
+    scales: ClassVar[tuple[str, ...]] = ("alpha",)
 
     n_experts: int = 8
     expert: str | Family = "lora"
@@ -263,16 +265,6 @@ class Recipe(Targets):
         unused = {name for name in COMMON if name not in self.family.uses}
         kept = {name: value for name, value in own.items() if name not in unused}
         return {"router": self.name, **kept, "expert": self.family.name, **self.family.keywords()}
-
-
-def check_names(names: Sequence[str], n_experts: int) -> None:
-    """Check that there is one name for each expert; no tensors, so no shapes.
-
-    Raises:
-        ConfigError: another number of them, an empty one, or one given twice.
-    """
-    if names and (len(names) != n_experts or len(set(names)) < n_experts or not all(names)):
-        raise ConfigError(f"expert_names must be {n_experts} different names, one an expert, got {tuple(names)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

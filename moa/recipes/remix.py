@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..errors import ConfigError
 from ..mixture import Branch, Site
@@ -25,6 +25,8 @@ class ReMix(TopKRecipe):
             or "sequence", whose gradient is less noisy and whose routing gains as much by learning.
         scale: "rslora" (the paper's better one: GSM8K 55.72 against 53.30) or "lora".
     """
+
+    scales: ClassVar[tuple[str, ...]] = ("alpha", "scale")
 
     targets: str | tuple[str, ...] = "ffn"
     samples: int = 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from moa.experts import FAMILIES
 from moa.recipes.depth import by_depth
 from moa.types import Pinned
 from tests import laws, models
+from tests.model.test_bases import base
+from tests.systems import adapters
 
 from . import chosen_laws
 from .recipe_laws import Subject
@@ -21,12 +26,17 @@ def subject_of(name: str, variant: str, kind: str = "decoder") -> Subject:
 
 
 FAMILY_CASES = [case for case in laws.BANK_CASES if case[0] in FAMILIES]
+ONE_EACH = list(dict(reversed(laws.RECIPE_CASES)).items())  # the first variant of every recipe
 
 
 @laws.parametrize(laws.RECIPE_CASES)
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_each_example_has_its_expert(name: str, variant: str, kind: str) -> None:
-    chosen_laws.each_example_has_its_expert(subject_of(name, variant, kind))
+def test_each_example_has_its_expert(name: str, variant: str) -> None:
+    chosen_laws.each_example_has_its_expert(subject_of(name, variant))
+
+
+@laws.parametrize(ONE_EACH)
+def test_each_example_of_an_encoder_has_its_expert(name: str, variant: str) -> None:
+    chosen_laws.each_example_has_its_expert(subject_of(name, variant, "encoder"))
 
 
 @laws.parametrize(FAMILY_CASES)
@@ -39,9 +49,26 @@ def test_each_example_has_its_expert_of_any_family(name: str, variant: str) -> N
     chosen_laws.each_example_has_its_expert(Subject(recipe))
 
 
-@laws.parametrize(laws.RECIPE_CASES)
+@laws.parametrize(ONE_EACH)
 def test_prompts_are_generated_as_one_by_one(name: str, variant: str) -> None:
     chosen_laws.generates_one_by_one(subject_of(name, variant))
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss", "Llama4"])  # one base of each layout of fused experts
+def test_each_example_has_its_expert_inside_the_bases_experts(kind: str) -> None:
+    built = moa.build(base(kind), "topk", n_experts=3, k=2, rank=2, targets="moe-experts")
+    model: Any = models.randomise(built, 0.2).eval()
+    model.set_experts_implementation("eager")
+    model.double()
+    batch, choice = models.token_batch(), chosen_laws.choice_of(model)
+    together = model(**batch, adapter_ids=choice).logits
+    apart = chosen_laws.one_by_one(model, batch, choice)
+    laws.assert_close(together, apart, 1e-9, "a batch of several experts")
+    assert not torch.allclose(together, model(**batch).logits, atol=1e-4)
+    weight = torch.randn(together.shape, dtype=together.dtype)
+    banks = [p for n, p in model.named_parameters() if ".bank." in n]
+    gradients = [torch.autograd.grad((out * weight).sum(), banks) for out in (together, apart)]
+    laws.assert_close(*(torch.cat([g.flatten() for g in found]) for found in gradients), 1e-9, "gradients")
 
 
 @pytest.mark.parametrize("broken", ["all as the first", "no base", "in another order"])
@@ -152,3 +179,20 @@ def test_the_names_of_several_recipes_are_those_they_share() -> None:
         got = model(**batch, adapter_ids=["1", 0, None, 1]).logits
         want = chosen_laws.one_by_one(model, batch, [1, 0, None, 1])
     laws.assert_close(got, want, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_adapters_read_in_are_known_by_their_folders(tmp_path: Path) -> None:
+    first, second, third = adapters.write(tmp_path, models.llama, n=3, targets=["q_proj"])
+    names = [folder.name for folder in (first, second, third)]
+    model = moa.build(models.llama(), "topk", experts=[first, f"{second}/", third])
+    assert model.expert_names == names
+    model.save_pretrained(tmp_path / "saved")
+    assert moa.load(tmp_path / "saved", base=models.llama()).expert_names == names
+    own = moa.build(models.llama(), "topk", experts=[first, second], expert_names=["math", "law"])
+    assert own.expert_names == ["math", "law"]
+    (tmp_path / "other").mkdir()
+    same = first.rename(tmp_path / "other" / names[1])
+    number = third.rename(tmp_path / "1")
+    for folders in ([same, second], [second, number]):
+        assert moa.build(models.llama(), "topk", experts=folders).expert_names == ["0", "1"]

@@ -224,9 +224,26 @@ def test_what_the_adapters_say_is_not_asked_twice(tmp_path: Path) -> None:
         ({"layers": 1}, "layers=1 changes nothing: the adapters given say on which layers"),
         ({"alpha": 4.0}, "alpha=4.0 changes nothing: the adapters given say their scale"),
         ({"lora_alpha": 4.0}, "alpha=4.0 changes nothing"),
+        ({"router": "remix", "scale": "lora"}, "scale='lora' changes nothing: the adapters given say their scale"),
     ):
         with pytest.raises(ConfigError, match=message):
-            moa.build(models.llama(), "topk", experts=folders, **options)
+            moa.build(models.llama(), **{"router": "topk", **options}, experts=folders)
+
+
+@recipes
+def test_what_chooses_a_scale_is_known_as_such(name: str, variant: str) -> None:
+    """Adapters that are read in bring their scale along, so `build` refuses these keywords beside them."""
+    made = laws.small_recipe(name, variant)
+    for key, hint in typing.get_type_hints(type(made)).items():
+        if typing.get_origin(hint) is typing.Literal:
+            for value in typing.get_args(hint):
+                try:
+                    other = dataclasses.replace(made, **{key: value})
+                except ConfigError:
+                    continue
+                assert other.scaling() == made.scaling() or key in made.scales, key
+    assert dataclasses.replace(made, alpha=3.0).scaling() != dataclasses.replace(made, alpha=6.0).scaling()
+    assert "alpha" in made.scales
 
 
 @pytest.mark.parametrize("theirs", list(ELSEWHERE))
