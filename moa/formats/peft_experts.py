@@ -68,7 +68,7 @@ def expert_changes(found: Foreign, base: Base | None) -> Deltas:
 
 
 def names_of(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Return the last part of each folder's path, or () where they are no names; no tensors, so no shapes.
+    """Return the last part of each folder's path, or () where they do not name; no tensors, so no shapes.
 
     Two that are the same would not tell the experts apart, and a number would be taken for an expert's number.
     """
