@@ -26,6 +26,7 @@ from . import (
     cmd_merge,
     cmd_recipes,
     cmd_report,
+    cmd_serve,
     cmd_train,
 )
 
@@ -119,5 +120,6 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     cmd_fold.add(command)
     cmd_distill.add(command)
     cmd_export.add(command)
+    cmd_serve.add(command)
     cmd_bench.add(command)
     return top

@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moa
+from moa.formats.peft_export import export_task
 from moa.serving.vllm.vllm_folder import export_vllm
+from moa.serving.vllm.weight_sync import save_mixtures
 from tests.vllm_engine import NEEDS_ENGINE, run_engine
 
 pytestmark = NEEDS_ENGINE
@@ -91,3 +93,74 @@ def test_the_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
             assert [tokens for tokens, _ in found] == [tokens for tokens, _ in truth], f"{router} {kind}"
             for (_, ours), (_, theirs) in zip(found, truth, strict=True):
                 assert ours == pytest.approx(theirs, abs=2e-5), f"{router} {kind}"
+
+
+SYNC = """
+from vllm import LLM, SamplingParams
+from moa.errors import CheckpointError
+from moa.serving.vllm.weight_sync import update_engine
+
+folder, changed, prompts, new = arguments
+model = LLM(folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
+            gpu_memory_utilization=0.1, max_num_seqs=8, block_size=32)
+def run():
+    sampling = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True)
+    return [list(o.outputs[0].token_ids) for o in model.generate([{"prompt_token_ids": p} for p in prompts], sampling)]
+found = [run()]
+for step in (changed, folder):
+    update_engine(model, step)
+    found.append(run())
+try:
+    model.apply_model(lambda inside: inside.load_weights([("moa.nothing", inside.lm_head.weight)]))
+    said = ""
+except CheckpointError as error:
+    said = str(error)
+answer([*found, said])
+"""
+
+
+def test_a_running_engine_takes_new_mixtures(tmp_path: Path) -> None:
+    """With warm prefix caches; the tokens are those of the trainer before, after, and back again."""
+    model = trained(moa.build(base(tmp_path / "base"), router="topk", n_experts=4))
+    folder = export_vllm(model, tmp_path / "out")
+    before = [tokens for tokens, _ in by_transformers(model)]
+    for parameter in (p for _, branch in model.branches() for p in branch.parameters()):
+        parameter.data.neg_()
+    save_mixtures(model, tmp_path / "step")
+    after = [tokens for tokens, _ in by_transformers(model)]
+    assert before != after
+    *found, said = run_engine(SYNC, str(folder), str(tmp_path / "step"), PROMPTS, NEW)
+    assert found == [before, after, before]
+    assert "missing" in said and "1 unexpected" in said
+
+
+LORAS = """
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, adapters, prompts, new = arguments
+model = LLM(folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
+            gpu_memory_utilization=0.1, enable_lora=True, max_lora_rank=8, max_loras=len(adapters))
+sampling = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True)
+asked = [{"prompt_token_ids": p} for p in prompts for _ in adapters]
+loras = [LoRARequest(str(n), n + 1, adapter) for _ in prompts for n, adapter in enumerate(adapters)]
+found = [list(o.outputs[0].token_ids) for o in model.generate(asked, sampling, lora_request=loras)]
+answer([found[n :: len(adapters)] for n in range(len(adapters))])
+"""
+
+
+def test_a_model_by_task_is_one_lora_for_each_task(tmp_path: Path) -> None:
+    """The engine's own LoRA, a task for each request of one batch."""
+    model = trained(moa.build(base(tmp_path / "base"), router="poly", n_experts=3, n_tasks=2, rank=4))
+    expected = []
+    for task in range(2):
+        export_task(model, task, tmp_path / str(task))
+        made = []
+        for prompt in PROMPTS:
+            ids, ask = torch.tensor([prompt]), {"max_new_tokens": NEW, "do_sample": False}
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), task_ids=torch.tensor([task]), **ask)
+            made.append(out[0, len(prompt) :].tolist())
+        expected.append(made)
+    assert expected[0] != expected[1]
+    adapters = [str(tmp_path / str(task)) for task in range(2)]
+    assert run_engine(LORAS, str(tmp_path / "base"), adapters, PROMPTS, NEW) == expected
