@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from ..delta import all_finite
 from ..errors import CheckpointError, MoaWarning, NumericsError
-from ..layers import is_dense
 from .atomic import replacing, said_of
 from .json_files import read_json
 from .scratch import sweep
+from .sharded import is_matrix, is_sharded, whole
 
 FORMAT_VERSION = 2
 WEIGHTS, CONFIG, DIVERGED = "model.safetensors", "config.json", "diverged"
@@ -220,23 +220,34 @@ def original_name(name: str) -> str:
 
 
 def fingerprint(
-    base: nn.Module, saved_whole: Iterable[str] = (), n_tensors: int = 8, n_values: int = 4
+    base: nn.Module,
+    saved_whole: Iterable[str] = (),
+    n_tensors: int = 8,
+    n_values: int = 4,
+    gathered: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Return a few values of a few tensors that a checkpoint does not hold, by which another base is recognised.
 
-    A base whose own weights are trained, too, is recognised as it is when saved: they are not in the checkpoint.
+    A base whose own weights are trained, too, is recognised as it is when saved: they are not in the checkpoint. Values
+    are those of whole tensors: of a sharded base every process must ask, unless they are gathered already.
 
     Args:
         base: with or without mixtures inside.
         saved_whole: names of its modules that the checkpoint holds.
         n_tensors: how many floating tensors of at least two axes, (o, i), to look at, spread evenly over the model.
         n_values: how many of their values to keep, spread evenly over the flattened matrix.
+        gathered: name -> whole tensor of the base, where one process asks alone; a shard that it lacks is left out.
     """
     heads = tuple(f"{name}." for name in saved_whole)
+    found = {
+        name: tensor if gathered is None else gathered.get(name, tensor)
+        for name, tensor in base.named_parameters()
+        if ".branches." not in name and not name.startswith(heads)
+    }
     own = {
         original_name(name): tensor
-        for name, tensor in base.named_parameters()
-        if ".branches." not in name and not name.startswith(heads) and is_dense(tensor) and tensor.ndim >= 2
+        for name, tensor in found.items()
+        if is_matrix(tensor) and (gathered is None or not is_sharded(tensor))
     }
     names = sorted(own)
     chosen = [names[i * len(names) // n_tensors] for i in range(min(n_tensors, len(names)))] if names else []
@@ -244,7 +255,7 @@ def fingerprint(
         chosen = names
     probes = {}
     for name in chosen:
-        flat = own[name].detach().reshape(-1)
+        flat = whole(name, own[name]).detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
         probes[name] = {
             "shape": list(own[name].shape),
@@ -277,13 +288,13 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
         was = f"{folder} was made on {stored['class']} {stored['name_or_path']!r}"
         if tensor is None:
             raise CheckpointError(f"wrong base: {was}, which has a matrix {name}; {type(base).__name__} has none.")
-        if not is_dense(tensor):  # a quantised base holds codes, which cannot be compared
+        if not is_matrix(tensor):  # a quantised base holds codes, which cannot be compared
             continue
         if list(tensor.shape) != probe["shape"]:
             raise CheckpointError(
                 f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(tensor.shape)}."
             )
-        flat = tensor.detach().reshape(-1)
+        flat = whole(name, tensor).detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, len(probe["values"]), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].float().cpu()
         if not torch.allclose(values, torch.tensor(probe["values"]), rtol=1e-2, atol=1e-5):

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..compat import own_view
 from ..errors import ConfigError
 from ..types import Scope
 from .caches import in_streams, is_cache
@@ -112,8 +113,10 @@ class Streams(nn.Module):
         """Return the streams after block `number`, (n · B, S, d), or their weighted sum (B, S, d) after the last."""
         apart: Tensor = self.crossings[number](rearrange(hidden, "(n b) ... -> n b ...", n=self.n))
         if not last:
-            return rearrange(apart, "n b ... -> (n b) ...")
-        return torch.einsum("n...,n->...", apart, self.weights.to(apart.dtype))
+            crossed = rearrange(apart, "n b ... -> (n b) ...")
+        else:
+            crossed = torch.einsum("n...,n->...", apart, self.weights.to(apart.dtype))
+        return own_view(crossed.contiguous(), crossed.shape)  # FSDP2 hangs a hook on it, which a view may lose
 
 
 class Fold:

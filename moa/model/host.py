@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -304,8 +304,11 @@ class Host(Stepped):
         first = {id(v): k for k, v in reversed(ordered)}
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Return what rebuilds this model: base, recipes, layers; plain JSON values.
+
+        Args:
+            gathered: name -> whole tensor (any shape) of this model, where a sharded one's were gathered already.
 
         Raises:
             ConfigError: inside `folded`, where the base is not the frozen one.
@@ -315,12 +318,13 @@ class Host(Stepped):
         config: Any = getattr(self.base, "config", None)
         if not hasattr(config, "to_dict"):  # a plain module's own affair
             config = None
+        of_base = None if gathered is None else {k.removeprefix("base."): v for k, v in gathered.items()}
         return {
             "base": {
                 "class": type(self.base).__name__,
                 "name_or_path": str(getattr(self.base, "name_or_path", "")),
                 "config": checkpoint.plain_config(config.to_dict()) if config is not None else None,
-                "fingerprint": checkpoint.fingerprint(self.base, self.modules_to_save),
+                "fingerprint": checkpoint.fingerprint(self.base, self.modules_to_save, gathered=of_base),
             },
             "recipes": [{**recipe.to_dict(), "sites": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, ContextError
 from ..formats import checkpoint
+from ..formats.sharded import is_sharded, whole, writes
 from ..mixture import Mixture
 from ..objective.objective import Objective
 from ..objective.trace import Trace
@@ -232,22 +233,31 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors: recipes, routers and experts, not the base.
 
-        The write is atomic: a kill at any moment leaves the old or the new checkpoint.
+        The write is atomic: a kill at any moment leaves the old or the new checkpoint. A model that FSDP2 has sharded
+        gathers its tensors: every process must call this, and the first one writes.
 
         Args:
             save_directory: made if it does not exist.
             is_main_process: False writes nothing.
-            kwargs: `state_dict` may replace this model's (sharded training gathers it first); `push_to_hub=True`
-                uploads afterwards; others that transformers passes change nothing here.
+            kwargs: `state_dict` may replace this model's, and is whole: then only one process needs to call this;
+                `push_to_hub=True` uploads afterwards; others that transformers passes change nothing here.
+
+        Raises:
+            CheckpointError: DeepSpeed's ZeRO-3 holds the tensors, and no state_dict was passed.
         """
-        if not is_main_process:
+        state = kwargs.get("state_dict")
+        shared_out = state is None and any(is_sharded(p) for p in self.parameters())
+        if not is_main_process and not shared_out:
             return
         self.settle()
-        state = kwargs.get("state_dict")
         tensors = self.adapter_state_dict()
         if state is not None:
             tensors = {name: state[name] for name in tensors}
-        checkpoint.write(Path(save_directory), self.describe(), tensors)
+        tensors = {name: whole(name, tensor) for name, tensor in tensors.items()}
+        description = self.describe(state)
+        if not is_main_process or (shared_out and not writes()):
+            return
+        checkpoint.write(Path(save_directory), description, tensors)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name))
 

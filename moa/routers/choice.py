@@ -74,7 +74,7 @@ class SoftRouter(Router):
     | parameter | shape | start |
     |---|---|---|
     | slots (μ) | (E · p, i) | N(0, 1/i) |
-    | scale (τ) | () | 1 |
+    | scale (τ) | (1,) | 1 |
 
     Args:
         d_in: i.
@@ -94,7 +94,7 @@ class SoftRouter(Router):
         check_slots(n_slots)
         self.n_slots = n_slots
         self.slots = nn.Parameter(torch.empty(n_experts * n_slots, d_in))
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))  # FSDP2 shards no scalars
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,19 +1,12 @@
-"""Two optimizer steps of every recipe on a global batch, in one process or in several: the same rows, spread otherwise.
-
-`python -m tests.parallel.steps RANK N FOLDER NAMES` is one of N processes of data parallelism; see
-`test_data_parallel.py`.
-"""
+"""Two optimizer steps of every recipe on a global batch, in one process or in several: the rows are the same."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +26,7 @@ def case_name(name: str, variant: str) -> str:
 
 
 CASES = {case_name(name, variant): (name, variant) for name, variant in laws.RECIPE_CASES}
+ONE_EACH = tuple({name: case for case, (name, _) in reversed(CASES.items())}.values())  # a recipe's first variant
 
 
 def recipe_of(case: str) -> Recipe:
@@ -46,10 +40,14 @@ def recipe_of(case: str) -> Recipe:
     return moa.make_recipe(name, **{**kept, **quiet})
 
 
+def base_of(case: str) -> Any:
+    """Return a base in fp64: one block, and two where the recipe shares something over all of them."""
+    return models.llama(num_hidden_layers=2 if case.startswith("xlora") else 1).double()
+
+
 def model_of(case: str) -> Any:
     """Return a model in fp64, drawn at random, always the same."""
-    base = models.llama(num_hidden_layers=1)
-    return models.randomise(moa.build(base, recipe_of(case)).double()).train()
+    return models.randomise(moa.build(base_of(case), recipe_of(case)).double()).train()
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -107,7 +105,8 @@ def take_step(run: nn.Module, optimizer: Any, step: int, world: int, rank: int |
         if not by_task:
             batch.pop("task_ids")
         last = micro == MICRO - 1
-        waiting = contextlib.nullcontext() if rank is None or last else run.no_sync()  # type: ignore[operator]
+        waits = isinstance(run, DistributedDataParallel) and not last
+        waiting = run.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
         with waiting:
             loss = run(**batch, num_items_in_batch=n_items).loss
             (loss if rank is None else loss * world).backward()
@@ -145,35 +144,3 @@ def learned(model: Any) -> dict[str, Tensor]:
 def by_task(case: str) -> bool:
     """Return whether a recipe wants task ids."""
     return laws.needs_tasks(CASES[case][0])
-
-
-def main(rank: int, world: int, folder: Path, cases: list[str]) -> None:
-    """Train every recipe as one of several processes; the first one saves after each step."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    starved = 0
-    with same_draws():
-        for case in cases:
-            model = model_of(case)
-            run, optimizer = DistributedDataParallel(model), optimizer_of(model)
-            for step in range(STEPS):
-                if rank == step % world:  # a forward that the others do not make: no exchange may wait for them
-                    with torch.no_grad():
-                        model(**{k: v for k, v in rows_of(rank, 0).items() if k != "task_ids" or by_task(case)})
-                        model.eval()(**{k: v for k, v in rows_of(0, 0).items() if k != "task_ids" or by_task(case)})
-                    model.train()
-                take_step(run, optimizer, step, world, rank, by_task(case))
-                if rank == 0 and step == 0:
-                    model.save_pretrained(folder / case)
-                    torch.save(optimizer.state_dict(), folder / f"{case}.optimizer.pt")
-            if rank == 0:
-                torch.save(learned(model), folder / f"{case}.pt")
-            if case.startswith("switch") and rank == 1:
-                with torch.no_grad(), model.tracing() as trace:
-                    model(**{k: v for k, v in rows_of(1, 0).items() if k != "task_ids"})
-                starved = min(int(r.routing.selected().flatten(0, -2).any(0).sum()) for r in trace)
-                assert starved < laws.N_EXPERTS, "every expert has rows here"
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(","))

@@ -1,44 +1,48 @@
-"""Several processes end with the weights of one that has the same global batch, for every recipe.
+"""Several processes, by DDP or by FSDP2, end with the weights of one that has the same global batch, for every recipe.
 
 Uneven rows and padding, accumulation, experts without rows, forwards that only one process makes; unused parameters
-would be an error, as DDP looks for none. Run: pytest tests/parallel/test_data_parallel.py
+would be an error, as DDP looks for none. Run: pytest tests/parallel/test_processes.py; all variants: -m slow
 """
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import moa
-from moa.errors import ConfigError
+from moa.errors import CheckpointError, ConfigError
 from tests import models
 from tests.laws import assert_close
 
 from .processes import run_together
-from .steps import CASES, STEPS, by_task, learned, model_of, optimizer_of, same_draws, take_step
+from .steps import CASES, ONE_EACH, STEPS, base_of, by_task, learned, model_of, optimizer_of, same_draws, take_step
 
 TOLERANCE = 2e-5  # of how far a weight moved: transformers forms losses and norms in fp32
+
+
+WAYS = ("ddp", "fsdp")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder in which two processes have left what they trained."""
     folder = tmp_path_factory.mktemp("two")
-    run_together("tests.parallel.steps", 2, str(folder), ",".join(CASES))
+    run_together("tests.parallel.job", 2, str(folder), ",".join(ONE_EACH))
     return folder
 
 
-def alone(case: str, world: int, start: Any = None) -> dict[str, torch.Tensor]:
-    """Return what one process learns on the batches of several, from the start or from a checkpoint after a step."""
-    model = model_of(case) if start is None else moa.load(start[0], models.llama(num_hidden_layers=1).double()).train()
+@functools.cache
+def alone(case: str, world: int, half: Path | None = None) -> dict[str, torch.Tensor]:
+    """Return what one process learns on the batches of several, from the start or from what they saved after a step."""
+    model = model_of(case) if half is None else moa.load(half / case, base_of(case)).train()
     optimizer = optimizer_of(model)
-    if start is not None:
-        optimizer.load_state_dict(torch.load(start[1]))
+    if half is not None:
+        optimizer.load_state_dict(torch.load(half / f"{case}.optimizer.pt"))
     with same_draws():
-        for step in range(0 if start is None else 1, STEPS):
+        for step in range(0 if half is None else 1, STEPS):
             take_step(model, optimizer, step, world, None, by_task(case))
     return learned(model)
 
@@ -53,22 +57,34 @@ def assert_moved_alike(case: str, got: dict[str, torch.Tensor], expected: dict[s
         assert_close(got[name] - before[name], value, TOLERANCE, name)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_learn_what_one_does(case: str, two: Path) -> None:
-    assert_moved_alike(case, torch.load(two / f"{case}.pt"), alone(case, 2))
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", ONE_EACH)
+def test_two_processes_learn_what_one_does(case: str, way: str, two: Path) -> None:
+    assert_moved_alike(case, learned(moa.load(two / way / case, base_of(case))), alone(case, 2))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ONE_EACH)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(case: str, two: Path) -> None:
-    resumed = alone(case, 2, (two / case, two / f"{case}.optimizer.pt"))
-    assert_moved_alike(case, resumed, torch.load(two / f"{case}.pt"))
+    assert_moved_alike(case, alone(case, 2, two / "half"), alone(case, 2))
 
 
 @pytest.mark.slow
-def test_four_processes_learn_what_one_does(tmp_path: Path) -> None:
-    run_together("tests.parallel.steps", 4, str(tmp_path), ",".join(CASES))
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_variant_learns_what_one_process_does(world: int, tmp_path: Path) -> None:
+    run_together("tests.parallel.job", world, str(tmp_path), ",".join(CASES))
     for case in CASES:
-        assert_moved_alike(case, torch.load(tmp_path / f"{case}.pt"), alone(case, 4))
+        for way in WAYS:
+            assert_moved_alike(case, learned(moa.load(tmp_path / way / case, base_of(case))), alone(case, world))
+        assert_moved_alike(case, alone(case, world, tmp_path / "half"), alone(case, world))
+
+
+def test_a_sharded_save_knows_its_base(two: Path) -> None:
+    other = base_of("topk-default")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    with pytest.raises(CheckpointError, match="wrong base"):
+        moa.load(two / "fsdp" / "topk-default", other)
 
 
 def test_each_process_by_itself_is_an_option() -> None:
