@@ -15,7 +15,7 @@ from .base_experts import fused_experts
 from .fused_layouts import layout_of
 from .mixture import BlockMixture, Mixture
 from .narrow import Narrowing, ends_in, pattern
-from .uncalled import is_left_out, maps_linearly
+from .uncalled import is_left_out, lacks_its_encoder, maps_linearly
 
 GROUPS = ("all-linear", "attention", "ffn", "moe-experts")
 ALL = Narrowing()
@@ -154,7 +154,8 @@ def _body(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     for site in sites:
         parent, _, child = site.name.rpartition(".")
         outside = not site.name.startswith(prefix) or site.module is head or is_convolution(site.module)
-        if not outside and not is_left_out(model.get_submodule(parent), child) and maps_linearly(site.module):
+        known = is_left_out(model.get_submodule(parent), child) or lacks_its_encoder(model, site.name)
+        if not outside and not known and maps_linearly(site.module):
             body.append(site)
     return body
 

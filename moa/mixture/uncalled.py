@@ -49,6 +49,17 @@ def is_left_out(parent: nn.Module, child: str) -> bool:
     return known or any(re.fullmatch(layers, child) for layers in kinds)
 
 
+def lacks_its_encoder(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer (i -> o) attends to an encoder in a model that has none, as in BART's decoder used alone.
+
+    Args:
+        model: any module; that it has no encoder is said by its configuration.
+        name: dotted name of the layer.
+    """
+    alone = getattr(getattr(model, "config", None), "is_encoder_decoder", None) is False
+    return alone and "encoder_attn" in name.split(".")
+
+
 def maps_linearly(module: nn.Module) -> bool:
     """Tell whether a layer is x (*rows, i) -> W x + b (*rows, o), tried on one row where its class has its own forward.
 

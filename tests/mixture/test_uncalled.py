@@ -157,3 +157,22 @@ def test_a_compiled_model_is_not_watched_and_does_not_fail():
 
         got = torch.compile(Plain(), backend=backend, fullgraph=True)(x)
     assert seen and torch.allclose(got, F.linear(x, model.base.first.base.weight)) and want.shape == got.shape
+
+
+@pytest.mark.parametrize("kind", ["Bart", "MBart", "Pegasus", "Marian", "Blenderbot", "PLBart"])
+def test_a_decoder_without_its_encoder_has_no_experts_on_the_attention_to_it(kind):
+    """Every layer of "all-linear" gets a gradient; with the encoder, attention to it is among them."""
+    parts = ("layers", "attention_heads", "ffn_dim")
+    sizes = {
+        f"{side}_{part}": size for side in ("encoder", "decoder") for part, size in zip(parts, (1, 2, 24), strict=True)
+    }
+    config = getattr(transformers, f"{kind}Config")(vocab_size=48, d_model=16, max_position_embeddings=32, **sizes)
+    config.pad_token_id, config.decoder_start_token_id, config.eos_token_id = 0, 1, 2
+    whole = getattr(transformers, f"{kind}{'MTModel' if kind == 'Marian' else 'ForConditionalGeneration'}")
+    with_encoder = {site.name for site in find_sites(whole(copy.deepcopy(config)), "all-linear")}
+    assert any("encoder_attn" in name for name in with_encoder)
+    model = models.randomise(moa.build(getattr(transformers, f"{kind}ForCausalLM")(config), "dense", n_experts=2))
+    ids = torch.arange(3, 11)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    got = {name for name, layer in model.mixtures().items() if any(p.grad is not None for p in layer.parameters())}
+    assert got == set(model.mixtures()) and len(got) == 6
