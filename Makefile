@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu kills clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills clean
 
 setup: .venv/.done
 
@@ -52,6 +52,9 @@ bench: setup
 
 bench-gpu: setup
 	$(BIN)/python -m experiments.bench.gpu
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --out experiments/results/fuzz.json
 
 kills: setup
 	$(BIN)/python -m experiments.kills --out experiments/results/kills.json

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .errors import ConfigError, unknown_name
+from .errors import ConfigError, shown, unknown_name
 
+PLAIN = (type(None), bool, int, float, str, list, tuple, dict)  # what a file can hold
 Row = TypeVar("Row", bound=type)
 # peft's spelling of a keyword, and that of other mixtures -> ours
 PEFT_WORDS = {
@@ -94,3 +98,37 @@ def check_numbers(row: Any, not_negative: Iterable[str] = ()) -> None:
             raise ConfigError(f"{field.name} must be a finite number, got {value}.")
         if field.name in not_negative and value < 0:
             raise ConfigError(f"{field.name} must be at least 0, got {value}.")
+
+
+def check_types(cls: type, options: Mapping[str, Any]) -> None:
+    """Check that keywords of a row have the types that its fields are declared with; no tensors, so no shapes.
+
+    Args:
+        cls: a dataclass.
+        options: keyword -> value, of its fields.
+
+    Raises:
+        ConfigError: a value of another type; its keyword is named.
+    """
+    hints = typing.get_type_hints(cls)
+    for key, value in options.items():
+        if isinstance(value, PLAIN) and not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key])) if isinstance(hints[key], type) else hints[key]
+            raise ConfigError(f"{key} must be {wanted}, got {shown(repr(value))} ({type(value).__name__}).")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return isinstance(value, str | int)  # which of them, the row says in its own words
+    if origin in (tuple, list, Sequence):
+        if isinstance(value, str):  # one name for several: the row says what it makes of that
+            return True
+        return isinstance(value, list | tuple) and all(_fits(item, args[0]) for item in value)
+    if origin is not None or not isinstance(hint, type):
+        return True
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -36,7 +36,7 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
     except RuntimeError as error:
         raise ConfigError(f"device {device!r}: {error}") from error
     folder = checkpoint.locate(path)
-    description, tensors = checkpoint.read(folder)
+    description, tensors = checkpoint.read_mixture(folder)
     base = description["base"]
     size = (folder / checkpoint.WEIGHTS).stat().st_size
     lines = [

@@ -116,6 +116,7 @@ def make_family(name: str, options: Mapping[str, Any] | None = None) -> Family:
     for key in options or {}:
         if key not in known:
             raise ConfigError(unknown_name("keyword", key, known, f"the family {name!r}"))
+    tables.check_types(cls, options or {})
     made = cls(**(options or {}))
     tables.check_numbers(made)
     return made

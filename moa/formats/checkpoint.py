@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,16 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..delta import all_finite
-from ..errors import CheckpointError, MoaWarning, NumericsError
+from ..errors import CheckpointError, MoaWarning, NumericsError, shown
 from .atomic import replacing, said_of
-from .json_files import read_json
+from .description import check_claims, check_description
+from .headers import read_header
+from .json_files import parse_json, read_json
 from .scratch import sweep
 from .sharded import is_matrix, is_sharded, whole
 
 FORMAT_VERSION = 2
 WEIGHTS, CONFIG, DIVERGED = "model.safetensors", "config.json", "diverged"
-SIZE_NAMES = r"(n|d)_\w+|(\w+_)?rank|width|depth"  # options of recipes that are sizes of tensors
-HARMLESS = 2**16  # a claim up to this size costs little memory, used or not
 
 
 def write(folder: Path, description: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -129,46 +128,41 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{folder} has no {WEIGHTS} (it holds {there}): name the folder save_pretrained wrote.")
     try:
+        _, metadata = read_header(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
+    header = metadata.get("moa")
+    try:
         with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get("moa")
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from error
     if header is None:
         raise CheckpointError(f"{file} was not written by moa: its header has no 'moa' entry.")
-    description = json.loads(header)
-    if description["format_version"] > FORMAT_VERSION:
+    description = parse_json(header, f"{file}: the description in its header")
+    version = description.get("format_version")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{file} has format_version {shown(repr(version))}: expected a whole number.")
+    if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format version {description['format_version']}, this moa reads up to {FORMAT_VERSION}: "
-            "upgrade moa."
+            f"{file} has format version {version}, this moa reads up to {FORMAT_VERSION}: upgrade moa."
         )
-    if description["format_version"] < FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {description['format_version']}, of moa before its release: train it anew."
-        )
-    _check_claims(description, tensors, file)
+    if version < FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {version}, of moa before its release: train it anew.")
     return description, tensors
 
 
-def _check_claims(description: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Check that recipes do not claim sizes that the file's tensors cannot have, before anything of such a size exists.
+def read_mixture(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `read` does, of a checkpoint whose description says what rebuilds a model.
 
-    Every expert and every rank has at least one number in the file, so has every rank of every expert; where both
-    are equal they may be the same thing, experts of rank 1.
+    Raises:
+        CheckpointError: as `read`; a field of another type; sizes that the file's tensors cannot have.
     """
-    held = sum(tensor.numel() for tensor in tensors.values())
-    for recipe in description.get("recipes", ()):
-        sizes = {
-            key: value for key, value in recipe.items() if isinstance(value, int) and re.fullmatch(SIZE_NAMES, key)
-        }
-        n_experts, rank = sizes.get("n_experts", 0), sizes.get("rank", 0)
-        sizes["n_experts · rank"] = n_experts * rank if n_experts != rank else rank
-        for key, value in sizes.items():
-            if value > max(held, HARMLESS):
-                raise CheckpointError(
-                    f"{file} claims {key}={value} for {recipe.get('router')!r}, and holds {held} numbers in all: it is "
-                    "damaged or was changed by hand."
-                )
+    description, tensors = read(folder)
+    file = folder / WEIGHTS
+    check_description(description, file)
+    check_claims(description, tensors, file)
+    return description, tensors
 
 
 def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:

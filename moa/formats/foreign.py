@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..delta import all_finite
+from ..errors import CheckpointError, NumericsError, shown
 from .json_files import read_json
 from .tensor_files import Checkpoint
 
+# what torch's reader of pickles ends in, on bytes that nobody wrote so
+DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, struct.error),
+)
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -61,11 +69,50 @@ def read_foreign(folder: Path) -> Foreign:
         return Foreign(folder, config, Checkpoint(file))
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    except DAMAGE as error:
+        raise CheckpointError(f"{file} cannot be read: {type(error).__name__}: {shown(error, 300)}") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(f"{file} holds {type(tensors).__name__}: expected a mapping name -> tensor.")
     return Foreign(folder, config, tensors)
+
+
+def check_fields(found: Foreign, fields: Mapping[str, tuple[type, ...]]) -> None:
+    """Check the types of a configuration's values, and that its numbers are finite and not negative; no tensors.
+
+    Args:
+        found: the folder.
+        fields: key -> the types that its value may have; one that is missing or null is left to its default.
+
+    Raises:
+        CheckpointError: another type; the key is named.
+    """
+    for key, types in fields.items():
+        value = found.config.get(key)
+        if value is None:
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        usable = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if not usable or (number and not (math.isfinite(value) and value >= 0)):
+            wanted = " or ".join(kind.__name__ for kind in types)
+            raise CheckpointError(
+                f"{found.path / CONFIG} has {key}={shown(repr(value))}: expected {wanted}, at least 0."
+            )
+
+
+def check_numbers_of(found: Foreign) -> None:
+    """Check that every tensor of a folder, of any shape, holds finite floating numbers.
+
+    Raises:
+        CheckpointError: one holds whole numbers.
+        NumericsError: one holds NaN or infinity; it is named.
+    """
+    for name, tensor in found.tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{found.path} holds {shown(repr(name))} as {tensor.dtype}: expected floating numbers."
+            )
+        if not all_finite(tensor):
+            raise NumericsError(f"{shown(repr(name))} in {found.path} holds NaN or infinity: its training diverged.")
 
 
 def refuse(found: Foreign, options: Mapping[str, str]) -> None:

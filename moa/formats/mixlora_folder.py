@@ -16,7 +16,7 @@ from ..errors import CheckpointError, ConfigError
 from ..experts import ExpertBank
 from ..mixture import Branch, Mixture, linear_sites
 from ..recipes import make_recipe
-from .foreign import Foreign, refuse
+from .foreign import Foreign, check_fields, check_numbers_of, refuse
 
 LAYER = r"mixlora\.layers\.(?P<layer>\d+)\."
 FACTOR = r"\.lora_(?P<factor>[AB])\.weight"
@@ -29,6 +29,13 @@ EXPERTS = (
 PLAIN = rf"{LAYER}self_attn\.(?P<linear>\w+){FACTOR}"
 OLD_LINEARS = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 STRATEGIES = ("mixlora", "mixtral")  # two names of the same top-k softmax gate
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("num_experts", "top_k", "r"), (int,)),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "jitter_noise", "router_aux_loss_coef"), (int, float)),
+    **dict.fromkeys(("use_rslora", "router_loss"), (bool,)),
+    **dict.fromkeys(("routing_strategy", "act_fn"), (str,)),
+    "expert_lora": (dict,),
+}
 REFUSED = {
     "use_dora": "DoRA rescales the whole weight, which the recipe's experts do not",
     "bias": "the layout's experts have no trained biases",
@@ -56,6 +63,7 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
         r and lora_alpha although it parses expert_lora; here jitter is for training and expert_lora counts.
     """
     _check(model, found)
+    check_numbers_of(found)
     gates, experts, plain = _sorted(found)
     names = _names(model, found, [*(place for place, _ in experts), *(place for place, _ in plain)], gates)
     (rank, scale), (plain_rank, plain_scale) = _size(found, "expert_lora"), _size(found, "")
@@ -92,6 +100,8 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
 
 
 def _check(model: Any, found: Foreign) -> None:
+    check_fields(found, FIELDS)
+    check_fields(Foreign(found.path, found.config.get("expert_lora") or {}, {}), FIELDS)
     config = {**found.config, "bias": found.config.get("bias") not in (None, "none")}
     refuse(Foreign(found.path, config, {}), REFUSED)
     strategy = found.config.get("routing_strategy")
@@ -136,12 +146,32 @@ def _sorted(found: Foreign) -> tuple[dict[int, Tensor], Pairs, Pairs]:
     pairs: list[Pairs] = [{place: (f["A"], f["B"]) for place, f in own.items()} for own in (parts[True], parts[False])]
     if not gates or not pairs[0]:
         raise CheckpointError(f"{found.path} holds {len(gates)} gates and {len(pairs[0])} experts: expected both.")
+    _check_sizes(found, gates, pairs)
     wrong = [place for place in pairs[0] if place[1] >= found.config["num_experts"]]
     if wrong:
         raise CheckpointError(
             f"{found.path} holds expert {wrong[0][1]} of {wrong[0][0]}, and num_experts={found.config['num_experts']}."
         )
     return gates, pairs[0], pairs[1]
+
+
+def _check_sizes(found: Foreign, gates: dict[int, Tensor], pairs: list[Pairs]) -> None:
+    """Check what the configuration says of sizes against the tensors, before anything of such a size is made."""
+    n_experts = found.config["num_experts"]
+    for layer, gate in gates.items():
+        if gate.ndim != 2 or len(gate) < n_experts:
+            raise CheckpointError(
+                f"{found.path}: the gate of layer {layer} is {tuple(gate.shape)}, expected "
+                f"{(n_experts, *gate.shape[1:])} by num_experts."
+            )
+    for own, inner in zip(pairs, ("expert_lora", ""), strict=True):
+        rank, _ = _size(found, inner)
+        for (place, _), (a, b) in own.items():
+            if a.ndim != 2 or b.ndim != 2 or len(a) != rank:
+                raise CheckpointError(
+                    f"{found.path}: the factors of {place} are {tuple(a.shape)} and {tuple(b.shape)}, expected "
+                    f"{(rank, *a.shape[1:])} and {(*b.shape[:1], rank)} by r."
+                )
 
 
 def _names(model: Any, found: Foreign, places: list[str], gates: dict[int, Tensor]) -> dict[str, str]:
@@ -168,6 +198,8 @@ def _names(model: Any, found: Foreign, places: list[str], gates: dict[int, Tenso
 def _size(found: Foreign, inner: str) -> tuple[int, float]:
     """Return rank and scale of the configuration, or of an inner one that overrides it."""
     config = {**found.config, **(found.config.get(inner) or {})}
+    if not config["r"]:
+        raise CheckpointError(f"{found.path} has r=0: expected a whole number of at least 1.")
     return config["r"], config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
 
 

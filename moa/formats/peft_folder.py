@@ -207,7 +207,10 @@ class Lora:
 
     def _check_rank(self, module: str) -> None:
         expected, _ = scale_of(self.config, module, self.source)
-        rank = self._shape(self.parts[module]["A"])[0]
+        down, up = (self._shape(self.parts[module][part]) for part in "AB")
+        if len(down) < 2 or len(up) < 2:
+            raise CheckpointError(f"{module!r} in {self.source} has factors {down} and {up}: expected matrices.")
+        rank = down[0]
         if rank != expected:
             raise CheckpointError(
                 f"{module!r} in {self.source} has rank {rank}, its config says {expected} (r or rank_pattern): the "

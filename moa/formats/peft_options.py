@@ -156,7 +156,7 @@ def check_options(config: Mapping[str, Any], source: str) -> None:
     check_kinds(config, source)
     kind = config.get("peft_type")
     if kind != "LORA":
-        hint = f" {ROUTED[kind]}" if kind in ROUTED else ""
+        hint = f" {ROUTED[kind]}" if isinstance(kind, str) and kind in ROUTED else ""
         raise CheckpointError(f"{source} has peft_type {kind!r}: expected 'LORA'.{hint}")
     check_known(config, OPTIONS, source)
     for key, value in config.items():

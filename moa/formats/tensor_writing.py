@@ -105,11 +105,24 @@ def plan_shards(checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype], most_
 
 
 def copy_rest(folder: Path, partial: Path) -> None:
-    """Copy every file that holds no weights (no tensors of any shape), in sub-folders too; hidden ones are left."""
+    """Copy every file that holds no weights (no tensors of any shape), in sub-folders too; hidden ones are left.
+
+    Raises:
+        CheckpointError: a link that leads out of the folder, e.g. to somebody's key: the copy would carry its content.
+    """
     for source in sorted(folder.rglob("*")):
         inside = source.relative_to(folder)
         if any(part.startswith(".") for part in inside.parts) or source.name.endswith(WEIGHT_SUFFIXES):
             continue
         if source.is_file():
+            _check_link(source, folder)
             (partial / inside).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / inside)
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """Check that a file lies in its folder, or where the Hub's cache keeps the files that its folders link to."""
+    place = file.resolve()
+    roots = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    if not any(root in place.parents for root in roots):
+        raise CheckpointError(f"{file} is a link to {place}, outside {folder}: put the file itself there.")

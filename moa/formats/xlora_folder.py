@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, shown
 from ..mixture import Branch
 from ..recipes import make_recipe
-from .foreign import CONFIG, Foreign, read_foreign
+from .foreign import CONFIG, Foreign, check_fields, check_numbers_of, read_foreign
 from .named_deltas import Deltas, deltas
 from .peft_experts import expert_changes, largest_rank, load_experts
 from .peft_options import check_known
@@ -26,6 +26,13 @@ OPTIONS = (
     *("global_scaling_weight", "hidden_size", "base_model_name_or_path", "peft_type"),
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
 )
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("enable_softmax", "enable_softmax_topk", "layerwise_scalings", "use_trainable_adapters"), (bool,)),
+    **dict.fromkeys(("xlora_depth", "xlora_size", "top_k_lora", "hidden_size"), (int,)),
+    **dict.fromkeys(("xlora_dropout_p", "softmax_temperature", "scaling_pass_value"), (int, float)),
+    "global_scaling_weight": (int, float),
+    "adapters": (dict,),
+}
 PREFIXES = ("base_model.lora_model.model.", "base_model.model.")
 
 
@@ -82,6 +89,16 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
 def _check(found: Foreign) -> None:
     config = found.config
     check_known(config, OPTIONS, str(found.path))
+    check_fields(found, FIELDS)
+    check_numbers_of(found)
+    most = max((size for tensor in found.tensors.values() for size in tensor.shape), default=0)
+    depth = config.get("xlora_depth") or 1
+    if depth > len(found.tensors) + len(config.get("adapters") or ()):
+        raise CheckpointError(
+            f"{found.path} has xlora_depth={depth}, and {len(found.tensors)} tensors of a classifier."
+        )
+    if depth > 1 and (config.get("xlora_size") or 0) > max(most, 4096):
+        raise CheckpointError(f"{found.path} has xlora_size={config.get('xlora_size')}, and no tensor of that size.")
     if config.get("scaling_pass_value"):
         raise CheckpointError(
             f"{found.path} sets scaling_pass_value={config['scaling_pass_value']}: the recipe's first pass runs the "
@@ -98,6 +115,9 @@ def _check(found: Foreign) -> None:
             f"{found.path} names adapters {names!r}: expected '0', '1', …, the names under which peft saves them and "
             "which keep their order."
         )
+    for number, name in names.items():
+        if not isinstance(name, str) or not name or "\0" in name or len(name) > 4000:
+            raise CheckpointError(f"{found.path} names adapter {number} {shown(repr(name))}: expected a folder.")
 
 
 def _adapter_folders(found: Foreign) -> list[Path]:
@@ -169,6 +189,9 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
     stack = _classifier(found)
     step = 3 if config.get("xlora_dropout_p", 0.2) > 0 else 2  # linear, ReLU and, where there is any, dropout
     wanted = [step * number for number in range(config.get("xlora_depth", 1))]
+    flat = [part for row in stack.values() for name, part in row.items() if part.ndim != (2 if name == "weight" else 1)]
+    if flat:
+        raise CheckpointError(f"{found.path}: the classifier holds {tuple(flat[0].shape)}: not a linear layer's.")
     missing = [place for place in wanted if set(stack.get(place, ())) != {"weight", "bias"}]
     if missing or len(stack) > len(wanted):
         raise CheckpointError(
@@ -182,7 +205,7 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
             if place == wanted[-1] and config.get("layerwise_scalings"):
                 weight, bias = weight[number * n : number * n + n], bias[number * n : number * n + n]
             assert isinstance(layer, torch.nn.Linear)
-            if weight.shape != layer.weight.shape:
+            if weight.shape != layer.weight.shape or bias.shape != layer.bias.shape:
                 raise CheckpointError(
                     f"{found.path}: layer {place} of the classifier is {tuple(weight.shape)}, expected "
                     f"{tuple(layer.weight.shape)}: another base, or other adapters."

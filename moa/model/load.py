@@ -44,7 +44,7 @@ def load_host(
             adopt(out, found)
         out.eval()
         return out
-    description, tensors = checkpoint.read(folder)
+    description, tensors = checkpoint.read_mixture(folder)
     if base is None:
         base = load_base(description["base"], folder, kwargs)
     if check_base:
@@ -54,7 +54,10 @@ def load_host(
         out.train_whole(description["modules_to_save"])
         for row in description["recipes"]:
             options = {key: value for key, value in row.items() if key not in ("router", "sites")}
-            out.add_recipe(make_recipe(row["router"], **options), row["sites"])
+            try:
+                out.add_recipe(make_recipe(row["router"], **options), row["sites"])
+            except ConfigError as error:
+                raise ConfigError(f"{folder}: its recipe {row['router']!r} cannot be built: {error}") from error
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     out.eval()
     return out

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from .figures import routing_figure, short_names
 from .runlog import FILE, LogStep, read_log
 from .statistics import LayerLoad
@@ -79,13 +79,24 @@ def _history(folder: Path) -> list[dict[str, Any]]:
             state = _read_json(path)
             if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
                 raise ConfigError(f"{path} is not a trainer state: it has no log_history.")
-            return [row for row in state["log_history"] if isinstance(row, dict)]
+            return [row for row in state["log_history"] if isinstance(row, dict) and _are_numbers(row, path)]
     return []
+
+
+def _are_numbers(row: dict[str, Any], path: Path) -> bool:
+    """Check what is drawn of a row of Trainer's history."""
+    for key in ("step", "loss", "eval_loss"):
+        value = row.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+            raise ConfigError(f"{path}: {key} in log_history must be a number, got {shown(repr(value))}.")
+    return True
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ConfigError(f"{path} is not usable JSON: it is nested too deep.") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}): it may have been cut short.") from error
 

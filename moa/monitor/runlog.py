@@ -98,34 +98,59 @@ def read_log(path: str | Path) -> list[LogStep]:
 def _lines(path: Path) -> Iterator[tuple[str, LogStep]]:
     if not path.is_file():
         raise ConfigError(f"there is no {path}: train with moa.RoutingMonitor, which writes it.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 at byte {error.start}: was the file edited?") from None
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             return
         try:
             yield line, _log_step(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{path} line {number} is not a log step ({type(error).__name__}: {error}): was the file edited?"
             ) from error
 
 
 def _log_step(row: dict[str, Any]) -> LogStep:
+    """Return a line's log step.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: a value that is missing, or of another type or size.
+    """
+    if not row["layers"]:
+        raise ValueError("it has no layers")
+    for task, loads in row["by_task"].items():
+        for name, load in loads.items():
+            if len(load) != len(row["layers"][name]["load"]):
+                raise ValueError(f"the loads of {name!r} differ in length between {task!r} and all")
     return LogStep(
         step=int(row["step"]),
         layers={
-            name: LayerLoad(_tensor(v["load"]), v["rows"], v["k"], dead_share=v["dead_share"])
+            name: LayerLoad(
+                _tensor(v["load"]), float(v["rows"]), _number_or_none(v["k"]), dead_share=float(v["dead_share"])
+            )
             for name, v in row["layers"].items()
         },
         by_task={t: {name: _tensor(v) for name, v in loads.items()} for t, loads in row["by_task"].items()},
         losses={name: math.nan if v is None else float(v) for name, v in row["losses"].items()},
-        router_grad_norm=row["router_grad_norm"],
-        warnings=list(row["warnings"]),
+        router_grad_norm=_number_or_none(row["router_grad_norm"]),
+        warnings=[str(warning) for warning in row["warnings"]],
     )
 
 
+def _number_or_none(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(f"{value!r} is not a number")
+    return value
+
+
 def _tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    made = torch.tensor(values, dtype=torch.float64)
+    if made.ndim != 1 or not made.numel() or not bool((made.isfinite() & (made >= 0)).all()):
+        raise ValueError("a load is a list of shares, each at least 0")
+    return made
 
 
 class RunLog:

@@ -337,6 +337,7 @@ def make_recipe(router: str, **options: Any) -> Recipe:
             raise ConfigError(unknown_keyword(key, [*known, *theirs], where))
         message = f"{key}={value!r} changes nothing in the recipe {router!r}: {cls.unused[key]}."
         warnings.warn(message, UnusedKeywordWarning, stacklevel=2)
+    tables.check_types(cls, options)
     made = cls(**options)
     for key in COMMON:
         if key in options and key not in made.family.uses:

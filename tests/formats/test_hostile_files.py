@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import moa
 from moa.errors import CheckpointError, FoldError, MoaWarning, NumericsError
 from moa.formats.tensor_files import Checkpoint
+from moa.merge import write_checkpoint
 from tests import laws, models
 
 
@@ -135,3 +136,21 @@ def test_offloaded_layers_get_experts_where_they_run() -> None:
     model = models.randomise(moa.build(base, "topk", n_experts=3, rank=2))
     assert all(p.device.type == "cpu" for _, branch in model.branches() for p in branch.parameters())
     laws.assert_close(models.outputs_of(model, models.lm_batch()), expected, 1e-6)
+
+
+def test_a_link_out_of_a_base_is_not_copied(tmp_path: Path) -> None:
+    """Merging into somebody's base and sharing the result would share a file of one's own; the Hub's cache is links."""
+    cache = tmp_path / "models--a--b"
+    base = cache / "snapshots" / "1"
+    models.llama().save_pretrained(base)
+    (cache / "blobs").mkdir()
+    (cache / "blobs" / "abc").write_text("{}")
+    (base / "tokenizer_config.json").symlink_to(cache / "blobs" / "abc")
+    changes = {"model.layers.0.self_attn.q_proj.weight": torch.ones(16, 16)}
+    write_checkpoint(base, changes, tmp_path / "good")
+    assert (tmp_path / "good" / "tokenizer_config.json").read_text() == "{}"
+    (tmp_path / "key").write_text("secret")
+    (base / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to"):
+        write_checkpoint(base, changes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
