@@ -135,4 +135,7 @@ def test_entries_of_an_index_that_are_no_files(tmp_path: Path, entry: Any, capsy
     capsys.readouterr()
     assert main(["merge", str(tuned), "--base", str(base), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert repr(name) in error and repr(entry) in error
+    if entry == "\ud800.safetensors":  # half a surrogate pair is not text: the whole file is refused
+        assert index.name in error and "surrogates not allowed" in error
+    else:
+        assert repr(name) in error and repr(entry) in error
