@@ -114,8 +114,8 @@ def test_every_type_gives_what_float64_gives(method: str, options: dict[str, Any
         for name in adapters[0]:
             assert got[name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
             assert float(truth[name].dense().abs().max()) > 0
-            # The work type of the half types is float32; decompositions cost it a few of its 24 bits. In float64 both are
-            # one computation, but a solver rounds by how its memory is aligned.
+            # The work type of the half types is float32; decompositions cost it a few of its 24 bits. In
+            # float64 both are one computation, but a solver rounds by how its memory is aligned.
             assert_close(got[name].dense(), truth[name].dense(), 1e-14 if dtype == torch.float64 else 1e-5)
 
 
