@@ -28,15 +28,16 @@ class Reference(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the forward returns, one that a library has put in its place included."""
         model: Host = self.__dict__["model"]
-        modes = [module for module in model.modules() if module.training]
-        try:
-            for module in modes:
-                module.training = False
-            with torch.no_grad(), model.disable_adapter():
-                return super().__call__(*args, **kwargs)
-        finally:
-            for module in modes:
-                module.training = True
+        with model.scope.turns.alone():
+            modes = [module for module in model.modules() if module.training]
+            try:
+                for module in modes:
+                    module.training = False
+                with torch.no_grad(), model.disable_adapter():
+                    return super().__call__(*args, **kwargs)
+            finally:
+                for module in modes:
+                    module.training = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the base as it came, given its inputs (B, …)."""

@@ -188,12 +188,17 @@ class Host(Stepped):
         Raises:
             ConfigError: inside `folded`, where the base is not the frozen one.
         """
-        with self._set("disable_adapter", "enabled", False), as_they_came(self.whole):
-            yield
+        with self._set("disable_adapter", "enabled", False):
+            if not self.whole:
+                yield
+                return
+            with self.scope.turns.alone(), as_they_came(self.whole):
+                yield
 
     @contextlib.contextmanager
     def _set(self, what: str, name: str, value: Any) -> Iterator[None]:
-        self._check_not_folded(what)
+        if self.scope.turns.mine():  # another thread's fold is over before a forward of this one begins
+            self._check_not_folded(what)
         before = getattr(context := self.context, name)
         setattr(context, name, value)
         try:
@@ -238,7 +243,7 @@ class Host(Stepped):
 
     @contextlib.contextmanager
     def _swapped(self, swap: contextlib.AbstractContextManager[None]) -> Iterator[nn.Module]:
-        with swap:
+        with self.scope.turns.alone(), swap:
             context, self._folded = self.context, True
             before, context.enabled = context.enabled, False
             try:

@@ -36,7 +36,6 @@ class Learned(Host):
     config: Any
     can_generate: Callable[[], bool]
     selections: Selections
-    _in_closure: bool
     _warned_of_lost_losses: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +59,7 @@ class Learned(Host):
 
     def _learns(self) -> bool:
         """Whether this forward is one to learn from, and its loss nobody's outside of the model."""
-        return self.training and torch.is_grad_enabled() and not self._in_closure
+        return self.training and torch.is_grad_enabled() and not self.scope.in_closure
 
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
@@ -124,14 +123,12 @@ class Learned(Host):
         """
         traces: list[Trace] = []
         values: list[Tensor] = []
-        self._in_closure = True
-        try:
-            for selected in self.selections.of(self.samples if self.training else 1):
+        samples = self.samples if self.training else 1
+        with self._undisturbed(samples), self.scope.closure():
+            for selected in self.selections.of(samples):
                 with selected, self._again(bool(values)), self.tracing() as trace:
                     values.append(closure())
                 traces.append(trace)
-        finally:
-            self._in_closure = False
         losses = [v.mean() for v in values]
         if not self.training:
             return losses[0]
@@ -168,6 +165,10 @@ class Learned(Host):
     def _again(self, again: bool) -> contextlib.AbstractContextManager[None]:
         """Run a forward on the batch of the one before, if so: what it moved is moved once."""
         return moved_once([whole.module for whole in self.whole]) if again else contextlib.nullcontext()
+
+    def _undisturbed(self, samples: int) -> contextlib.AbstractContextManager[None]:
+        """Let no other thread draw from the random state that several selections start from."""
+        return self.scope.turns.alone() if samples > 1 else contextlib.nullcontext()
 
     def _shifts(self) -> bool:
         """Whether Trainer leaves the first label of a row out of its count: the share must follow its rule."""

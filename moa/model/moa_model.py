@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -67,7 +66,6 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
         self.streams = None
         self.objective = Objective()
         self.last_losses: dict[str, Tensor] = {}
-        self._in_closure = False
         self._input_names = input_names(base)
         self.observers: list[Callable[[list[Trace]], None]] = []
         self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
@@ -121,12 +119,13 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
         if task_ids is not None and "task_ids" in self._input_names:
             kwargs["task_ids"] = task_ids
         outputs = None
-        self.scope.enter(self, outermost(self.context, batch))
-        try:
-            outputs = self._described(args, kwargs, labels, num_items_in_batch)
-            return outputs
-        finally:
-            self.scope.leave(self, outputs)
+        with self._undisturbed(self.samples if self._learns() else 1):
+            self.scope.enter(self, outermost(self.context, batch))
+            try:
+                outputs = self._described(args, kwargs, labels, num_items_in_batch)
+                return outputs
+            finally:
+                self.scope.leave(self, outputs)
 
     def _described(self, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Any, num_items: Any) -> Any:
         """Return the base's outputs with the training loss (), the batch having been described."""
@@ -141,7 +140,7 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
             # a dict names its loss, also where it comes from start_positions and the like
             return outputs, loss_of(outputs) if labels is not None or isinstance(outputs, dict) else None
 
-        if self.training and torch.is_grad_enabled() and not self._in_closure:
+        if self._learns():
             outputs, loss = self._train_forward(run, labels)
         else:
             outputs, loss = run()

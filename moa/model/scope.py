@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from ..compat import next_node, working_node
 from ..errors import ContextError
 from ..types import Context, Draws
 from .outputs import tensors_of
+from .turns import Turns
 
 
 class ModelScope:
@@ -32,6 +34,7 @@ class ModelScope:
 
     def __init__(self, draws: Draws | None = None, names: tuple[str, ...] = ()) -> None:
         self.draws, self.names = draws, names
+        self.turns = Turns()
         self._here = _Thread(draws)
         self._graphs: dict[int, list[weakref.ref[_Graph]]] = {}  # of each thread
 
@@ -44,10 +47,28 @@ class ModelScope:
         again = None if torch.compiler.is_compiling() else self._recomputed()
         return here.outside if again is None else again
 
+    @property
+    def in_closure(self) -> bool:
+        """Whether the loss () of what runs in this thread is a closure's."""
+        inside: bool = self._here.in_closure
+        return inside
+
+    @contextlib.contextmanager
+    def closure(self) -> Iterator[None]:
+        """Run a closure that computes a loss () of this thread's forwards inside the block."""
+        before, self._here.in_closure = self._here.in_closure, True
+        try:
+            yield
+        finally:
+            self._here.in_closure = before
+
     def enter(self, owner: object, context: Context) -> None:
         """Make a context the current one, until the same owner leaves."""
         here = self._here
         if not here.inside:
+            here.counted = not torch.compiler.is_compiling()
+            if here.counted:
+                self.turns.begin()
             here.graph = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else _Graph()
         here.inside = (*here.inside, (owner, context))
         if here.graph is not None:
@@ -59,6 +80,9 @@ class ModelScope:
         if not here.inside or here.inside[-1][0] is not owner:
             return
         here.inside = here.inside[:-1]
+        if not here.inside and here.counted:
+            here.counted = False
+            self.turns.end()
         graph = here.graph
         if graph is None:
             return
@@ -113,6 +137,8 @@ class _Thread(threading.local):
         self.outside = Context(draws=draws)
         self.inside: tuple[tuple[object, Context], ...] = ()
         self.graph: _Graph | None = None
+        self.counted = False  # among those that run
+        self.in_closure = False  # the loss of a forward is a closure's
 
 
 class _Graph:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from ..compat import next_node, working_node
+from ..errors import ContextError
 
 
 class Selections:
@@ -26,9 +28,7 @@ class Selections:
     """
 
     def __init__(self) -> None:
-        self._now: tuple[int, int] | None = None
-        self._starts: list[int] = []  # number of the first autograd node
-        self._which: list[tuple[int, int] | None] = []  # of which forward
+        self._threads: dict[int, _Begun] = {}  # each numbers its nodes by itself
 
     def of(self, samples: int) -> Iterator[contextlib.AbstractContextManager[None]]:
         """Yield one context for each of M forwards; run them in this order, each in its own.
@@ -54,24 +54,48 @@ class Selections:
             self._begin(None)
 
     def _begin(self, which: tuple[int, int] | None) -> None:
-        self._now = which
-        self._starts.append(next_node())
-        self._which.append(which)
+        begun = self._threads.setdefault(threading.get_ident(), _Begun())
+        begun.now = which
+        begun.starts.append(next_node())
+        begun.which.append(which)
 
     def current(self) -> tuple[int, int] | None:
-        """Return (m, M) of the forward that runs, or that a recomputed block belongs to; None outside of such."""
-        if torch.compiler.is_compiling():  # compiled code is not run again
-            return self._now
-        node = working_node()
+        """Return (m, M) of the forward that runs, or that a recomputed block belongs to; None outside of such.
+
+        Raises:
+            ContextError: a recomputed block may belong to selections of several threads.
+        """
+        begun = self._threads.get(threading.get_ident())
+        node = None if torch.compiler.is_compiling() else working_node()  # compiled code is not run again
         if node is None:
-            return self._now
-        place = bisect.bisect_right(self._starts, node) - 1
-        return self._which[place] if place >= 0 else None
+            return None if begun is None else begun.now
+        if begun is None and len(self._threads) == 1:  # a GPU's backward runs in a thread of its own
+            begun = next(iter(self._threads.values()))
+        if begun is None:
+            if not self._threads:
+                return None
+            raise ContextError(
+                "a recomputed block may belong to selections of several threads: train one model from one thread, or "
+                "without gradient checkpointing."
+            )
+        place = bisect.bisect_right(begun.starts, node) - 1
+        return begun.which[place] if place >= 0 else None
 
     def forget(self) -> None:
         """Forget the forwards that ran: once an optimizer has changed the weights, none of them is run again."""
-        self._starts.clear()
-        self._which.clear()
+        self._threads = {thread: begun for thread, begun in self._threads.items() if begun.now is not None}
+        for begun in self._threads.values():
+            begun.starts.clear()
+            begun.which.clear()
+
+
+class _Begun:
+    """The forwards that one thread has begun."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, int] | None = None
+        self.starts: list[int] = []  # number of the first autograd node
+        self.which: list[tuple[int, int] | None] = []  # of which forward
 
 
 class RandomState:

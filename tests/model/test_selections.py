@@ -175,9 +175,10 @@ def test_a_recomputed_block_makes_the_choice_of_its_own_forward(kind: str, how: 
     assert got.keys() == plain.keys()
     for name, grad in plain.items():
         assert_close(got[name], grad, 1e-9, name)
-    assert len(model.selections._starts) == len(model.selections._which) == 6 * steps
+    (begun,) = model.selections._threads.values()
+    assert len(begun.starts) == len(begun.which) == 6 * steps
     torch.optim.SGD(model.parameters(), lr=0.0).step()
-    assert not model.selections._starts, "an optimizer's step ends what can be run again"
+    assert not model.selections._threads, "an optimizer's step ends what can be run again"
 
 
 def test_the_random_state_comes_back() -> None:
