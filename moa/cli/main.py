@@ -21,9 +21,11 @@ from . import (
     cmd_eval,
     cmd_export,
     cmd_fold,
+    cmd_generate,
     cmd_init,
     cmd_inspect,
     cmd_merge,
+    cmd_predict,
     cmd_recipes,
     cmd_report,
     cmd_serve,
@@ -113,6 +115,8 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     cmd_demo.add(command)
     cmd_train.add(command, helps and "train" in words)
     cmd_eval.add(command)
+    cmd_predict.add(command)
+    cmd_generate.add(command)
     cmd_inspect.add(command)
     cmd_report.add(command)
     cmd_recipes.add(command)

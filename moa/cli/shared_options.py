@@ -31,6 +31,18 @@ def add_out(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dry-run", action="store_true", help="check, print what would be done, write nothing")
 
 
+def add_import(sub: argparse.ArgumentParser) -> None:
+    """Add --import MODULE."""
+    sub.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module or .py file that registers the checkpoint's recipe or family, if it is not moa's; may be repeated",
+    )
+
+
 def load_checkpoint(path: str) -> MoAModel:
     """Return the model of a checkpoint, or of a run.
 

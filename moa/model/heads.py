@@ -261,6 +261,9 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
     if not name:
         raise CheckpointError(f"{folder} names no base to load ({class_name} was made in memory). {advice}")
     options = {"dtype": config["dtype"], **kwargs} if config.get("dtype") else dict(kwargs)
+    if "id2label" in config and not {"id2label", "num_labels", "config"} & kwargs.keys():
+        names = {int(number): label for number, label in config["id2label"].items()}  # JSON has text for keys
+        options |= {"id2label": names, "label2id": {label: number for number, label in names.items()}}
     try:
         if class_name == MultiTaskForSequenceClassification.__name__:
             if name != config["encoder_name_or_path"]:  # it was saved whole, heads included

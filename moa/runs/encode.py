@@ -52,7 +52,7 @@ class EncodedTask:
 
 
 @dataclass
-class _Encoded:
+class Encoded:
     """Rows on their way: the columns, and which rows are too long.
 
     Args:
@@ -121,7 +121,7 @@ def _encode_task(number: int, task: TaskRows, tokenizer: Any, max_length: int, l
 
 
 def _say_long(
-    name: str, part: str, rows: Rows, encoded: _Encoded, max_length: int, long_rows: str, notes: list[str]
+    name: str, part: str, rows: Rows, encoded: Encoded, max_length: int, long_rows: str, notes: list[str]
 ) -> None:
     """Say or refuse what is longer than max_length."""
     if not encoded.too_long:
@@ -140,12 +140,33 @@ def _say_long(
     notes.append(f"{name}: {said}")
 
 
-def _classification(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> _Encoded:
-    names = (task.task.text, task.task.pair)
+def _classification(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:
+    encoded = encode_texts(task.name, task.task, rows, tokenizer, max_length, long_rows)
+    encoded.columns["labels"] = task.label_ids(rows)
+    return encoded
+
+
+def encode_texts(
+    name: str, task: Task, rows: Rows, tokenizer: Any, max_length: int, long_rows: str = "truncate"
+) -> Encoded:
+    """Return the texts of rows, or their pairs of texts, as token ids, n lists of at most max_length.
+
+    Args:
+        name: of the task, for messages.
+        task: which columns hold the texts.
+        rows: n of them, whose texts are checked.
+        tokenizer: of the base model.
+        max_length: tokens per row at most.
+        long_rows: longer rows lose their end, unless this is "skip".
+
+    Raises:
+        ConfigError: a row without a token.
+    """
+    names = (task.text, task.pair)
     texts = [[str(value) for value in rows.columns[column]] for column in names if column]
     columns = dict(tokenizer(*texts, verbose=False))
     lengths = [len(ids) for ids in columns["input_ids"]]
-    _check_tokens(task.name, rows, lengths)
+    _check_tokens(name, rows, lengths)
     too_long = [(i, n) for i, n in enumerate(lengths) if n > max_length]
     kept = list(range(len(rows)))
     if too_long and long_rows == "skip":
@@ -153,10 +174,10 @@ def _classification(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int,
     elif too_long:
         at = [i for i, _ in too_long]
         cut = tokenizer(*[[text[i] for i in at] for text in texts], truncation=True, max_length=max_length)
-        for name, values in cut.items():
+        for column, values in cut.items():
             for i, value in zip(at, values, strict=True):
-                columns[name][i] = value
-    return _Encoded({**columns, "labels": task.label_ids(rows)}, too_long, kept)
+                columns[column][i] = value
+    return Encoded(columns, too_long, kept)
 
 
 def _check_tokens(name: str, rows: Rows, lengths: Sequence[int]) -> None:
@@ -174,7 +195,7 @@ def _answer_texts(task: Task, rows: Rows) -> list[str]:
     return [task.answer_template.replace("{answer}", str(value)) for value in rows.columns[task.answer]]
 
 
-def _generation(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> _Encoded:
+def _generation(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:
     """Return prompt and answer as one sequence; labels are the answer and the end, -100 on the prompt."""
     end = _end_of(task.name, tokenizer)
     prompts = tokenizer(_prompt_texts(task.task, rows), verbose=False)["input_ids"]
@@ -201,7 +222,7 @@ def _generation(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, lon
             f"max_length={max_length}; the answer of {rows.place(row)} takes {length} tokens. Raise max_length, or set "
             "long_rows: skip to leave such rows out."
         )
-    return _Encoded(columns, too_long, kept)
+    return Encoded(columns, too_long, kept)
 
 
 def _end_of(name: str, tokenizer: Any) -> int:
@@ -210,7 +231,7 @@ def _end_of(name: str, tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _chat(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> _Encoded:
+def _chat(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:
     """Return whole chats; labels are the assistant's turns, -100 elsewhere."""
     chats = Conversations(task.name, task.task, tokenizer)
     columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
@@ -226,7 +247,7 @@ def _chat(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows
             columns["input_ids"].append(ids[:max_length])
             columns["attention_mask"].append([1] * len(labels))
             columns["labels"].append(labels)
-    return _Encoded(columns, too_long, kept)
+    return Encoded(columns, too_long, kept)
 
 
 def _prompts(task: TaskRows, rows: Rows, tokenizer: Any) -> list[tuple[str, str]]:

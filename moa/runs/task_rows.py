@@ -68,7 +68,7 @@ def read_tasks(tasks: Mapping[str, Task], seed: int = 0) -> list[TaskRows]:
 def _read_task(name: str, task: Task, seed: int) -> TaskRows:
     train, held_out = _splits(name, task, seed)
     for part, rows in (("training", train), ("evaluation", held_out)):
-        _check_rows(f"task {name!r}, {part} rows", rows, task)
+        check_rows(f"task {name!r}, {part} rows", rows, task)
     notes = []
     if task.eval is not None and task.eval == task.train and task.eval_split in (None, task.split):
         notes.append(f"{name}: eval is the file of train, so the scores are those of rows that were trained on.")
@@ -111,8 +111,20 @@ def _draw(rows: Rows, at_most: int | None, seed: int) -> Rows:
     return rows.select(_permutation(len(rows), seed)[:at_most])
 
 
-def _check_rows(where: str, rows: Rows, task: Task) -> None:
-    missing = [column for column in task.columns if column not in rows.names]
+def check_rows(where: str, rows: Rows, task: Task, labelled: bool = True) -> None:
+    """Check that rows have a task's columns, and in them values of the kind that each must hold.
+
+    Args:
+        where: what begins the error.
+        rows: n of them.
+        task: whose columns are looked at.
+        labelled: the column of the label too.
+
+    Raises:
+        ConfigError: a missing column, no rows, or a value that is missing or of another kind; the row is named.
+    """
+    asked = task.columns if labelled else task.texts
+    missing = [column for column in asked if column not in rows.names]
     if missing:
         raise ConfigError(
             f"{where}: no column {', '.join(map(repr, missing))}; there are {', '.join(map(repr, rows.names))}. "
@@ -120,7 +132,7 @@ def _check_rows(where: str, rows: Rows, task: Task) -> None:
         )
     if len(rows) == 0:
         raise ConfigError(f"{where}: no rows.")
-    for column in task.columns:
+    for column in asked:
         values = rows.columns[column]
         if column == task.tools and task.kind == "chat":
             continue  # a chat may have none

@@ -20,6 +20,7 @@ from ..monitor.statistics import LayerLoad, RoutingStatistics
 from . import baselines
 from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
+from .generate import continuations
 from .preflight import Checked, check_run, check_scored
 from .processes import is_first, meet, say
 from .run_folder import FIGURE, MODEL, RESULTS
@@ -247,7 +248,6 @@ def _write_figure(path: Path, layers: Mapping[str, LayerLoad], tasks: Sequence[s
     routing_figure(loads, per_task=per_task, title="load of the experts on the evaluation rows").savefig(path, dpi=150)
 
 
-@torch.no_grad()
 def answers(
     model: MoAModel, tokenizer: Any, tasks: Sequence[EncodedTask], rows: int, max_new_tokens: int
 ) -> list[dict[str, str]]:
@@ -260,30 +260,17 @@ def answers(
         rows: prompts per task.
         max_new_tokens: tokens per answer at most.
     """
-    model.eval()
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     out = []
     for number, task in enumerate(tasks):
         chosen = task.prompts[:rows]
-        batch = tokenizer(
+        texts = continuations(
+            model,
+            tokenizer,
             [prompt for prompt, _ in chosen],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=task.kind != "chat",  # a chat template writes its own
-        ).to(model.device)
-        ids = torch.full((len(chosen),), number, device=model.device)
-        tokens = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            task_ids=ids,
-            do_sample=False,
+            task=number,
+            templated=task.kind == "chat",
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for (prompt, answer), text in zip(chosen, texts, strict=True):
             out.append({"task": task.name, "prompt": prompt, "answer": answer, "generated": text})
     return out

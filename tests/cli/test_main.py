@@ -171,6 +171,8 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
             "train",
             "recipes",
             "eval",
+            "predict",
+            "generate",
             "inspect",
             "report",
             "merge",
