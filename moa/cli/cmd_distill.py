@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shared_options import Command, add_out, check_out, load_checkpoint, say_dry
+from .shared_options import Command, add_out, check_out, check_task, load_checkpoint, say_dry
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -39,6 +39,7 @@ def _distill(arguments: argparse.Namespace) -> None:
 
     check_out(arguments.out, arguments.overwrite, arguments.checkpoint)
     model = load_checkpoint(arguments.checkpoint)
+    check_task(model, arguments.task)
     batches = _batches(model, arguments)
     if arguments.dry_run:
         rows = sum(len(batch["input_ids"]) for batch in batches or ())

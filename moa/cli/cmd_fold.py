@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .shared_options import Command, add_out, check_out, load_checkpoint, say_dry
+from .shared_options import Command, add_out, check_out, check_task, load_checkpoint, say_dry
 
 
 def add(command: Command) -> None:
@@ -27,6 +27,7 @@ def _fold(arguments: argparse.Namespace) -> None:
 
     check_out(arguments.out, arguments.overwrite, arguments.checkpoint)
     model = load_checkpoint(arguments.checkpoint)
+    check_task(model, arguments.task)
     if arguments.dry_run:
         check_folds(model, arguments.task)
         say_dry(f"folds {len(model.mixtures())} layers into {type(model.base).__name__}", arguments.out)

@@ -25,7 +25,7 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
         device: where they would run.
 
     Raises:
-        ConfigError: no such dtype or device.
+        ConfigError: no such dtype or device, or less than one row.
         CheckpointError: no checkpoint there.
     """
     kind = getattr(torch, dtype, None)
@@ -35,6 +35,8 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
         torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device {device!r}: {error}") from error
+    if n_rows < 1:
+        raise ConfigError(f"--tokens must be at least 1, got {n_rows}.")
     folder = checkpoint.locate(path)
     description, tensors = checkpoint.read_mixture(folder)
     base = description["base"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -53,6 +55,27 @@ def load_checkpoint(path: str) -> MoAModel:
     from ..model.build import load
 
     return load(of_run(path))
+
+
+def check_task(model: MoAModel, task: int | None) -> None:
+    """Check that --task is the id of a task that a model has.
+
+    Raises:
+        ConfigError: nothing in the model looks at a task, or it has none of this id.
+    """
+    if task is None:
+        return
+    routers: list[Any] = [branch.router for _, branch in model.branches() if hasattr(branch.router, "known_tasks")]
+    known = [set(router.known_tasks) for router in routers if router.known_tasks is not None]
+    labels = getattr(model.config, "labels", None)
+    if labels:
+        known.append(set(range(len(labels))))
+    if not known and not routers:
+        raise ConfigError(f"--task {task}: nothing in this checkpoint looks at a task; leave it out.")
+    ids = sorted(set.intersection(*known)) if known else None
+    if task < 0 or (ids is not None and task not in ids):
+        span = "0 or more" if not ids else f"from {ids[0]} to {ids[-1]}"
+        raise ConfigError(f"--task must be {span}, got {task}.")
 
 
 def check_out(out: str | Path, overwrite: bool, *inputs: str) -> None:

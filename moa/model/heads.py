@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ..errors import CheckpointError, ConfigError, ContextError, unknown_name
+from ..errors import CheckpointError, ConfigError, ContextError, MoaError, unknown_name
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -273,5 +273,7 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
         if not hasattr(cls, "from_pretrained"):
             raise CheckpointError(f"{folder} was made on a {class_name}, which transformers does not have. {advice}")
         return cls.from_pretrained(name, **options)  # type: ignore[union-attr]
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # no such place, no such model, weights of other shapes
+        if isinstance(error, MoaError):
+            raise
         raise CheckpointError(f"the base of {folder}, {name!r}, cannot be loaded: {error} {advice}") from error

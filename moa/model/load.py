@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +62,30 @@ def load_host(
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     out.eval()
     return out
+
+
+def base_from(path: str | Path, name: str, **kwargs: Any) -> nn.Module:
+    """Return the base of a saved mixture, (B, S) -> outputs, loaded from another place than the one it names.
+
+    Args:
+        path: folder of the checkpoint, or hub id.
+        name: folder or hub id of the base.
+        kwargs: for the base's `from_pretrained`.
+
+    Raises:
+        CheckpointError: no checkpoint there, or nothing of the base's class can be loaded from there.
+    """
+    folder = checkpoint.locate(path)
+    if foreign.is_foreign(folder):
+        found = foreign.read_foreign(folder)
+        return _foreign_base(
+            dataclasses.replace(found, config={**found.config, "base_model_name_or_path": name}), kwargs
+        )
+    row = checkpoint.read(folder)[0]["base"]
+    config = row["config"] or {}
+    if config.get("encoder_name_or_path") == row["name_or_path"] != "":
+        config = {**config, "encoder_name_or_path": name}
+    return load_base({**row, "name_or_path": name, "config": config}, folder, kwargs)
 
 
 def _foreign_base(found: foreign.Foreign, kwargs: Mapping[str, Any]) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,13 @@ from .config import TrainConfig, read_config
 from .run_folder import CONFIG, RunFolder
 from .task_rows import TaskRows, read_tasks
 from .yaml_values import is_folder
+
+# of a configuration, what scoring does not look at
+UNSCORED = ("recipe", "output", "overwrite", "compare", "generate", "patience")
+SCORED_TRAINING = re.compile(
+    r"(dataloader|disable|eval|report|log|logging|torch_compile|torch|include|remove|label)_\w+|use_cpu|"
+    r"per_device_eval_batch_size|batch_eval_metrics|bf16\w*|fp16\w*|tf32|full_determinism|accelerator_config"
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,22 @@ def check_scored(
         overrides: "a.b=c" each.
 
     Raises:
-        ConfigError: no such folder or configuration, or a base that is not there.
+        ConfigError: no such folder or configuration, a base that is not there, or an override that scoring does not
+            look at.
     """
     folder = Path(checkpoint)
     if not is_folder(folder):
         raise ConfigError(f"there is no folder {checkpoint} (looked from {Path.cwd()}).")
     home = folder if (folder / CONFIG).is_file() else folder.parent
+    for override in overrides:
+        _check_scored_key(override.partition("=")[0].strip())
     own = read_config(config or home / CONFIG, overrides, recipe=False)
     check_base(own.base, own.max_length)
     return own
+
+
+def _check_scored_key(key: str) -> None:
+    """Refuse to set what would change nothing: a score that does not move would seem to say something."""
+    first, _, rest = key.partition(".")
+    if first in UNSCORED or (first == "training" and rest and not SCORED_TRAINING.fullmatch(rest)):
+        raise ConfigError(f"--set {key}: scoring a checkpoint does not look at it; leave it out.")

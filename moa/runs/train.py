@@ -14,6 +14,7 @@ import transformers
 
 from .. import __version__
 from ..model.build import load
+from ..model.load import base_from
 from ..model.moa_model import MoAModel
 from ..monitor.report import routing_table
 from ..monitor.statistics import LayerLoad, RoutingStatistics
@@ -150,13 +151,14 @@ def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides
         overrides: "a.b=c" each.
 
     Raises:
-        ConfigError: no configuration, or tasks that the checkpoint has no head for.
-        CheckpointError: no checkpoint there.
+        ConfigError: no configuration, tasks that the checkpoint has no head for, or an override that changes nothing.
+        CheckpointError: no checkpoint there, or a base that is not the one it was made on.
     """
     folder = Path(checkpoint)
     own = check_scored(checkpoint, config, overrides)
     own.check_recipe()
-    model = load(folder / MODEL if (folder / MODEL).is_dir() else folder)
+    saved = folder / MODEL if (folder / MODEL).is_dir() else folder
+    model = load(saved, base_from(saved, own.base, **({} if own.dtype is None else {"dtype": own.dtype})))
     stored = json.loads(json.dumps(model.recipes[0][0].to_dict()))
     for key, value in json.loads(json.dumps(dict(own.recipe))).items():
         if key in stored and stored[key] != value:

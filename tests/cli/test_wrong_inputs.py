@@ -291,22 +291,3 @@ def test_words_are_read_as_they_are_written(tmp_path: Path, bases: dict[str, Pat
     file("x.csv.gz", gzip.compress(b"text,label\n" + b"it,a\nso,b\n" * 3))(tmp_path, values)
     (got,) = read_tasks(parse(values).tasks)
     assert got.labels == ["a", "b"] and len(got.train) + len(got.eval) == 6
-
-
-@pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
-def test_evaluation_refuses_what_is_not_the_models(
-    tmp_path: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    values = config_values(tmp_path, bases["encoder"])
-    values["training"] |= {"max_steps": 1}
-    assert main(["train", str(written(tmp_path, values))]) == 0
-    run = values["output"]
-    for override, message in (
-        ("tasks.first.labels=[positive, negative]", "the labels of task 'first' are negative, positive, in this order"),
-        ("pooling=cls", "was trained with pooling='mean'"),
-        ("base=/nowhere/at/all", "there is no folder /nowhere/at/all"),
-    ):
-        assert main(["eval", run, "--set", override]) == 2
-        assert message in capsys.readouterr().err
-    assert main(["eval", run, "--set", "recipe.rank=3"]) == 0
-    assert "the configuration says recipe.rank=3, the checkpoint was made with 2" in capsys.readouterr().out
