@@ -65,7 +65,7 @@ def check_task(model: MoAModel, task: int | None) -> None:
     """
     if task is None:
         return
-    routers: list[Any] = [branch.router for _, branch in model.branches() if hasattr(branch.router, "known_tasks")]
+    routers: list[Any] = [branch.router for _, branch in model.branches() if hasattr(branch.router, "tasks")]
     known = [set(router.known_tasks) for router in routers if router.known_tasks is not None]
     labels = getattr(model.config, "labels", None)
     if labels:
