@@ -80,14 +80,14 @@ def _written(
     arguments: argparse.Namespace, applied: Any, prompts: list[tuple[int, str]], task: Any, number: int | None
 ) -> Iterator[dict[str, Any]]:
     """Yield row, prompt and what was generated, batch by batch."""
-    from transformers import set_seed
+    import torch
 
     from ..runs.generate import continuations, framed
 
     model, tokenizer = applied.loaded(arguments.imports)
     where = str(applied.folder)
     texts, templated = framed([text for _, text in prompts], task, tokenizer, where)
-    set_seed(arguments.seed)
+    torch.manual_seed(arguments.seed)
     for start in range(0, len(texts), arguments.batch_size):
         chosen = slice(start, start + arguments.batch_size)
         written = continuations(
