@@ -29,6 +29,10 @@ class Selections:
 
     def __init__(self) -> None:
         self._threads: dict[int, _Begun] = {}  # each numbers its nodes by itself
+        self._here = _Here()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Selections, ()  # a copy has run nothing
 
     def of(self, samples: int) -> Iterator[contextlib.AbstractContextManager[None]]:
         """Yield one context for each of M forwards; run them in this order, each in its own.
@@ -54,7 +58,8 @@ class Selections:
             self._begin(None)
 
     def _begin(self, which: tuple[int, int] | None) -> None:
-        begun = self._threads.setdefault(threading.get_ident(), _Begun())
+        begun = self._here.begun
+        self._threads[threading.get_ident()] = begun
         begun.now = which
         begun.starts.append(next_node())
         begun.which.append(which)
@@ -65,10 +70,11 @@ class Selections:
         Raises:
             ContextError: a recomputed block may belong to selections of several threads.
         """
-        begun = self._threads.get(threading.get_ident())
+        here = self._here.begun
         node = None if torch.compiler.is_compiling() else working_node()  # compiled code is not run again
         if node is None:
-            return None if begun is None else begun.now
+            return here.now
+        begun = here if here.starts else None
         if begun is None and len(self._threads) == 1:  # a GPU's backward runs in a thread of its own
             begun = next(iter(self._threads.values()))
         if begun is None:
@@ -83,10 +89,10 @@ class Selections:
 
     def forget(self) -> None:
         """Forget the forwards that ran: once an optimizer has changed the weights, none of them is run again."""
-        self._threads = {thread: begun for thread, begun in self._threads.items() if begun.now is not None}
         for begun in self._threads.values():
             begun.starts.clear()
             begun.which.clear()
+        self._threads = {thread: begun for thread, begun in self._threads.items() if begun.now is not None}
 
 
 class _Begun:
@@ -96,6 +102,13 @@ class _Begun:
         self.now: tuple[int, int] | None = None
         self.starts: list[int] = []  # number of the first autograd node
         self.which: list[tuple[int, int] | None] = []  # of which forward
+
+
+class _Here(threading.local):
+    """What this thread has begun."""
+
+    def __init__(self) -> None:
+        self.begun = _Begun()
 
 
 class RandomState:

@@ -52,7 +52,7 @@ def read_prompts(applied: Applied, file: str, column: str | None, task: str | No
         task: name or id of a task of the run.
 
     Raises:
-        ConfigError: a file that cannot be read or has no prompts, a missing column, a value that is no text.
+        ConfigError: a file that cannot be read or has no prompts, a missing column, a value that is not text.
     """
     if file.endswith(".txt"):
         if not is_file(file):

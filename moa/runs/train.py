@@ -180,7 +180,10 @@ def _describe(
         "versions": {"moa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(model.device),
         "base": config.base,
-        "recipe": model.recipes[0][0].to_dict(),
+        "recipe": {  # as JSON gives it back
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in model.recipes[0][0].to_dict().items()
+        },
         "parameters": {
             "all": total,
             "trainable": trainable,
