@@ -24,7 +24,7 @@ def read_texts(applied: Applied, data: str, task: str | None, text: str | None, 
 
     Raises:
         ConfigError: a task that is not the run's or does not classify, a file that cannot be read, a missing column, a
-            value that is no text.
+            value that is not text.
     """
     known = applied.task(task)
     if known is not None and known.kind in ("generation", "chat"):
