@@ -291,7 +291,7 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
         flat = whole(name, tensor).detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, len(probe["values"]), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].float().cpu()
-        if not torch.allclose(values, torch.tensor(probe["values"]), rtol=1e-2, atol=1e-5):
+        if not torch.allclose(values, torch.tensor(probe["values"], dtype=torch.float32), rtol=1e-2, atol=1e-5):
             raise CheckpointError(
                 f"wrong base: {was}; the values of {name} differ from this {type(base).__name__}'s. Load the right "
                 "base, or pass check_base=False to use this one on purpose."

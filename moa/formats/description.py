@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def check_description(description: Mapping[str, Any], file: Path) -> None:
             check(probe.get(key), (list,), f"base.fingerprint.{shown(name)}.{key}")
             for value in probe[key]:
                 check(value, kind, f"base.fingerprint.{shown(name)}.{key}")
+                if abs(value) > sys.float_info.max:
+                    raise CheckpointError(f"{file}: base.fingerprint.{shown(name)}.{key} holds a number out of range.")
 
 
 def check_claims(description: Mapping[str, Any], tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -67,8 +67,8 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
     gates, experts, plain = _sorted(found)
     names = _names(model, found, [*(place for place, _ in experts), *(place for place, _ in plain)], gates)
     (rank, scale), (plain_rank, plain_scale) = _size(found, "expert_lora"), _size(found, "")
-    config, k = found.config, found.config.get("top_k", 2)
-    balance = config.get("router_aux_loss_coef", 0.001) * k if config.get("router_loss", True) else 0.0
+    config, k = found.config, _given(found, "top_k", 2)
+    balance = _given(found, "router_aux_loss_coef", 0.001) * k if _given(found, "router_loss", True) else 0.0
     try:
         recipe = make_recipe(
             "mixlora",
@@ -76,10 +76,10 @@ def adopt_mixlora(model: Any, found: Foreign) -> None:
             k=k,
             rank=max(rank, plain_rank) if plain else rank,
             alpha=scale * (max(rank, plain_rank) if plain else rank),
-            dropout=config.get("lora_dropout", 0.0),
+            dropout=_given(found, "lora_dropout", 0.0),
             balance=balance,
             balance_over="model",
-            jitter=config.get("jitter_noise", 0.0),
+            jitter=_given(found, "jitter_noise", 0.0),
             targets=tuple(names.values()),
         )
         model.add_recipe(recipe, list(names.values()))
@@ -155,6 +155,12 @@ def _sorted(found: Foreign) -> tuple[dict[int, Tensor], Pairs, Pairs]:
     return gates, pairs[0], pairs[1]
 
 
+def _given(found: Foreign, key: str, default: Any) -> Any:
+    """Return a value of the configuration, or the default where it is missing or null."""
+    value = found.config.get(key)
+    return default if value is None else value
+
+
 def _check_sizes(found: Foreign, gates: dict[int, Tensor], pairs: list[Pairs]) -> None:
     """Check what the configuration says of sizes against the tensors, before anything of such a size is made."""
     n_experts = found.config["num_experts"]
@@ -197,7 +203,7 @@ def _names(model: Any, found: Foreign, places: list[str], gates: dict[int, Tenso
 
 def _size(found: Foreign, inner: str) -> tuple[int, float]:
     """Return rank and scale of the configuration, or of an inner one that overrides it."""
-    config = {**found.config, **(found.config.get(inner) or {})}
+    config = {**found.config, **((found.config.get(inner) if inner else None) or {})}
     if not config["r"]:
         raise CheckpointError(f"{found.path} has r=0: expected a whole number of at least 1.")
     return config["r"], config["lora_alpha"] / config["r"] ** (0.5 if config.get("use_rslora") else 1.0)

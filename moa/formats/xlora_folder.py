@@ -61,6 +61,7 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
     folders = _adapter_folders(found)
     adapters = [_adapter(found, folder, len(folders)) for folder in folders]
     layers = sorted({name for adapter in adapters for name in adapter})
+    stack = _checked_classifier(found)  # before anything of the sizes that the configuration claims is made
     raw = not config.get("enable_softmax", True)
     depth = config.get("xlora_depth", 1)
     inner = {"width": config.get("xlora_size", 2048), "classifier_dropout": config.get("xlora_dropout_p", 0.2)}
@@ -83,7 +84,7 @@ def adopt_xlora(model: Any, found: Foreign) -> None:
     except ConfigError as error:
         raise CheckpointError(f"{found.path} does not become an xlora recipe on this base: {error}") from error
     load_experts(model.mixtures(), names, adapters)
-    _fill_classifier(model, found, folders)
+    _fill_classifier(model, found, folders, stack)
 
 
 def _check(found: Foreign) -> None:
@@ -91,14 +92,11 @@ def _check(found: Foreign) -> None:
     check_known(config, OPTIONS, str(found.path))
     check_fields(found, FIELDS)
     check_numbers_of(found)
-    most = max((size for tensor in found.tensors.values() for size in tensor.shape), default=0)
     depth = config.get("xlora_depth") or 1
     if depth > len(found.tensors) + len(config.get("adapters") or ()):
         raise CheckpointError(
             f"{found.path} has xlora_depth={depth}, and {len(found.tensors)} tensors of a classifier."
         )
-    if depth > 1 and (config.get("xlora_size") or 0) > max(most, 4096):
-        raise CheckpointError(f"{found.path} has xlora_size={config.get('xlora_size')}, and no tensor of that size.")
     if config.get("scaling_pass_value"):
         raise CheckpointError(
             f"{found.path} sets scaling_pass_value={config['scaling_pass_value']}: the recipe's first pass runs the "
@@ -183,10 +181,9 @@ def _classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:
     return out
 
 
-@torch.no_grad()
-def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
-    config = found.config
-    stack = _classifier(found)
+def _checked_classifier(found: Foreign) -> dict[int, dict[str, Tensor]]:
+    """Return the classifier's layers, all that the configuration says, of the width that it says."""
+    config, stack = found.config, _classifier(found)
     step = 3 if config.get("xlora_dropout_p", 0.2) > 0 else 2  # linear, ReLU and, where there is any, dropout
     wanted = [step * number for number in range(config.get("xlora_depth", 1))]
     flat = [part for row in stack.values() for name, part in row.items() if part.ndim != (2 if name == "weight" else 1)]
@@ -197,6 +194,17 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path]) -> None:
         raise CheckpointError(
             f"{found.path}: the classifier has layers {sorted(stack)}, expected {wanted}, weight and bias each."
         )
+    inner = [len(stack[place]["bias"]) for place in wanted[:-1]]
+    if any(width != (config.get("xlora_size") or 2048) for width in inner):
+        raise CheckpointError(f"{found.path} has xlora_size={config.get('xlora_size')}, and inner layers of {inner}.")
+    return stack
+
+
+@torch.no_grad()
+def _fill_classifier(model: Any, found: Foreign, folders: list[Path], stack: dict[int, dict[str, Tensor]]) -> None:
+    """Copy the checked layers of a classifier, weight (o, i) and bias (o,), into the routers."""
+    config = found.config
+    wanted = sorted(stack)
     routers = [b.router for b in _branches(model) if b.router.needs_preview and list(b.router.parameters())]
     n = len(folders)
     for number, router in enumerate(routers):

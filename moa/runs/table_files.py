@@ -219,7 +219,7 @@ def _parquet(where: str, file: str, wanted: Sequence[str]) -> _Table:
         kept = [column for column in wanted if column in schema.names]
         columns = opened.read(columns=kept).to_pydict()
         n_rows = opened.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ConfigError(f"{where}: {file} cannot be read as parquet: {one_line(error)}.") from error
     records = [{column: columns[column][i] for column in kept} for i in range(n_rows)]
     return _Table(records, list(range(1, n_rows + 1)), list(schema.names), _class_names(schema.metadata or {}))
