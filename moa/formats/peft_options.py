@@ -34,6 +34,7 @@ class Option:
 
 
 def verdicts(verdict: Verdict, **options: str) -> dict[str, Option]:
+    """Return options, name -> why, that share a verdict; no tensors, so no shapes."""
     return {name: Option(verdict, why) for name, why in options.items()}
 
 
