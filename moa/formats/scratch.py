@@ -34,12 +34,14 @@ def scratch(target: Path) -> Iterator[Path]:
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep(target)
-    for _ in range(3):  # between the two lines a sweep of another process may come
+    for attempts_left in (2, 1, 0):  # between the two lines a sweep of another process may come
         folder = _beside(target, PARTIAL)
         folder.mkdir()
         lock = _lock(folder)
-        if lock is not None and folder.exists():
+        if not attempts_left or (lock is not None and folder.exists()):  # some file systems have no locks
             break
+        _unlock(lock)
+        _remove(folder)
     try:
         yield folder
     except BaseException:
