@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import moa
+from experiments.bench.common import environment
 from moa.folding.save import save_folded
 from moa.formats import checkpoint
 from moa.merge import write_checkpoint, write_peft
@@ -195,7 +196,7 @@ def main() -> None:
         print(way, counts[way], flush=True)
     result = {
         "command": f"python -m experiments.kills --kills {arguments.kills}",
-        "versions": {"moa": moa.__version__, "torch": torch.__version__},
+        "environment": environment(),
         "ways": counts,
         "kills": sum(row["kills"] for row in counts.values()),
         "lost": sum(row["lost"] for row in counts.values()),

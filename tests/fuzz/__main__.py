@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from experiments.bench.common import environment
 from tests.fuzz.harness import fuzz
 from tests.fuzz.surfaces import SURFACES
 
@@ -32,7 +33,8 @@ def main() -> None:
     print(totals)
     if arguments.out is not None:
         command = f"python -m tests.fuzz --inputs {arguments.inputs} --seed {arguments.seed}"
-        text = json.dumps({"command": command, "totals": totals, "surfaces": counts}, indent=1)
+        kept = {"command": command, "environment": environment(), "totals": totals, "surfaces": counts}
+        text = json.dumps(kept, indent=1)
         arguments.out.write_text(text + "\n", encoding="utf-8")
     sys.exit(bool(totals["other"] or totals["hangs"]))
 
