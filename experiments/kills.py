@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -138,6 +140,20 @@ def _one(values: set[int]) -> int:
     return values.pop()
 
 
+def _child(write: Callable[[int], None], steps: range) -> int:
+    """Return the process that writes these states, one after the other."""
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        try:
+            for step in steps:
+                write(step)
+        finally:
+            os._exit(0)
+    return child
+
+
 def kill(way: str, n: int, seed: int = 0) -> dict[str, float]:
     """Return how n kills of one way ended: survived, lost, how often the state had moved, and what was left over.
 
@@ -147,23 +163,19 @@ def kill(way: str, n: int, seed: int = 0) -> dict[str, float]:
         seed: of the moments.
     """
     draw = random.Random(f"{seed} {way}")
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that is killed with it would hold it for ever
     lost = moved = 0
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         write, read = writer(way, home)
         write(1)
         started = time.monotonic()
-        write(2)
+        os.waitpid(_child(write, range(2, 3)), 0)  # in a fork, whose first write is slower
         seconds = time.monotonic() - started
         last = read()
+        assert last == 2, f"{way}: a fork wrote {last}, expected 2"
         for _ in range(n):
-            child = os.fork()
-            if child == 0:
-                for stream in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-                for step in range(last + 1, last + 1000):
-                    write(step)
-                os._exit(0)
+            child = _child(write, range(last + 1, last + 1000))
             time.sleep(draw.uniform(0.05, 2.5) * seconds)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
