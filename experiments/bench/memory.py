@@ -30,9 +30,9 @@ class Net(nn.Module):
         return self.linear(x)
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Return the bytes of distinct storages saved for backward, weights and x (*rows, d) left out."""
-    known = {t.untyped_storage().data_ptr() for t in [x, *model.parameters(), *model.buffers()]}
+    known = {t.untyped_storage().data_ptr() for t in [x, *layer.parameters(), *layer.buffers()]}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -42,9 +42,14 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = getattr(model, "base", model)(x)  # the layer alone: ReMix has no loss here
+        out = layer(x)
     assert out.requires_grad
     return sum(found.values())
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """Return the adapted layer itself: a whole training forward of ReMix needs a loss."""
+    return next(module for name, module in model.named_modules() if name.endswith("linear"))
 
 
 def measure(d: int, dtype: torch.dtype, rows: int = 2048) -> dict[str, float]:
@@ -56,7 +61,8 @@ def measure(d: int, dtype: torch.dtype, rows: int = 2048) -> dict[str, float]:
         "moa dense 8x8": moa.build(Net(d).to(dtype), "dense", 8, targets=["linear"]),
         "peft LoRA r64": get_peft_model(Net(d).to(dtype), LoraConfig(r=64, target_modules=["linear"])),
     }
-    return {name: saved_bytes(model.train(), x) / (x.numel() * x.element_size()) for name, model in models.items()}
+    layers = {name: adapted(model.train()) for name, model in models.items()}
+    return {name: saved_bytes(layer, x) / (x.numel() * x.element_size()) for name, layer in layers.items()}
 
 
 def main() -> None:
