@@ -16,7 +16,8 @@ from ..routers import Router
 from ..types import Context, Routing, Scope
 from .uncalled import shown
 
-SIZES = {"in_features", "out_features", "nx", "nf", "in_channels", "out_channels", "kernel_size", "stride", "groups"}
+SIZES = {"nx", "nf", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"}
+FEATURES = {"in_features": ("nx", "in_channels", "infeatures"), "out_features": ("nf", "out_channels", "outfeatures")}
 
 
 class Branch(nn.Module):
@@ -88,10 +89,12 @@ class Mixture(nn.Module):
         return self.name
 
     def __getattr__(self, name: str) -> Any:
-        """Return what others read of the base's sizes, such as `in_features`."""
-        if name in SIZES:
-            return getattr(super().__getattr__("base"), name)
-        return super().__getattr__(name)
+        """Return what others read of the base's sizes; `in_features` and `out_features` of every layer, as in peft."""
+        if name not in SIZES and name not in FEATURES:
+            return super().__getattr__(name)
+        base = super().__getattr__("base")
+        words = (name, *FEATURES.get(name, ()))
+        return getattr(base, next((word for word in words if hasattr(base, word)), name))
 
     def route(self, branch: Branch, x: Tensor) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""

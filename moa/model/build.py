@@ -49,7 +49,7 @@ def build(
         experts: folders of PEFT adapters of one kind (LoRA, or that of a family) that become the experts, on the layers
             that they adapt; frozen unless train_experts=True, and known by their folders' names unless expert_names
             are given.
-        modules_to_save: names of modules that are trained and saved whole; default the new heads of
+        modules_to_save: names of modules, or ends of names, that are trained and saved whole; default the new heads of
             classification models, and what a class of your own puts beside a body of transformers.
         options: the recipe's own keywords, among them exclude and layers, which narrow the targets (see
             `moa recipes NAME`); peft's spellings (target_modules, r, lora_alpha, …) are understood.

@@ -35,7 +35,7 @@ from .entries import close_entries, open_entries
 from .running import hold_still
 from .scope import ModelScope
 from .stepping import Stepped
-from .whole import Whole, as_they_came
+from .whole import Whole, as_they_came, whole_names
 
 
 class Host(Stepped):
@@ -115,10 +115,14 @@ class Host(Stepped):
     def train_whole(self, names: Sequence[str]) -> None:
         """Train modules of the base whole, and save them whole, e.g. a head (d -> C).
 
+        Args:
+            names: dotted paths, or ends of them.
+
         Raises:
             ConfigError: the base has no module of such a name.
         """
-        for name in [names] if isinstance(names, str) else names:
+        given = [names] if isinstance(names, str) else names
+        for name in [path for one in given for path in whole_names(self.base, one)]:
             if name not in self.modules_to_save:
                 self.whole.append(Whole(self.base, name))
                 self.modules_to_save.append(name)

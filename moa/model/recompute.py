@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import MoaWarning
 from .host import Host
 
 
 class Recomputed(Host):
-    """What a `MoAModel` adds to its base's own gradient checkpointing: the default mode, and one refusal."""
+    """What a `MoAModel` adds to its base's own gradient checkpointing: the mode in which routers learn."""
 
     @property
     def supports_gradient_checkpointing(self) -> bool:
@@ -22,21 +23,27 @@ class Recomputed(Host):
     ) -> None:
         """Checkpoint the base's blocks, as transformers does; non-reentrant unless asked otherwise.
 
+        A router with a loss of its own learns from the first pass of each block, which the reentrant mode runs without
+        gradients. With such a router the mode is non-reentrant also where the other one is asked for, with a warning:
+        the gradients are those without checkpointing, and the memory that is saved is the same.
+
         Args:
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, e.g. {"use_reentrant": False}.
             kwargs: passed on to the base (every_n_layers, offload, where transformers has them).
-
-        Raises:
-            ConfigError: reentrant mode with a router that learns from a loss of its own (it would get no gradient).
         """
         options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if options["use_reentrant"]:
             needy = [n for n, b in self.branches() if b.router.stochastic or b.router.loss_weights]
             if needy:
-                raise ConfigError(
+                options["use_reentrant"] = False
+                warnings.warn(
                     f"reentrant gradient checkpointing cuts the gradient of the routers' own losses ({needy[0]}, …): "
-                    "use gradient_checkpointing_kwargs={'use_reentrant': False}, or a recipe without such losses."
+                    "the non-reentrant mode is used in its place. Ask for it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or build without such losses.",
+                    MoaWarning,
+                    stacklevel=2,
                 )
+        if options["use_reentrant"]:
             self.base.enable_input_require_grads()  # type: ignore[operator]
         self._newer_name("gradient_checkpointing_enable")(options, **kwargs)
 

@@ -16,16 +16,10 @@ class Whole:
     Args:
         base: holds them.
         name: dotted path of one of them.
-
-    Raises:
-        ConfigError: the base has no such module.
     """
 
     def __init__(self, base: nn.Module, name: str) -> None:
-        try:
-            self.module = base.get_submodule(name)
-        except AttributeError as error:
-            raise ConfigError(f"modules_to_save names {name!r}, which {type(base).__name__} does not have.") from error
+        self.module = base.get_submodule(name)
         self.base, self.name = base, name
         self.flags = [(p, p.requires_grad) for p in self.module.parameters()]
         self.came = [(t, t.detach().clone()) for t in (*self.module.parameters(), *self.module.buffers())]
@@ -57,6 +51,23 @@ class Whole:
     def _put(self, module: nn.Module) -> None:
         parent, _, child = self.name.rpartition(".")
         setattr(self.base.get_submodule(parent), child, module)
+
+
+def whole_names(base: nn.Module, name: str) -> list[str]:
+    """Return the dotted paths of a base's modules (*rows, d) -> (*rows, C) that a name means.
+
+    Args:
+        base: holds them.
+        name: a dotted path, or the end of some, as in peft.
+
+    Raises:
+        ConfigError: the base has no such module.
+    """
+    paths = [path for path, _ in base.named_modules()]
+    found = [name] if name in paths[1:] else [path for path in paths if path.endswith(f".{name}")]
+    if not found:
+        raise ConfigError(f"modules_to_save names {name!r}, which {type(base).__name__} does not have.")
+    return found
 
 
 @contextlib.contextmanager

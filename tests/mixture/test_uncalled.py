@@ -8,8 +8,10 @@ import pickle
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import moa
 from moa.errors import ConfigError
@@ -86,6 +88,19 @@ def test_outside_of_a_forward_a_weight_is_the_frozen_parameter():
         layer.kernel_size  # noqa: B018
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(again(torch.ones(2, 4)), model(torch.ones(2, 4)))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 6), Conv1D(6, 4), nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, (1, 2), padding=1), nn.Conv3d(4, 6, 2)],
+    ids=lambda layer: f"{type(layer).__module__.split('.')[0]} {type(layer).__name__}",
+)
+def test_every_layer_says_its_sizes_as_pefts_do(layer):
+    ours = moa.build(nn.ModuleDict({"layer": copy.deepcopy(layer)}), "topk", targets=["layer"]).base["layer"]
+    config = LoraConfig(target_modules=["layer"], fan_in_fan_out=isinstance(layer, Conv1D))
+    theirs = get_peft_model(nn.ModuleDict({"layer": layer}), config).base_model.model
+    for name in ("in_features", "out_features"):
+        assert getattr(ours, name) == getattr(theirs["layer"], name)
 
 
 @pytest.mark.parametrize("kind", ["Mamba", "FalconMamba", "Jamba"])

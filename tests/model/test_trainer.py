@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import moa
-from moa.errors import ConfigError
+from moa.errors import MoaWarning
 from tests import laws, models
 from tests.laws import assert_close
 
@@ -116,10 +116,13 @@ def test_the_trainers_switches(options, tmp_path):
     assert all(not torch.equal(model.get_parameter(name), value) for name, value in before.items())
 
 
-def test_reentrant_checkpointing_is_refused_before_it_silently_does_not_learn(tmp_path):
+def test_reentrant_checkpointing_becomes_the_mode_in_which_routers_learn(tmp_path):
     options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}}
-    with pytest.raises(ConfigError, match="'use_reentrant': False"):
-        Trainer(build("remix"), arguments(tmp_path, **options), train_dataset=LM).train()
+    model = build("remix")
+    before = [branch.router.weight.detach().clone() for _, branch in model.branches()]
+    with pytest.warns(MoaWarning, match="'use_reentrant': False"):
+        Trainer(model, arguments(tmp_path, max_steps=1, **options), train_dataset=LM).train()
+    assert not any(torch.equal(b.router.weight, w) for (_, b), w in zip(model.branches(), before, strict=True))
     Trainer(build("sigmoid"), arguments(tmp_path, max_steps=1, **options), train_dataset=LM).train()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def test_a_name_may_be_a_string_and_a_wrong_one_is_named() -> None:
     assert moa.build(models.llama(), "topk", modules_to_save="lm_head").modules_to_save == ["lm_head"]
     with pytest.raises(ConfigError, match="'head'"):
         moa.build(models.llama(), "topk", modules_to_save="head")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_end_of_a_name_is_enough_as_in_peft(tmp_path: Path) -> None:
+    names = ["lm_head", "input_layernorm"]
+    model = models.randomise(moa.build(models.llama(), "topk", targets=["q_proj"], modules_to_save=names))
+    peft = get_peft_model(models.llama(), LoraConfig(target_modules=["q_proj"], modules_to_save=names))
+    theirs = {n.partition(".modules_to_save")[0] for n, p in peft.named_parameters() if p.requires_grad}
+    assert set(model.modules_to_save) == {n.removeprefix("base_model.model.") for n in theirs if "lora" not in n}
+    model.save_pretrained(tmp_path)
+    again = moa.load(tmp_path, base=models.llama())
+    assert again.modules_to_save == model.modules_to_save
+    assert torch.equal(models.outputs_of(again, models.token_batch()), models.outputs_of(model, models.token_batch()))
 
 
 def test_losses_that_reach_nothing_are_warned_of_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.errors import ConfigError, ContextError, FoldError
+from moa.errors import ContextError, FoldError, MoaWarning
 from moa.mixture import Mixture
 from moa.mixture.blocks import FollowRouter
 from moa.monitor.statistics import RoutingStatistics
@@ -139,18 +140,16 @@ def reaches_every_parameter(subject: Subject) -> None:
 
 
 def recomputes_the_same(subject: Subject, reentrant: bool) -> None:
-    """Gradient checkpointing gives the same gradients, or is refused where it cannot.
+    """Gradient checkpointing gives the same gradients, also where it is asked for in a mode that cannot.
 
     In fp64: a reentrant checkpoint's first pass has no gradients, and its sums may run in another order.
     """
     model, batch = subject.trained().double(), subject.batch()
     plain = step_gradients(model, batch)
     own_losses = any(b.router.stochastic or b.router.loss_weights for _, b in model.branches())
-    if reentrant and own_losses:
-        with pytest.raises(ConfigError, match="use_reentrant"):
-            model.gradient_checkpointing_enable({"use_reentrant": True})
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    said = pytest.warns(MoaWarning, match="use_reentrant") if reentrant and own_losses else contextlib.nullcontext()
+    with said:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     calls: list[int] = []
     model.base.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
     checkpointed = step_gradients(model, batch)
