@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import ContextError, ShapeError
+from .errors import ContextError
+from .rows import each_tensor, in_streams, of_one_stream, repeat_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,8 +70,8 @@ class Routing:
 class Recorder(Protocol):
     """What a context's trace slot accepts: see `moa.objective.Trace`."""
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
-        """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count."""
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
+        """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count, which are those of n streams."""
 
 
 class Draws(Protocol):
@@ -140,6 +141,9 @@ class Scope(Protocol):
     def current(self) -> Context:
         """Return the context of what runs in this thread."""
 
+    def run_in(self, n_streams: int) -> None:
+        """Let what follows in this thread see rows (n · B, …) of n streams, or with n = 1 the batch's own (B, …)."""
+
 
 @dataclass
 class Context:
@@ -163,6 +167,7 @@ class Context:
         handed_on: masks hold for a part inside that gets none of its own.
         rows: (B, S) of the tokens of the part that the layer is in, where they are known: some layers see them
             flattened.
+        n_streams: n; with more than one, each tensor above has the rows of n streams, one after the other, (n · B, …).
         enabled: False makes every mixture its base layer.
         pinned: the only experts that mixtures use, in place of their routers; None lets routers decide.
     """
@@ -179,6 +184,7 @@ class Context:
     batch: object | None = field(default=None, repr=False)
     handed_on: bool = True
     rows: tuple[int, int] | None = None
+    n_streams: int = 1
     enabled: bool = True
     pinned: Pinned | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
@@ -204,9 +210,30 @@ class Context:
             batch=self.batch,
             handed_on=self.handed_on,
             rows=self.rows,
+            n_streams=self.n_streams,
             enabled=self.enabled,
             pinned=self.pinned,
         )
+
+    def run_in(self, n_streams: int) -> None:
+        """Take the rows (n · B, …) of n streams, or with n = 1 the batch's own (B, …), from now on."""
+        vars(self).update(vars(self.in_streams(n_streams)))
+
+    def in_streams(self, n: int) -> Context:
+        """Return this context with the rows (n · B, …) of n streams, or with n = 1 with the batch's own (B, …)."""
+        before = self.n_streams
+        if before == n:
+            return self
+
+        def change(values: Tensor) -> Tensor:
+            return in_streams(of_one_stream(values, before), n)
+
+        context = self.within(*each_tensor((self.masks, self.routing_masks, self.source), change))
+        for name in ("task_ids", "preview", "batch", "pinned"):
+            setattr(context, name, each_tensor(getattr(self, name), change))
+        context.rows = None if self.rows is None else (self.rows[0] // before * n, self.rows[1])
+        context.decisions, context.n_streams = self.decisions, n
+        return context
 
     def decided(self, name: str) -> Decision:
         """Return what the router of a layer has decided, weights and indices (*rows, K).
@@ -309,16 +336,3 @@ def check_task_ids(task_ids: Tensor, known: range) -> None:
             f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
             "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."
         )
-
-
-def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
-    """Return values (B, …) with each entry repeated so that there are n_rows of them (beams, flattened sequences).
-
-    Raises:
-        ShapeError: n_rows is not a multiple of B.
-    """
-    if n_rows == values.shape[0]:
-        return values
-    if n_rows % values.shape[0]:
-        raise ShapeError(f"{what} has {values.shape[0]} entries, but the layer sees {n_rows} rows.")
-    return values.repeat_interleave(n_rows // values.shape[0], 0)

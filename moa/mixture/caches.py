@@ -82,7 +82,7 @@ def with_follower(cache: Any) -> Any:
     return joint
 
 
-def in_streams(cache: Any, n: int, n_rows: int) -> Any:
+def cache_in_streams(cache: Any, n: int, n_rows: int) -> Any:
     """Return a joint cache whose rows (n · B, …) are those of n streams, one after the other, given B = n_rows."""
     joint = cache if isinstance(cache, JointCache) and cache.n_streams == n else _joint(cache)
     joint.n_streams, joint.n_rows = n, n_rows

@@ -107,7 +107,7 @@ class Mixture(nn.Module):
 
     def _record(self, routing: Routing, x: Tensor, router: Router) -> None:
         if self.context.trace is not None:
-            self.context.trace.add(self.name, routing, self.context.mask_for(x), router)
+            self.context.trace.add(self.name, routing, self.context.mask_for(x), router, self.context.n_streams)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""

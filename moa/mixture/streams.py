@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from ..compat import own_view
 from ..errors import ConfigError
+from ..rows import in_streams
 from ..types import Scope
-from .caches import in_streams, is_cache
+from .caches import cache_in_streams, is_cache
 
 FIRST_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
@@ -104,6 +105,11 @@ class Streams(nn.Module):
         context = self.scope.current()
         return context.enabled and context.pinned is None
 
+    def fold_last(self) -> None:
+        """Fold the batch (B, …) after all that looks at it where it enters the body: hooks run in this order."""
+        hooks: Any = self._hooks[0].hooks_dict_ref()
+        hooks.move_to_end(self._hooks[0].id)
+
     def remove(self) -> None:
         """Take the hooks out: the body is as before."""
         for hook in self._hooks:
@@ -116,7 +122,10 @@ class Streams(nn.Module):
             crossed = rearrange(apart, "n b ... -> (n b) ...")
         else:
             crossed = torch.einsum("n...,n->...", apart, self.weights.to(apart.dtype))
-        return own_view(crossed.contiguous(), crossed.shape)  # FSDP2 hangs a hook on it, which a view may lose
+        whole = own_view(crossed.contiguous(), crossed.shape)  # FSDP2 hangs a hook on it, which a view may lose
+        if last:
+            self.scope.run_in(1)
+        return whole
 
 
 class Fold:
@@ -126,23 +135,24 @@ class Fold:
         self.streams = streams
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Return the inputs with (n · B, …) in place of (B, …)."""
+        """Return the inputs with (n · B, …) in place of (B, …), and have the context follow."""
         if not self.streams.running:
             return None
         given = [kwargs[name] for name in FIRST_INPUTS if isinstance(kwargs.get(name), Tensor)]
         size = (given or [a for a in args if isinstance(a, Tensor)])[0].shape[0]
+        self.streams.scope.run_in(self.streams.n)
         return self._repeat(args, size), self._repeat(kwargs, size)
 
     def _repeat(self, value: Any, size: int) -> Any:
         if isinstance(value, Tensor):
             if value.ndim < 2 or value.shape[0] != size:
                 return value
-            return value.repeat(self.streams.n, *([1] * (value.ndim - 1)))
+            return in_streams(value, self.streams.n)
         if isinstance(value, Mapping):
             return {name: self._repeat(item, size) for name, item in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(self._repeat(item, size) for item in value)
-        return in_streams(value, self.streams.n, size) if is_cache(value) else value
+        return cache_in_streams(value, self.streams.n, size) if is_cache(value) else value
 
 
 class Cross:

@@ -96,9 +96,9 @@ class Host(Stepped):
                 streams.remove()
                 raise ConfigError("this model runs in streams already: it cannot get a second recipe of them.")
             self.streams = streams.to(*placement(chosen[0].module)).train(self.training)
-        open_entries(
-            self.base, self.scope, self._kind(), self._entered_inside
-        )  # after the streams' hooks: masks are those of all streams
+        open_entries(self.base, self.scope, self._kind(), self._entered_inside)
+        if self.streams is not None:
+            self.streams.fold_last()
         self.recipes.append((recipe, names))
         self.routers_changed()
         return names

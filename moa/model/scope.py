@@ -74,6 +74,21 @@ class ModelScope:
         if here.graph is not None:
             here.graph.note(context)
 
+    def run_in(self, n_streams: int) -> None:
+        """Let what follows in this thread see rows (n · B, …) of n streams, or with n = 1 the batch's own (B, …).
+
+        What is entered inside is in streams, too; they end for all of it, as they do inside the part that has the last
+        block. A block that runs again in backward is inside of nothing, and changes nothing.
+        """
+        here = self._here
+        if not here.inside:
+            return
+        first = len(here.inside) - 1 if n_streams > 1 else 0
+        changed = ((owner, context.in_streams(n_streams)) for owner, context in here.inside[first:])
+        here.inside = (*here.inside[:first], *changed)
+        if here.graph is not None:
+            here.graph.note(here.inside[-1][1])
+
     def leave(self, owner: object, outputs: Any = None) -> None:
         """Go back to the context before, if this owner has entered one; the outermost one leaves with its outputs."""
         here = self._here

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..types import Routing, repeat_to
+from ..rows import in_streams, repeat_to
+from ..types import Routing
 
 DEAD_SHARE = 0.1
 COLLAPSE_BELOW = 0.1
@@ -38,6 +39,10 @@ class Recorded(Protocol):
     @property
     def mask(self) -> Tensor | None:
         """(*rows,) True on rows that count."""
+
+    @property
+    def n_streams(self) -> int:
+        """How many streams of the batch the rows are of, one after the other."""
 
     @property
     def router(self) -> Any:
@@ -235,12 +240,14 @@ class RoutingStatistics:
             routing, mask = record.routing, record.mask
             rows = routing.weights.shape[:-1]
             mask = mask if mask is not None and mask.shape == rows else None
-            key = (rows, routing.k, routing.n_experts, routing.indices is None, routing.weights.device, id(mask))
+            kind = (routing.indices is None, routing.weights.device, id(mask))
+            key = (rows, record.n_streams, routing.k, routing.n_experts, *kind)
             groups.setdefault(key, []).append((self._label(record), routing, mask))
-        for (rows, _, n_experts, *_), members in groups.items():
+        for (rows, n_streams, _, n_experts, *_), members in groups.items():
+            ids = task_ids if task_ids is None else in_streams(task_ids, n_streams)
             step = max(1, _CHUNK // max(1, rows.numel() * n_experts))
             for start in range(0, len(members), step):
-                self._count(rows, members[start : start + step], task_ids)
+                self._count(rows, members[start : start + step], ids)
 
     def _label(self, record: Recorded) -> str:
         seen = self._labels.setdefault(record.name, [])

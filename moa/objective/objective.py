@@ -248,19 +248,20 @@ def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
         trace: of one selection of the whole network.
         n_examples: B; 1 sums the whole batch.
     """
-    alike: dict[tuple[torch.Size, int | None], list[Tensor]] = {}
+    alike: dict[tuple[torch.Size, int | None, int], list[Tensor]] = {}
     masks: dict[int | None, Tensor | None] = {None: None}
     for record in trace:
         log_prob, mask = record.routing.log_prob, record.mask
         if log_prob is not None:
             key = None if mask is None or mask.shape != log_prob.shape else id(mask)
             masks[key] = None if key is None else mask
-            alike.setdefault((log_prob.shape, key), []).append(log_prob)
+            alike.setdefault((log_prob.shape, key, record.n_streams), []).append(log_prob)
     sums = []
-    for (_, key), values in alike.items():  # layers together: one by one, they cost more than the layers' products
+    for (_, key, n_streams), values in alike.items():
+        # layers together: one by one, they cost more than the layers' products
         layers, mask = torch.stack(values), masks[key]  # (L, *rows)
         layers = layers if mask is None else torch.where(mask, layers, 0)
-        sums.append(layers.reshape(len(values), n_examples, -1).sum((0, 2)))
+        sums.append(layers.reshape(len(values) * n_streams, n_examples, -1).sum((0, 2)))
     return torch.stack(sums).sum(0)
 
 

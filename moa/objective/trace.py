@@ -12,12 +12,16 @@ from ..types import Routing
 
 @dataclass(frozen=True)
 class Record:
-    """One call of one mixture: its name, its routing, the rows that count (*rows,) or None for all, its router."""
+    """One call of one mixture: its name, its routing, the rows that count (*rows,) or None for all, its router.
+
+    Where the model runs in n streams, the rows are theirs, one stream after the other.
+    """
 
     name: str
     routing: Routing
     mask: Tensor | None
     router: nn.Module
+    n_streams: int = 1
 
 
 @dataclass
@@ -33,9 +37,9 @@ class Trace:
     records: list[Record] = field(default_factory=list)
     task_ids: Tensor | None = None
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
-        """Append one record; `mask` (*rows,) is True on rows that count."""
-        self.records.append(Record(name, routing, mask, router))
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int = 1) -> None:
+        """Append one record; `mask` (*rows,) is True on rows that count, which are those of n streams."""
+        self.records.append(Record(name, routing, mask, router, n_streams))
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.records)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError, ShapeError
 from ..kernels import Gate
-from ..types import Context, Pinned, Routing, repeat_to
+from ..rows import repeat_to
+from ..types import Context, Pinned, Routing
 
 
 class Router(nn.Module):

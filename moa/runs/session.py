@@ -335,6 +335,6 @@ class _EvaluationTrace:
     def __init__(self, model: MoAModel, statistics: RoutingStatistics) -> None:
         self.model, self.statistics = model, statistics
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
-        """Count one routing of weights (*rows, K)."""
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
+        """Count one routing of weights (*rows, K); the context's task ids have as many rows as its n streams."""
         self.statistics.add([Record(name, routing, mask, router)], self.model.context.task_ids)

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 import moa
 from moa.errors import ContextError
-from moa.mixture.caches import JointCache, in_streams, with_follower
+from moa.mixture.caches import JointCache, cache_in_streams, with_follower
 from tests import models
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
@@ -34,7 +34,7 @@ def rows_of(cache: Any) -> list[int]:
 
 
 def test_rows_move_in_every_stream() -> None:
-    cache = in_streams(filled(6), 2, 3)  # rows 0, 1, 2 of stream 0, then 3, 4, 5 of stream 1
+    cache = cache_in_streams(filled(6), 2, 3)  # rows 0, 1, 2 of stream 0, then 3, 4, 5 of stream 1
     cache.reorder_cache(torch.tensor([2, 2, 0]))
     assert rows_of(cache) == [2, 2, 0, 5, 5, 3]
     cache.batch_select_indices(torch.tensor([0, 2]))
@@ -50,7 +50,7 @@ def test_a_follower_does_what_the_caller_does() -> None:
     cache = with_follower(given)
     for one in (cache, cache.follower):
         one.update(*[filled(3).layers[0].keys] * 2, 0)
-    both = in_streams(cache, 1, 3)
+    both = cache_in_streams(cache, 1, 3)
     both.reorder_cache(torch.tensor([2, 0, 1]))
     both.crop(-1)
     assert rows_of(both) == rows_of(both.follower) == [2, 0, 1]

@@ -26,7 +26,7 @@ def chosen(indices: Any, n_experts: int) -> Routing:
 
 
 def record(routing: Routing, mask: Tensor | None = None, name: str = "a", router: object = None) -> Any:
-    return SimpleNamespace(name=name, routing=routing, mask=mask, router=router)
+    return SimpleNamespace(name=name, routing=routing, mask=mask, router=router, n_streams=1)
 
 
 def assert_close(got: Tensor, want: Any) -> None:

@@ -9,7 +9,8 @@ from moa.errors import ConfigError, ContextError, ShapeError
 from moa.kernels import exact_linear
 from moa.routers import FixedRouter, LinearRouter, SampledRouter
 from moa.routers.router import frozen_while_decoding, pool
-from moa.types import Context, Routing, repeat_to
+from moa.rows import repeat_to
+from moa.types import Context, Routing
 from tests.laws import assert_close
 
 

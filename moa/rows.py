@@ -1,0 +1,46 @@
+"""Tensors with one row for each example, where a layer sees more: beams, flattened sequences, streams."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .errors import ShapeError
+
+
+def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
+    """Return values (B, …) with each entry repeated so that there are n_rows of them (beams, flattened sequences).
+
+    Raises:
+        ShapeError: n_rows is not a multiple of B.
+    """
+    if n_rows == values.shape[0]:
+        return values
+    if n_rows % values.shape[0]:
+        raise ShapeError(f"{what} has {values.shape[0]} entries, but the layer sees {n_rows} rows.")
+    return values.repeat_interleave(n_rows // values.shape[0], 0)
+
+
+def in_streams(values: Tensor, n: int) -> Tensor:
+    """Return values (B, …) as n streams of the batch have them, one stream after the other, (n · B, …)."""
+    return values.repeat(n, *([1] * (values.ndim - 1)))
+
+
+def of_one_stream(values: Tensor, n: int) -> Tensor:
+    """Return values (n · B, …) that are the same in all of n streams, as the batch has them, (B, …)."""
+    return values[: values.shape[0] // n]
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a value with its tensors (B, …) changed: itself one, or a tuple, a list or a dataclass that holds some."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(each_tensor(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{name: each_tensor(item, change) for name, item in held.items()})
+    return value
