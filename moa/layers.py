@@ -112,8 +112,8 @@ class Site:
         d_in: i; d for a block.
         d_out: o; d for a block.
         shared: what the layers of one recipe share, where the family has that.
-        place: of the experts: on the layer's "input" x, on its "output", or after a "block"; in the last two d_in
-            is the layer's d_out.
+        place: of the experts: on the layer's "input" x, on its "output", after a "block", or at a sub-layer,
+            "sequential" or "parallel"; on an output d_in is the layer's d_out, in parallel d_out is the last layer's.
     """
 
     name: str

@@ -89,11 +89,13 @@ class Decision:
         routing: weights and indices (*rows, K).
         source: x (*rows, i), the input of what follows; None where there is nothing left of it.
         hidden: by bank, its hidden values (*rows, K, r) of source, until it takes them.
+        beside: (*rows, o) what experts beside a sub-layer add to its output, until its last layer takes it.
     """
 
     routing: Routing
     source: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    beside: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "randlora": {"default": {}, "sparse": {"sparse": True}},
     "oft": {"default": {"block_size": 3}, "exact": {"block_size": 2, "terms": 0, "share": True}},
     "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
+    "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
+    "conformer": {"default": {"kernel": 5}},
 }
 # what a family's sizes must be multiples of
 CUTS: dict[tuple[str, str], int] = {
@@ -199,6 +201,8 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     d_in, d_out = d_in * cut, d_out * cut
     if name == "core":  # as many singular values as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
+    if name == "conformer":  # norms over its features and its channels
+        d_in, options["rank"] = max(d_in, 4), max(rank, 2)
     family = make_family(name, own)
     layer = nn.Linear(d_in, d_out).double()
     nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(1))  # always the same: a base's

@@ -34,6 +34,8 @@ class ExpertBank(nn.Module):
         equal_at_init: fresh experts are equal, so only unequal routing weights can break the symmetry.
         per_expert: names of the parameters and buffers whose first axis is the experts.
         whole: an expert is a whole weight of its layer, so the rows of an example must share one routing.
+        rowwise: an expert's output on a row is a function of that row alone; False where it looks at the rows around
+            it, which are then (B, S, i), those of padding zero.
         carries_input: the routing's weight of an expert already holds its product with x; the expert is a vector.
 
     Raises:
@@ -45,6 +47,7 @@ class ExpertBank(nn.Module):
     equal_at_init: ClassVar[bool] = False
     per_expert: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = False
+    rowwise: ClassVar[bool] = True
     carries_input: ClassVar[bool] = False
 
     def __init__(

@@ -14,7 +14,8 @@ from ..errors import ConfigError, unknown_name
 from ..layers import Site
 from .bank import ExpertBank
 
-PLACES = ("input", "output", "block")
+LAYERS = ("input", "output", "block")  # where the experts of most families can sit
+PLACES = (*LAYERS, "sequential", "parallel")
 COMMON = ("rank", "alpha", "dropout", "engine")  # a recipe's keywords that a family may use
 
 
@@ -23,8 +24,9 @@ class Family:
     """A kind of adapter; a subclass's fields are its keywords in `moa.build`, in a configuration and in a checkpoint.
 
     Attributes:
-        places: where it can sit, the usual place first: on a layer's "input" x, on its "output" y0, or after a "block"
-            whose output is, or begins with, a tensor (B, S, d).
+        places: where it can sit, the usual place first: on a layer's "input" x, on its "output" y0, after a "block"
+            whose output is, or begins with, a tensor (B, S, d), or at an attention or feed-forward sub-layer of a
+            block: "sequential", on its output, or "parallel", on its input.
         usual_scale: alpha / rank where alpha is not given.
         uses: which of a recipe's keywords rank, alpha, dropout and engine it looks at; without alpha its scale is 1.
 
@@ -34,7 +36,7 @@ class Family:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    places: ClassVar[tuple[str, ...]] = PLACES
+    places: ClassVar[tuple[str, ...]] = LAYERS
     usual_scale: ClassVar[float] = 2.0
     uses: ClassVar[tuple[str, ...]] = COMMON
 
@@ -50,7 +52,7 @@ class Family:
         raise NotImplementedError
 
     def place_of(self, name: str, place: str) -> str:
-        """Return where the experts of one layer (i -> o) sit, "input", "output" or "block".
+        """Return where the experts of one layer (i -> o) sit, one of `PLACES`.
 
         Args:
             name: of the layer.

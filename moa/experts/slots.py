@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..delta import Delta
-from ..errors import FoldError, ShapeError
+from ..errors import ConfigError, FoldError, ShapeError
 from ..types import Routing
 from .bank import ExpertBank
 
@@ -19,10 +19,18 @@ class SlotBank(ExpertBank):
 
     Args:
         inner: the experts.
+
+    Raises:
+        ConfigError: they look at more than a row.
     """
 
     def __init__(self, inner: ExpertBank) -> None:
         super().__init__(inner.d_in, inner.d_out, inner.n_experts)
+        if not inner.rowwise:
+            raise ConfigError(
+                f"{type(inner).__name__} experts look at the rows around each row, and a slot is a mixture of rows "
+                "that has none around it: choose another recipe."
+            )
         self.inner = inner
 
     @property

@@ -6,6 +6,7 @@ from .experts_mixture import ExpertsMixture, experts_branches, matrix_sites
 from .inject import copy_sharing, inject, placement, take_out
 from .mixture import BlockMixture, Branch, ConvMixture, Mixture, plain_weight
 from .narrow import Narrowing
+from .parallel import parallel_layers
 from .placed import mixture_on
 from .sites import (
     GROUPS,
@@ -18,6 +19,7 @@ from .sites import (
     linear_sites,
     named_sites,
 )
+from .sublayers import find_sublayers
 
 __all__ = [
     "GROUPS",
@@ -36,12 +38,14 @@ __all__ = [
     "feed_forward_blocks",
     "find_blocks",
     "find_sites",
+    "find_sublayers",
     "fused_experts",
     "inject",
     "linear_sites",
     "matrix_sites",
     "mixture_on",
     "named_sites",
+    "parallel_layers",
     "placement",
     "plain_weight",
     "summary",

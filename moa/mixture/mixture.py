@@ -116,7 +116,7 @@ class Mixture(nn.Module):
         plain = plain_weight(base) if enabled and not apart else None
         if plain is not None:
             branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
-            if len(branches) == 1 and branches[0].tap == "input":
+            if len(branches) == 1 and branches[0].tap == "input" and branches[0].bank.rowwise:
                 return self._add_linear(branches[0], x, *plain)
         base_out: Tensor = base(x, *args, **kwargs)
         if not enabled:
@@ -170,8 +170,14 @@ class Mixture(nn.Module):
             assert isinstance(branch, Branch)
             source = x if branch.tap == "input" else y0
             routing = self.route(branch, source)
-            y = add_constants(y + branch.bank(source, routing).to(y.dtype), branch.bank, routing)
+            seen = self.seen_by(branch.bank, source)
+            y = add_constants(y + branch.bank(seen, routing).to(y.dtype), branch.bank, routing)
         return self.kept(y, y0)
+
+    def seen_by(self, bank: ExpertBank, x: Tensor) -> Tensor:
+        """Return x (*rows, i), the rows of padding zero where experts look at the rows around them."""
+        mask = None if bank.rowwise else self.context.mask_for(x)
+        return x if mask is None else torch.where(mask.unsqueeze(-1), x, 0)
 
     def slices(self) -> list[Slice]:
         """Return the parameters of the base that the branches change, (o, i) or several such in one tensor."""

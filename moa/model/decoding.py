@@ -21,6 +21,8 @@ def looks_beyond_rows(model: Host) -> Iterator[tuple[Beyond, str]]:
         return
     for name, branch in model.branches():
         router = branch.router
+        if not branch.bank.rowwise:
+            yield "sequence", f"{name}: {type(branch.bank).__name__} experts look at the rows around each row"
         if router.rowwise:
             continue
         who = f"{name}: {type(router).__name__} looks at"

@@ -159,12 +159,18 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
             kwargs: as the base's.
 
         Raises:
-            ContextError: a router is not causal, so that cached decoding would differ from the full forward; as an
-                assistant, a routing that needs what its target does not hand on; an unknown expert, or not one for
-                each prompt.
+            ContextError: a router is not causal, or experts look at later rows, so that cached decoding would differ
+                from the full forward; as an assistant, a routing that needs what its target does not hand on; an
+                unknown expert, or not one for each prompt.
             ConfigError: a paged cache, where `init_continuous_batching` refuses.
         """
         pinned = self._chosen(adapter_ids, args, kwargs)
+        around = sorted({name for name, branch in self.branches() if not branch.bank.rowwise})
+        if around:
+            raise ContextError(
+                f"cannot generate: the experts of {around[0]} (and {len(around) - 1} more) look at the rows around "
+                "each row, later ones too, which a step of decoding does not have: they are for encoders."
+            )
         wrong = sorted({name for name, branch in self.branches() if not branch.router.causal})
         if wrong and pinned is None and self.context.pinned is None:
             raise ContextError(f"cannot generate: the routing of {wrong[0]} (and {len(wrong) - 1} more) is not causal.")

@@ -18,7 +18,7 @@ from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
 from ..experts import ExpertBank, Family, family_class, make_family
 from ..experts.family import COMMON, PLACES
 from ..kernels import engines
-from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mixture_on
+from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mixture_on, parallel_layers
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Scope
@@ -36,8 +36,8 @@ class Recipe(Targets):
         n_experts: E.
         expert: adapter family: a name in `moa.experts.FAMILIES`, or a `Family`. In `moa.build` the family's own
             keywords stand beside the recipe's.
-        place: where the experts sit: on a layer's "input" or "output", or after a "block"; None is the family's usual
-            place.
+        place: where the experts sit: on a layer's "input" or "output", after a "block", or at the sub-layers of blocks
+            that targets names, "sequential" or "parallel"; None is the family's usual place.
         rank: r of each expert.
         alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
         dropout: probability on the experts' input in training.
@@ -111,7 +111,7 @@ class Recipe(Targets):
                 f"experts of the family {family.name!r} sit on {' or '.join(family.places)}: "
                 + (
                     f"place={self.place!r} does not fit."
-                    if self.place
+                    if self.place is not None and self.place not in family.places
                     else f"the recipe {self.name!r} has no such place."
                 )
             )
@@ -134,7 +134,7 @@ class Recipe(Targets):
 
     @property
     def where(self) -> str:
-        """The place of the experts: "input", "output" or "block"."""
+        """The place of the experts, one of `PLACES`."""
         return self.place or next(place for place in self.family.places if place in self.places)
 
     @property
@@ -195,6 +195,8 @@ class Recipe(Targets):
             sites: of one model, in order.
             scope: gives the mixtures the context of what runs.
         """
+        if self.where == "parallel":
+            return parallel_layers(sites, self.build, scope)
         return [mixture_on(site.module, self.branches(site), scope, site.name) for site in sites]
 
     def experts_changed(self, mixtures: Sequence[Mixture]) -> None:

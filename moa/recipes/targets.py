@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..mixture import Narrowing, Site, find_blocks, find_sites
+from ..mixture import Narrowing, Site, find_blocks, find_sites, find_sublayers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,14 @@ class Targets:
 
         Args:
             base: any module.
-            where: "block" for blocks.
+            where: "block" for blocks; "sequential" for the last layer of each sub-layer, "parallel" for its first and
+                last in turn.
 
         Raises:
             ConfigError: there are none, or a keyword names what the base does not have.
         """
+        if where in ("sequential", "parallel"):
+            pairs = find_sublayers(base, self.targets, self._narrowing())
+            return [site for pair in pairs for site in (pair if where == "parallel" else pair[1:])]
         find = find_blocks if where == "block" else find_sites
         return find(base, self.targets, self._narrowing())

@@ -98,7 +98,13 @@ def bank_ignores_slot_order(bank: ExpertBank, x: Tensor, k: int) -> None:
 
 
 def bank_is_local(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """A row's output depends on that row alone, even when another row holds NaN."""
+    """A row's output depends on that row alone, even when another row holds NaN.
+
+    Where a bank says that it looks at the rows around, it depends on that example alone, and looks at them.
+    """
+    if not bank.rowwise:
+        _keeps_examples_apart(bank, x, k)
+        return
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] < 2:
         return
@@ -107,6 +113,20 @@ def bank_is_local(bank: ExpertBank, x: Tensor, k: int) -> None:
     changed = flat.clone()
     changed[-1] = float("nan")
     assert_close(bank(changed, routing)[:-1], before[:-1])
+
+
+def _keeps_examples_apart(bank: ExpertBank, x: Tensor, k: int) -> None:
+    if x.shape[0] < 2:
+        return
+    routing = random_routing(x.shape[:-1], bank.n_experts, k)
+    before = bank(x, routing)
+    for row, value in ((slice(None), float("nan")), (0, 9.0)):
+        changed = x.clone()
+        changed[-1, row] = value
+        after = bank(changed, routing)
+        assert_close(after[:-1], before[:-1], what="another example")
+    if x.shape[1] > 1 and x.shape[-1] > 1:  # a norm over one feature forgets it
+        assert bool((after[-1, 1:] != before[-1, 1:]).any()), "it is a function of each row and says that it is not"
 
 
 def bank_delta_is_expert(bank: ExpertBank, x: Tensor) -> None:

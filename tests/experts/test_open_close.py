@@ -13,7 +13,9 @@ from tests import laws
 from tests.laws import assert_close
 
 T, K, D_IN, D_OUT, E, R = 6, 2, 5, 7, 4, 3  # i and o of a family may be multiples of these
-OUTPUT_BANKS = [c for c in laws.BANK_CASES if laws.make_bank(*c, D_IN, D_OUT, E, R).mixes == "outputs"]
+BANKS = {case: laws.make_bank(*case, D_IN, D_OUT, E, R) for case in laws.BANK_CASES}
+# slots are rows by themselves: experts that look at the rows around have none there
+OUTPUT_BANKS = [case for case, bank in BANKS.items() if bank.mixes == "outputs" and bank.rowwise]
 
 
 def by_definition(bank: ExpertBank, x: Tensor, indices: Tensor) -> Tensor:

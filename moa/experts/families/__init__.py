@@ -1,6 +1,8 @@
 """Families beyond LoRA's, one file each: importing this package fills `FAMILIES` with them."""
 
 from .boft import BOFT, BOFTBank
+from .bottleneck import Bottleneck, BottleneckBank
+from .convolved import Conformer, ConformerBank, Convpass, ConvpassBank
 from .core import Core, CoreBank
 from .dora import DoRA, DoRABank
 from .ia3 import IA3, InputScaleBank, OutputScaleBank
@@ -16,6 +18,12 @@ __all__ = [
     "IA3",
     "OFT",
     "BOFTBank",
+    "Bottleneck",
+    "BottleneckBank",
+    "Conformer",
+    "ConformerBank",
+    "Convpass",
+    "ConvpassBank",
     "Core",
     "CoreBank",
     "DoRA",
