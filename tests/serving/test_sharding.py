@@ -12,7 +12,9 @@ from torch import nn
 import moa
 from moa.mixture import Site
 from moa.recipes import make_recipe
-from moa.serving.vllm.sharding import Axis, Part, ServedLayer
+from moa.serving.vllm.axis import Axis
+from moa.serving.vllm.sharding import Part, ServedLayer
+from moa.serving.vllm.stacked import MOST_ROWS
 from moa.types import Context
 
 RANKS, D_IN, D_OUT = 2, 12, 8
@@ -57,10 +59,11 @@ def on_all(ranks: int, run) -> list[torch.Tensor]:
         return list(pool.map(run, range(ranks)))
 
 
-@pytest.mark.parametrize("router", ["topk", "dense", "hydra", "flylora"])
+@pytest.mark.parametrize("rows", [(5,), (1, 5), (MOST_ROWS + 1,)], ids=str)
+@pytest.mark.parametrize("router", ["topk", "dense", "switch", "sigmoid", "hydra", "flylora"])
 @torch.no_grad()
-def test_column_and_row_parallel_layers_equal_the_whole_one(router):
-    base, x = nn.Linear(D_IN, D_OUT), torch.randn(5, D_IN)
+def test_column_and_row_parallel_layers_equal_the_whole_one(router, rows):
+    base, x = nn.Linear(D_IN, D_OUT), torch.randn(*rows, D_IN)
     expected = mixture_of(router, base)(x)
     ranks, size = Ranks(RANKS), D_OUT // RANKS
     layers = [mixture_of(router, base) for _ in range(RANKS)]
@@ -78,7 +81,7 @@ def test_column_and_row_parallel_layers_equal_the_whole_one(router):
         axis = Axis(cut, RANKS, rank, gather=ranks.gather(rank))
         weight = base.weight[:, rank * cut :][:, :cut]
         run = lambda part: ranks.reduce(rank, part @ weight.T) + base.bias  # noqa: E731
-        return ServedLayer(run, axis, [Part(layers[rank], Axis(D_OUT))])(x[:, rank * cut :][:, :cut])
+        return ServedLayer(run, axis, [Part(layers[rank], Axis(D_OUT))])(x[..., rank * cut :][..., :cut])
 
     for found in on_all(RANKS, row):
         torch.testing.assert_close(found, expected)
@@ -106,3 +109,38 @@ def test_fused_layers_of_which_ranks_share_heads_equal_the_separate_ones():
     for rank, found in enumerate(on_all(4, run_rank)):
         for value, whole, n in zip(found.split(2, -1), expected, (rank, rank // 2, rank // 2), strict=True):
             torch.testing.assert_close(value, whole[:, 2 * n : 2 * n + 2])
+
+
+def fused(*mixtures: moa.Mixture | None) -> ServedLayer:
+    """Return a layer of three linears fused into one, on one rank."""
+    bases = [nn.Linear(D_IN, D_OUT) if m is None else m.base for m in mixtures]  # a served mixture gets another base
+    run = lambda x: torch.cat([base(x) for base in bases], -1)  # noqa: E731
+    return ServedLayer(run, Axis(D_IN), [Part(m, Axis(D_OUT)) for m in mixtures])
+
+
+@pytest.mark.parametrize("router", ["topk", "dense", "switch", "sigmoid"])
+@torch.no_grad()
+def test_alike_mixtures_run_as_one_and_take_weights_that_are_loaded_later(router):
+    x = torch.randn(5, D_IN)
+    mixtures = [mixture_of(router, nn.Linear(D_IN, D_OUT)) for _ in range(2)]
+    layer = fused(mixtures[0], None, mixtures[1])
+    assert layer.stacked is not None
+    for seed, mixture in enumerate(mixtures):
+        torch.manual_seed(seed)
+        for tensor in [*mixture.branches.parameters(), *mixture.branches.buffers()]:
+            tensor.copy_(torch.randn_like(tensor))
+    q, _, v = layer(x).split(D_OUT, -1)
+    wide = [layer(x.repeat(MOST_ROWS, 1))[:5, :D_OUT], layer(x.repeat(MOST_ROWS, 1))[:5, -D_OUT:]]  # each by itself
+    torch.testing.assert_close([q, v], wide)
+    assert (q - v).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_mixtures_that_decide_in_other_ways_run_each_by_itself():
+    mixtures = [mixture_of(router, nn.Linear(D_IN, D_OUT)) for router in ("topk", "dense")]
+    x = torch.randn(5, D_IN)
+    expected = [m(x) for m in mixtures]
+    layer = fused(mixtures[0], None, mixtures[1])
+    assert layer.stacked is None
+    q, _, v = layer(x).split(D_OUT, -1)
+    torch.testing.assert_close([q, v], expected)

@@ -7,15 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
 from ...errors import BackendError, CheckpointError, ConfigError
 from ...mixture import Branch
+from ...types import Context
 from ..rebuild import Mixtures
 from .engine_layers import attach, sizes
 from .registration import check_version, engine_version
+from .routing_load import RoutingLoad
 
 PREFIX = "moa."  # of the mixtures' tensors in a folder's files
 
@@ -41,7 +44,8 @@ class MoaForCausalLM(TransformersForCausalLM):
         places = {name: self._place(name) for row in recipes for name in row["layers"]}
         shapes = {name: sizes(self.get_submodule(layer), shard) for name, (layer, shard) in places.items()}
         with torch.device(self.device_config.device):
-            self.mixtures = Mixtures(recipes, shapes)
+            load = RoutingLoad.of_engine() if get_tensor_model_parallel_rank() == 0 else None
+            self.mixtures = Mixtures(recipes, shapes, Context(trace=load))
         by_layer: dict[str, dict[Any, Any]] = {}
         for name, mixture in self.mixtures.by_name.items():
             for branch in mixture.branches:
@@ -51,7 +55,7 @@ class MoaForCausalLM(TransformersForCausalLM):
             layer, shard = places[name]
             by_layer.setdefault(layer, {})[shard] = mixture
         for layer, found in by_layer.items():
-            attach(self.get_submodule(layer), layer, found)
+            attach(self.get_submodule(layer), layer, found, load)
         for parameter in self.mixtures.parameters():
             set_weight_attrs(parameter, {"weight_loader": default_weight_loader})
         self._filled = False

@@ -13,7 +13,9 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, 
 
 from ...errors import BackendError
 from ...mixture import Mixture
-from .sharding import Axis, Part, ServedLayer
+from .axis import Axis
+from .routing_load import RoutingLoad
+from .sharding import Part, ServedLayer
 
 _LAYERS: dict[str, ServedLayer] = {}  # by a name that the op can carry through a graph
 
@@ -43,13 +45,14 @@ def _with_mixtures(cls: type) -> type:
     return type(cls.__name__, (cls,), {"forward": forward})
 
 
-def attach(layer: nn.Module, name: str, mixtures: Mapping[Any, Mixture]) -> None:
+def attach(layer: nn.Module, name: str, mixtures: Mapping[Any, Mixture], load: RoutingLoad | None = None) -> None:
     """Give a layer of the engine the mixtures of the layers that it stands for.
 
     Args:
         layer: a linear, fused or not, (*rows, i) -> (*rows, o).
         name: dotted, in the engine's model.
         mixtures: by the shard that each original layer became; None is the whole layer.
+        load: where the routing's load is counted, or None.
 
     Raises:
         BackendError: a layer of a kind that the plug-in does not know.
@@ -60,7 +63,7 @@ def attach(layer: nn.Module, name: str, mixtures: Mapping[Any, Mixture]) -> None
     run = functools.partial(own.forward, layer)
     parts = _parts(layer, mixtures)
     key = f"{name}#{len(_LAYERS)}"
-    _LAYERS[key] = ServedLayer(run, _input(layer), parts, lambda: layer.bias)
+    _LAYERS[key] = ServedLayer(run, _input(layer), parts, lambda: layer.bias, load)
     layer.moa_key = key
     layer.__class__ = _with_mixtures(own)
 

