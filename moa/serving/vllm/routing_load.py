@@ -33,7 +33,7 @@ class RoutingLoad:
         self.latest: dict[tuple[str, ...], Routing] = {}
         self.counts: dict[str, Tensor] = {}
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module) -> None:
+    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int = 1) -> None:
         """Keep a routing of one mixture's rows (*rows, E) until it is counted, or until the next."""
         self.latest[name,] = routing
 
