@@ -72,8 +72,8 @@ class Learned(Host):
             traces.append(trace)
             if not len(trace):  # the experts are off, or a forward inside has seen to all this
                 return passes[0]
-            if samples > 1 and passes[-1][1] is None:
-                refuse_sampled()
+            if passes[0][1] is None:  # nothing to compare selections by: this is a forward like any other
+                break
         losses = [loss for _, loss in passes if loss is not None]
         if not losses:
             self._learned_outside(passes[0][0], traces)
@@ -88,14 +88,19 @@ class Learned(Host):
     def _entered_inside(self, outputs: Any, trace: Trace) -> None:
         """Take note of a training forward of a part, whose outputs somebody else makes a loss of."""
         if len(trace):
-            if self.samples > 1:
-                refuse_sampled()
             self._learned_outside(outputs, [trace])
 
     def _learned_outside(self, outputs: Any, traces: list[Trace]) -> None:
-        """Count a training forward without a loss; say once, in a backward from its outputs, what that goes without."""
-        asked = asked_of(traces)
-        if asked and not self._warned_of_lost_losses and not torch.compiler.is_compiling():
+        """Count a training forward without a loss; a backward from its outputs says what it goes without, or refuses.
+
+        Only who learns from the outputs needs a loss that the routers see: under a sampling recipe, too, looking at
+        them is free, and it is the backward that is refused. Compiled code has no such hook and is refused at once.
+        """
+        asked, sampled = asked_of(traces), self.samples > 1
+        if torch.compiler.is_compiling():
+            if sampled:
+                refuse_sampled()
+        elif sampled or (asked and not self._warned_of_lost_losses):
             hook_all(outputs, partial(self._left_out, asked))
         self._notice(traces)
 

@@ -88,7 +88,8 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
         """Return the base's outputs; in training their loss holds the routers' own losses too.
 
         With a sampling recipe (ReMix) and labels, training runs M selections; outputs other than the loss are those
-        of the first.
+        of the first. Without labels there is nothing to compare selections by: training mode runs one, drawn as in
+        training, and it is a backward from its outputs that raises (use `routed_loss`).
 
         Args:
             args: the base's positional inputs.
@@ -103,8 +104,8 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
             kwargs: the base's inputs.
 
         Raises:
-            ContextError: task ids out of range; an unknown expert, or not one for each example; in training, a sampling
-                recipe without labels (use `routed_loss`), or labels that leave no token.
+            ContextError: task ids out of range; an unknown expert, or not one for each example; in training, labels
+                that leave no token.
             NumericsError: a router produced NaN or infinity (its layer is named).
         """
         self.settle()

@@ -15,7 +15,7 @@ from .outputs import tensors_of
 
 HOW = "compute yours inside model.routed_loss(lambda: …), e.g. in a Trainer's compute_loss, or build without them."
 SAMPLED = (
-    "a sampling recipe learns from the loss of several selections, and this training forward has no loss: pass labels, "
+    "a sampling recipe learns from the loss of several selections, and this loss was computed from one: pass labels, "
     "or compute your loss inside model.routed_loss(lambda: ...)."
 )
 LIKELIHOODS, LABELLED = "log_probs", "label_mask"  # what outputs call the log-likelihoods of labels, as TRL's do
@@ -82,7 +82,7 @@ class _Carried(Function):
 
 
 def refuse_sampled() -> None:
-    """Refuse a training forward without a loss () under a sampling recipe.
+    """Refuse to learn from a loss () that was computed outside of the model, under a sampling recipe.
 
     Raises:
         ContextError: always.

@@ -392,17 +392,31 @@ def test_a_custom_loss_that_looks_alike_is_not_taken_for_cross_entropy():
     assert objective.per_example_rule == "none"
 
 
-def test_training_without_a_loss_is_refused():
+def test_training_on_a_loss_from_outside_is_refused_when_it_learns():
     model = models.randomise(moa.build(models.llama(), "remix", n_experts=4)).train()
     batch = models.lm_batch()
     batch.pop("labels")
-    with pytest.raises(ContextError, match="routed_loss"):
-        model(**batch)
+    for outputs in (model(**batch), model.model(**batch)):  # a look at them is free
+        with pytest.raises(ContextError, match="routed_loss"):
+            outputs[0].square().mean().backward()
+    model.zero_grad()
     loss = model.routed_loss(lambda: model(**batch).logits.square().mean((1, 2)))
     loss.backward()
     assert all(bool(b.router.weight.grad.any()) for _, b in model.branches())
     model.eval()
     assert model(**batch).logits.shape[0] == 4
+
+
+def test_a_training_forward_without_a_loss_runs_one_selection_drawn_as_in_training():
+    model = models.randomise(moa.build(models.llama(), "remix", n_experts=4)).train()
+    batch = models.lm_batch()
+    batch.pop("labels")
+    calls, seen = [], []
+    model.base.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.observers.append(seen.extend)
+    first, other = (model(**batch).logits for _ in range(2))
+    assert len(calls) == len(seen) == 2 and not torch.equal(first, other)
+    assert all(len(trace) and all(r.routing.log_prob is not None for r in trace) for trace in seen)
 
 
 def test_reentrant_checkpointing_behind_our_back_raises():
