@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..folding.swap import swapped
 from ..folding.weights import check_untied, fold, folded_change
 from ..formats import checkpoint
 from ..mixture import (
@@ -28,17 +27,15 @@ from ..mixture.preview import Preview
 from ..mixture.streams import Streams
 from ..objective.trace import Trace
 from ..recipes import Recipe
-from ..types import Context
 from .adapt import adapted, optimizer_groups
 from .chosen import common_names
 from .entries import close_entries, open_entries
 from .running import hold_still
-from .scope import ModelScope
-from .stepping import Stepped
-from .whole import Whole, as_they_came, whole_names
+from .switched import Switched
+from .whole import Whole, whole_names
 
 
-class Host(Stepped):
+class Host(Switched):
     """What `MoAModel` does with the mixtures in its base, whatever the base is.
 
     Attributes:
@@ -52,18 +49,14 @@ class Host(Stepped):
         samples: M, forwards per training step, the most that any recipe asks for.
     """
 
-    base: nn.Module
-    scope: ModelScope
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
-    whole: list[Whole]
     shared_by_experts: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
     _entered_inside: Callable[[Any, Trace], None]
     _preview: Preview | None = None
     _needs_preview: bool = False
-    _folded: bool = False
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
         """Put a recipe's mixtures into the base and return their names.
@@ -102,11 +95,6 @@ class Host(Stepped):
         self.recipes.append((recipe, names))
         self.routers_changed()
         return names
-
-    @property
-    def context(self) -> Context:
-        """The context of the forward that runs in this thread; outside of one, what the next starts from."""
-        return self.scope.current()
 
     def _kind(self) -> str:
         """Return "decoder", "encoder-decoder" or "encoder", by which labels and prompts are read."""
@@ -185,31 +173,6 @@ class Host(Stepped):
         finally:
             context.trace = before
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the base as it came inside the block, what is trained whole included.
-
-        Raises:
-            ConfigError: inside `folded`, where the base is not the frozen one.
-        """
-        with self._set("disable_adapter", "enabled", False):
-            if not self.whole:
-                yield
-                return
-            with self.scope.turns.alone(), as_they_came(self.whole):
-                yield
-
-    @contextlib.contextmanager
-    def _set(self, what: str, name: str, value: Any) -> Iterator[None]:
-        if self.scope.turns.mine():  # another thread's fold is over before a forward of this one begins
-            self._check_not_folded(what)
-        before = getattr(context := self.context, name)
-        setattr(context, name, value)
-        try:
-            yield
-        finally:
-            setattr(context, name, before)
-
     def adapted_summary(self) -> str:
         """Return one line on the layers (*rows, i) -> (*rows, o) that carry experts, and on what does not."""
         return summary(self.base)
@@ -222,7 +185,9 @@ class Host(Stepped):
 
         Raises:
             FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
+            ConfigError: inside `folded`, where it would be in the weights twice.
         """
+        self._check_not_folded("merging")
         mixtures = self.mixtures()
         for mixture in mixtures.values():
             check_untied(self.base, mixture)
@@ -230,31 +195,6 @@ class Host(Stepped):
         for mixture in mixtures.values():
             fold(mixture, task_id)
         return self._without_mixtures()
-
-    def folded(self, task_id: int | None = None) -> contextlib.AbstractContextManager[nn.Module]:
-        """Run with the mixtures folded into their layers inside the block, the base bit for bit as it was afterwards.
-
-        Args:
-            task_id: fold what this task's inputs get, where routers look at the task.
-
-        Raises:
-            FoldError: a mixture has no exact weight; the layer and the reason are named.
-        """
-        mixtures = self.mixtures()
-        for mixture in mixtures.values():
-            check_untied(self.base, mixture)
-        return self._swapped(swapped(mixtures, task_id))
-
-    @contextlib.contextmanager
-    def _swapped(self, swap: contextlib.AbstractContextManager[None]) -> Iterator[nn.Module]:
-        with self.scope.turns.alone(), swap:
-            context, self._folded = self.context, True
-            before, context.enabled = context.enabled, False
-            try:
-                yield self.base
-            finally:
-                context.enabled = before
-                self._folded = False
 
     def unload(self) -> nn.Module:
         """Take the mixtures out and return the base as it came, what was trained whole included."""
@@ -338,12 +278,6 @@ class Host(Stepped):
             "recipes": [{**recipe.to_dict(), "sites": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,
         }
-
-    def _check_not_folded(self, what: str) -> None:
-        if self._folded:
-            raise ConfigError(
-                f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
-            )
 
 
 def _inside(name: str, module: str) -> bool:

@@ -29,6 +29,7 @@ class HotSwitch:
     def __init__(self, model: Host) -> None:
         self.mixtures = model.mixtures()
         self._undo: list[Undo] = []
+        self._now: int | None = None
         for mixture in self.mixtures.values():
             check_untied(model.base, mixture)
             if mixture.why_not_fold is not None or matrix(mixture.base) is None:
@@ -53,11 +54,23 @@ class HotSwitch:
         except BaseException:
             self.restore()
             raise
+        self._now = expert
 
     def restore(self) -> None:
         """Write back what was there, in weights of any shape."""
         while self._undo:
             self._undo.pop().restore()
+        self._now = None
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Run the base as it came inside the block, weights of any shape; afterwards the same expert is in them."""
+        now = self._now
+        self.restore()
+        try:
+            yield
+        finally:
+            self.to(now)
 
 
 def _as_stored(base: Any, change: Delta) -> Delta:
@@ -81,9 +94,9 @@ def hot_switch(model: Host) -> Iterator[HotSwitch]:
     switch = HotSwitch(model)
 
     @contextlib.contextmanager
-    def inside() -> Iterator[None]:
+    def inside() -> Iterator[HotSwitch]:
         try:
-            yield
+            yield switch
         finally:
             switch.restore()
 

@@ -63,12 +63,34 @@ def test_an_error_inside_gives_the_base_back():
 def test_what_needs_the_frozen_base_waits(tmp_path):
     model = build()
     with model.folded():
-        for blocked in (model.disable_adapter, lambda: model.pin_expert(0)):
-            with pytest.raises(ConfigError, match="inside `folded`"), blocked():
-                pass
+        with pytest.raises(ConfigError, match="inside `folded`"), model.pin_expert(0):
+            pass
         with pytest.raises(ConfigError, match="saving needs the frozen base"):
             model.save_pretrained(tmp_path)
+        for twice in (model.merge_and_unload, model.folded):
+            with pytest.raises(ConfigError, match="needs the frozen base"):
+                twice()
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", list(models.MODELS))
+def test_disabled_inside_it_is_the_base_as_it_came(kind, tmp_path):
+    model, batch = build(kind, n_experts=2), models.MODELS[kind][1]()
+    plain = models.outputs_of(models.MODELS[kind][0](), batch)
+    with model.folded():
+        folded = models.outputs_of(model, batch)
+        for _ in range(2):
+            with model.disable_adapter():
+                assert torch.equal(models.outputs_of(model, batch), plain)
+                model.save_pretrained(tmp_path)  # the base is the frozen one again
+            assert torch.equal(models.outputs_of(model, batch), folded) and not torch.equal(folded, plain)
+        with pytest.raises(KeyError), model.disable_adapter():
+            raise KeyError
+        assert torch.equal(models.outputs_of(model, batch), folded)
+        with pytest.raises(ConfigError, match="saving needs the frozen base"):
+            model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        assert torch.equal(models.outputs_of(model, batch), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -58,6 +58,12 @@ def test_an_error_in_the_block_leaves_the_base_as_it_came() -> None:
         raise ValueError("stop")
     with model.disable_adapter():
         assert torch.equal(models.outputs_of(model, models.lm_batch()), plain)
+    with hot_switch(model) as switch:
+        switch.to(1)
+        now = models.outputs_of(model, models.lm_batch())
+        with model.disable_adapter():
+            assert torch.equal(models.outputs_of(model, models.lm_batch()), plain)
+        assert torch.equal(models.outputs_of(model, models.lm_batch()), now) and not torch.equal(now, plain)
     blocks = moa.build(models.llama(), "topk", place="block")
     with pytest.raises(FoldError, match="has no weight to write an expert into"), hot_switch(blocks):
         pass
