@@ -68,7 +68,7 @@ def _batches(model: MoAModel, arguments: argparse.Namespace) -> list[dict[str, A
     from ..runs.collate import Collator
     from ..runs.config import read_config
     from ..runs.encode import encode_tasks
-    from ..runs.session import load_tokenizer, with_heads_of
+    from ..runs.run_model import load_tokenizer, with_heads_of
 
     folder = Path(arguments.checkpoint)
     own = next((f for f in (folder / "config.yaml", folder.parent / "config.yaml") if f.is_file()), None)

@@ -16,7 +16,7 @@ def add(command: Command) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    """Score a checkpoint on the tasks of a configuration: loss and accuracy of each."""
+    """Score a checkpoint on the tasks of a configuration: its measures on each, with error bars."""
     from ..runs.preflight import check_scored
 
     check_scored(arguments.checkpoint, arguments.config, arguments.overrides)

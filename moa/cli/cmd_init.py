@@ -38,6 +38,7 @@ tasks:
     train: reviews.csv           # .jsonl, .json, .csv, .tsv, .parquet, a pattern, a list, or a hub id
     text: text                   # the columns' names
     label: label
+    # problem: regression        # numbers, not classes; labels with fractions are one by themselves
     eval_fraction: 0.2           # or eval: a file of its own
 """
     + RECIPE

@@ -1,4 +1,4 @@
-"""One pretrained encoder with one classification head per task; and how a checkpoint's base is found again."""
+"""One pretrained encoder with one head per task, for classes or numbers; and how a checkpoint's base is found again."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import CheckpointError, ConfigError, ContextError, MoaError, unknown_name
+from .task_heads import IGNORED, TaskHeads, label_losses
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -24,12 +24,13 @@ class MultiTaskConfig(PreTrainedConfig):
     Args:
         encoder: the encoder's own configuration as plain values, its model_type included.
         encoder_name_or_path: where the encoder came from, "" for one made in memory.
-        labels: task name -> its label names; the order of tasks is the order of task ids.
+        labels: task name -> the names of its classes, or of its numbers; the order of tasks is the order of task ids.
         pooling: "mean" over real tokens, "cls" (the first real token) or "last" (the last real token).
+        regressions: names of the tasks whose head gives numbers.
         kwargs: as for every configuration.
 
     Raises:
-        ConfigError: an unknown pooling.
+        ConfigError: an unknown pooling, a regression that is not a task, a classification with less than two classes.
     """
 
     model_type = "multi_task_classifier"
@@ -40,6 +41,7 @@ class MultiTaskConfig(PreTrainedConfig):
         encoder_name_or_path: str = "",
         labels: Mapping[str, Sequence[str]] | None = None,
         pooling: str = "mean",
+        regressions: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLINGS:
@@ -48,61 +50,20 @@ class MultiTaskConfig(PreTrainedConfig):
         self.encoder_name_or_path = encoder_name_or_path
         self.labels = {task: list(names) for task, names in (labels or {}).items()}
         self.pooling = pooling
+        self.regressions = list(regressions)
+        for task in self.regressions:
+            if task not in self.labels:
+                raise ConfigError(unknown_name("task", task, self.labels, "regressions"))
+        few = {task: names for task, names in self.labels.items() if len(names) < 2 and task not in self.regressions}
+        if few:
+            raise ConfigError(f"each task that classifies needs at least 2 classes, got {few}.")
         super().__init__(**kwargs)
-
-
-class TaskHeads(nn.Module):
-    """N linear heads in one: logits_b = W[task_b] h_b + b[task_b], −∞ for classes that the task does not have.
-
-    | tensor | shape | start |
-    |---|---|---|
-    | weight | (N, C, d) | normal, σ = 0.02 |
-    | bias | (N, C) | zero |
-    | present (buffer) | (N, C) bool | which classes each task has |
-
-    Args:
-        d_in: d.
-        n_labels: classes of each task; C is the largest.
-
-    Raises:
-        ConfigError: no task, or a task with fewer than two classes.
-    """
-
-    present: Tensor
-
-    def __init__(self, d_in: int, n_labels: Sequence[int]) -> None:
-        super().__init__()
-        if not n_labels or min(n_labels) < 2:
-            raise ConfigError(f"each task needs at least 2 classes, got {list(n_labels)}.")
-        self.n_labels = list(n_labels)
-        self.weight = nn.Parameter(torch.empty(len(n_labels), max(n_labels), d_in))
-        self.bias = nn.Parameter(torch.empty(len(n_labels), max(n_labels)))
-        self.register_buffer("present", torch.empty(len(n_labels), max(n_labels), dtype=torch.bool))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw weight (N, C, d) anew, set bias to zero, mark the classes present."""
-        nn.init.normal_(self.weight, std=0.02)
-        nn.init.zeros_(self.bias)
-        with torch.no_grad():
-            counts = torch.tensor(self.n_labels, device=self.present.device)
-            self.present.copy_(torch.arange(self.present.shape[1], device=self.present.device) < counts[:, None])
-
-    def forward(self, h: Tensor, task_ids: Tensor) -> Tensor:
-        """Return logits (B, C) of pooled features h (B, d) for tasks (B,)."""
-        n_tasks, n_classes, _ = self.weight.shape
-        # every head on every row, then the row's own: one product, and a backward without scattered additions
-        every = F.linear(h.to(self.weight.dtype), self.weight.flatten(0, 1), self.bias.flatten()).view(
-            -1, n_tasks, n_classes
-        )
-        own = every.gather(1, task_ids[:, None, None].expand(-1, 1, n_classes)).squeeze(1)
-        return own.masked_fill(~self.present[task_ids], float("-inf"))
 
 
 class MultiTaskForSequenceClassification(PreTrainedModel):
     """Any transformers encoder, pooled, under one linear head per task.
 
-    logits_b = W[task_b] pool(encoder(x_b)) + b[task_b];  loss = mean cross-entropy
+    logits_b = W[task_b] pool(encoder(x_b)) + b[task_b];  loss = mean over labels of cross-entropy or squared error
 
     The encoder is `.encoder` (the base model prefix), so `moa.build` puts experts into it and trains and saves the
     heads whole. An unused pooler of the encoder is dropped.
@@ -112,7 +73,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         encoder: a loaded encoder; None makes one with fresh weights, as `from_pretrained` needs.
 
     Raises:
-        ConfigError: an encoder-decoder.
+        ConfigError: an encoder-decoder, or no task.
     """
 
     config_class = MultiTaskConfig
@@ -143,14 +104,20 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_encoder(
-        cls, name_or_path: str | Path, labels: Mapping[str, Sequence[str]], pooling: str = "mean", **kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        labels: Mapping[str, Sequence[str]],
+        pooling: str = "mean",
+        regressions: Sequence[str] = (),
+        **kwargs: Any,
     ) -> MultiTaskForSequenceClassification:
         """Return a model with a pretrained encoder and fresh heads.
 
         Args:
             name_or_path: hub id or folder of the encoder.
-            labels: task name -> its label names.
+            labels: task name -> the names of its classes, or of its numbers.
             pooling: "mean", "cls" or "last".
+            regressions: names of the tasks whose head gives numbers.
             kwargs: for the encoder's `from_pretrained` (dtype, …).
 
         Raises:
@@ -158,18 +125,22 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             ConfigError: see the class.
         """
         encoder = AutoModel.from_pretrained(name_or_path, **kwargs)
-        return cls.around(encoder, labels, pooling)
+        return cls.around(encoder, labels, pooling, regressions)
 
     @classmethod
     def around(
-        cls, encoder: PreTrainedModel, labels: Mapping[str, Sequence[str]], pooling: str = "mean"
+        cls,
+        encoder: PreTrainedModel,
+        labels: Mapping[str, Sequence[str]],
+        pooling: str = "mean",
+        regressions: Sequence[str] = (),
     ) -> MultiTaskForSequenceClassification:
         """Return a model with fresh heads on an encoder that is in memory; its output is (B, S, d)."""
         values = encoder.config.to_dict()
         # a model read from GGUF carries this although its weights are dense
         values.pop("quantization_config", None)
         name = encoder.name_or_path or ""
-        config = MultiTaskConfig(values, name, labels, pooling, dtype=encoder.dtype)
+        config = MultiTaskConfig(values, name, labels, pooling, regressions, dtype=encoder.dtype)
         config.name_or_path = name
         return cls(config, encoder)
 
@@ -204,32 +175,50 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Return logits (B, C), and with labels the mean cross-entropy ().
+        """Return logits (B, C), and with labels the mean over them () of cross-entropy or squared error.
 
         Args:
             input_ids: (B, S).
             attention_mask: (B, S), 1 on real tokens.
             token_type_ids: (B, S), for encoders that have segments.
             task_ids: (B,) int64, which head each example uses.
-            labels: (B,) int64 class of its own task; -100 is left out.
-            num_items_in_batch: examples of the whole accumulated batch, as Trainer passes it: the loss is then their
+            labels: (B,) or (B, L): the class in its own task, or the numbers; -100 is left out.
+            num_items_in_batch: labels of the whole accumulated batch, as Trainer passes it: the loss is then their
                 sum divided by this number.
             kwargs: for the encoder.
 
         Raises:
-            ContextError: task ids are missing or out of range.
+            ContextError: task ids are missing or out of range, or a class that is not a whole number.
+            ShapeError: more labels than the largest head has outputs.
         """
         task_ids = self._checked(task_ids)
+        if labels is not None:
+            self._check_classes(labels, task_ids)
         if token_type_ids is not None:
             kwargs["token_type_ids"] = token_type_ids
         logits = self.heads(self.features(input_ids, attention_mask, **kwargs), task_ids)
         loss = None
         if labels is not None:
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(logits.float(), labels)
-            else:
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+            losses = label_losses(logits, labels, self.gives_numbers(task_ids))
+            loss = losses.sum() / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    def _check_classes(self, labels: Tensor, task_ids: Tensor) -> None:
+        if not labels.is_floating_point() or torch.compiler.is_compiling():
+            return
+        first = labels if labels.ndim == 1 else labels[:, 0]
+        wrong = (first != first.round()) & ~self.gives_numbers(task_ids)
+        if bool(wrong.any()):
+            task = list(self.config.labels)[int(task_ids[wrong][0])]
+            raise ContextError(
+                f"a label of task {task!r} is {float(first[wrong][0])}, and its head gives classes: name the task in "
+                "regressions, or pass class numbers."
+            )
+
+    def gives_numbers(self, task_ids: Tensor) -> Tensor:
+        """Return for tasks (B,) whether their head gives numbers, (B,) bool."""
+        rows = [task in self.config.regressions for task in self.config.labels]
+        return torch.tensor(rows, device=task_ids.device)[task_ids]
 
     def _checked(self, task_ids: Tensor | None) -> Tensor:
         names = list(self.config.labels)
@@ -268,7 +257,8 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
         if class_name == MultiTaskForSequenceClassification.__name__:
             if name != config["encoder_name_or_path"]:  # it was saved whole, heads included
                 return MultiTaskForSequenceClassification.from_pretrained(name, **options)
-            return MultiTaskForSequenceClassification.from_encoder(name, config["labels"], config["pooling"], **options)
+            heads = config["labels"], config["pooling"], config.get("regressions", ())
+            return MultiTaskForSequenceClassification.from_encoder(name, *heads, **options)
         cls = getattr(transformers, class_name, None)
         if not hasattr(cls, "from_pretrained"):
             raise CheckpointError(f"{folder} was made on a {class_name}, which transformers does not have. {advice}")

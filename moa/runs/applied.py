@@ -58,7 +58,7 @@ class Applied:
         import torch
 
         from ..model.build import load
-        from .session import load_tokenizer
+        from .run_model import load_tokenizer
 
         model: Any = load(self.folder)
         own = (self.folder / "tokenizer_config.json").is_file()

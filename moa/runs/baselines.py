@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..model.heads import TaskHeads
 from ..model.host import Host
+from ..model.task_heads import IGNORED, TaskHeads, label_losses
+from .encode import EncodedTask
+from .metrics import measures_of
 
 Scores = dict[str, dict[str, float]]  # task -> measure -> value
 
@@ -51,36 +52,44 @@ def mean_score(scores: Scores, measure: str) -> float:
 
 
 def pick(candidates: Sequence[float], score: Callable[[float], Scores]) -> tuple[float, list[dict[str, float]]]:
-    """Return the candidate of the best mean accuracy (ties: of the lowest mean loss), and what each one scored."""
+    """Return the candidate of the best mean accuracy (ties: of the lowest mean loss), and what each one scored.
+
+    Where a task has no accuracy, it is the one of the lowest mean loss.
+    """
     rows = []
     for value in candidates:
         scores = score(value)
-        rows.append({"value": value, "accuracy": mean_score(scores, "accuracy"), "loss": mean_score(scores, "loss")})
-    best = max(rows, key=lambda row: (row["accuracy"], -row["loss"]))
+        shared = [name for name in ("accuracy", "loss") if all(name in row for row in scores.values())]
+        rows.append({"value": value, **{name: mean_score(scores, name) for name in shared}})
+    best = max(rows, key=lambda row: (row.get("accuracy", 0.0), -row["loss"]))
     return best["value"], rows
 
 
 class LinearProbe:
-    """Logistic regression per task on pooled features of the frozen base: no adapter, no gradient into the base.
+    """Logistic or linear regression per task on pooled features of the frozen base: no adapter, no gradient into it.
 
-    loss = Σ_rows cross-entropy / n + l2/2 · ‖W‖²,  on features standardised by their training mean and deviation
+    loss = mean over labels of cross-entropy or squared error + l2/2 · ‖W‖²,  on features standardised by their
+    training mean and deviation
 
     Args:
-        n_labels: classes of each task.
-        train: (features (n, d), task ids (n,), labels (n,)).
+        tasks: whose labels are predicted, by id.
+        train: (features (n, d), task ids (n,), labels (n,) or (n, L)).
         l2: strength of the penalty.
     """
 
-    def __init__(self, n_labels: Sequence[int], train: tuple[Tensor, Tensor, Tensor], l2: float) -> None:
+    def __init__(self, tasks: Sequence[EncodedTask], train: tuple[Tensor, Tensor, Tensor], l2: float) -> None:
         features, task_ids, labels = train
+        self.tasks = tasks
+        numbers = torch.tensor([task.kind == "regression" for task in tasks])[task_ids]
         self.mean, self.deviation = features.mean(0), features.std(0).clamp(min=1e-6)
-        self.heads = TaskHeads(features.shape[1], n_labels)
+        self.heads = TaskHeads(features.shape[1], [len(task.labels) for task in tasks])
         x = self._scaled(features)
         optimizer = torch.optim.LBFGS(self.heads.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(self.heads(x, task_ids), labels) + l2 / 2 * self.heads.weight.square().sum()
+            losses = label_losses(self.heads(x, task_ids), labels, numbers)
+            loss = losses.sum() / (labels != IGNORED).sum() + l2 / 2 * self.heads.weight.square().sum()
             loss.backward()
             return loss
 
@@ -90,25 +99,20 @@ class LinearProbe:
         return (features - self.mean) / self.deviation
 
     @torch.no_grad()
-    def score(self, names: Sequence[str], rows: tuple[Tensor, Tensor, Tensor]) -> Scores:
-        """Return accuracy and mean cross-entropy of each task.
-
-        Args:
-            names: of the tasks, by id.
-            rows: (features (n, d), task ids (n,), labels (n,)).
-        """
+    def score(self, rows: tuple[Tensor, Tensor, Tensor]) -> Scores:
+        """Return the measures of each task on rows: (features (n, d), task ids (n,), labels (n,) or (n, L))."""
         features, task_ids, labels = rows
         logits = self.heads(self._scaled(features), task_ids)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        right = (logits.argmax(-1) == labels).float()
-        return {
-            name: {"loss": float(losses[task_ids == t].mean()), "accuracy": float(right[task_ids == t].mean())}
-            for t, name in enumerate(names)
-        }
+        scores = {}
+        for t, task in enumerate(self.tasks):
+            measures, own = measures_of(task.kind, task.labels), task_ids == t
+            kept = [part.numpy() for part in measures.keep(logits[own], labels[own])]
+            scores[task.name] = measures.scores(kept, labels[own].numpy())
+        return scores
 
 
 def probe(
-    n_labels: Mapping[str, int],
+    tasks: Sequence[EncodedTask],
     train: tuple[Tensor, Tensor, Tensor],
     evaluation: tuple[Tensor, Tensor, Tensor],
     l2: Sequence[float],
@@ -118,22 +122,24 @@ def probe(
     """Return the scores of linear heads on frozen features, and how their penalty was picked.
 
     Args:
-        n_labels: task -> number of its classes, by task id.
-        train: (features (n, d), task ids (n,), labels (n,)).
+        tasks: with labels, by id.
+        train: (features (n, d), task ids (n,), labels (n,) or (n, L)).
         evaluation: the same.
         l2: strengths to pick from.
         fraction: of the training rows, held out for picking.
         seed: of that split.
     """
-    names, counts = list(n_labels), list(n_labels.values())
     kept: list[int] = []
     left: list[int] = []
-    for t in range(len(names)):
+    for t in range(len(tasks)):
         at = torch.nonzero(train[1] == t).flatten()
         inside, outside = held_out(len(at), fraction, seed)
         kept += at[inside].tolist()
         left += at[outside].tolist()
     inner, outer = [tuple(part[rows] for part in train) for rows in (kept, left)]
-    best, tried = pick(l2, lambda value: LinearProbe(counts, inner, value).score(names, outer))  # type: ignore[arg-type]
-    scores = LinearProbe(counts, train, best).score(names, evaluation)
-    return scores, {"what": "logistic regression per task on frozen pooled features", "l2": best, "tried": tried}
+    kinds = {task.kind for task in tasks}
+    best, tried = pick(l2, lambda value: LinearProbe(tasks, inner, value).score(outer))  # type: ignore[arg-type]
+    scores = LinearProbe(tasks, train, best).score(evaluation)
+    models = [name for name, kind in (("logistic", "classification"), ("linear", "regression")) if kind in kinds]
+    what = f"{' or '.join(models)} regression per task on frozen pooled features"
+    return scores, {"what": what, "l2": best, "tried": tried}

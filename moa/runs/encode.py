@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
+NEAR_IGNORED = -100.00001
 SHOWN = 16  # evaluation prompts kept as text
 
 
@@ -27,8 +29,8 @@ class EncodedTask:
 
     Args:
         name: of the task.
-        kind: as in `Task`.
-        labels: label names in the order of their ids; empty where nothing is classified.
+        kind: as in `Task`, or "regression".
+        labels: names of the classes in the order of their ids, or of the numbers; empty where text is written.
         train: rows with input_ids, attention_mask, labels, task_ids (and token_type_ids where the tokenizer has them).
         eval: the same for evaluation.
         prompts: a few evaluation prompts with their answers, as text; empty for classification.
@@ -42,6 +44,11 @@ class EncodedTask:
     eval: Dataset
     prompts: list[tuple[str, str]]
     notes: list[str]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the task is text to write, and not labels."""
+        return self.kind not in ("classification", "regression")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what tells these rows from others: label names, and a digest of the training rows' ids and labels."""
@@ -72,7 +79,7 @@ def encode_tasks(
     """Return tasks as token ids; their order gives the task ids.
 
     Args:
-        tasks: name -> task, all classified or all generated.
+        tasks: name -> task, all with labels or all of text to write.
         tokenizer: of the base model.
         max_length: tokens per row at most.
         seed: of the draw of rows.
@@ -99,7 +106,8 @@ def encode_rows(
         ConfigError: rows without a token, answers that leave no room for a prompt, rows too long where that is refused,
             no rows left, or a tokenizer that lacks an end or a chat template.
     """
-    return [_encode_task(number, rows, tokenizer, max_length, long_rows) for number, rows in enumerate(tasks)]
+    made = [_encode_task(number, rows, tokenizer, max_length, long_rows) for number, rows in enumerate(tasks)]
+    return [_beside_numbers(task) for task in made] if any(rows.regresses for rows in tasks) else made
 
 
 def _encode_task(number: int, task: TaskRows, tokenizer: Any, max_length: int, long_rows: str) -> EncodedTask:
@@ -117,7 +125,7 @@ def _encode_task(number: int, task: TaskRows, tokenizer: Any, max_length: int, l
             )
         made.append(Dataset.from_dict({**columns, "task_ids": [number] * len(encoded.kept)}))
     prompts = _prompts(task, task.eval.select(range(min(SHOWN, len(task.eval)))), tokenizer)
-    return EncodedTask(task.name, task.task.kind, task.labels, made[0], made[1], prompts, notes)
+    return EncodedTask(task.name, task.kind, task.labels, made[0], made[1], prompts, notes)
 
 
 def _say_long(
@@ -142,8 +150,23 @@ def _say_long(
 
 def _classification(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:
     encoded = encode_texts(task.name, task.task, rows, tokenizer, max_length, long_rows)
-    encoded.columns["labels"] = task.label_ids(rows)
+    encoded.columns["labels"] = list(task.targets(rows))
     return encoded
+
+
+def _beside_numbers(task: EncodedTask) -> EncodedTask:
+    """Return a task in a run that has a regression: every row's labels are a list of numbers, a class among them."""
+
+    def listed(value: Any) -> list[float]:
+        numbers = value if isinstance(value, list) else [value]
+        # the one number that means "not labelled" moves by a rounding step of float32
+        return [NEAR_IGNORED if number == IGNORED else float(number) for number in numbers]
+
+    train, held_out = (
+        rows.remove_columns("labels").add_column("labels", [listed(value) for value in rows["labels"]])  # type: ignore[call-arg]
+        for rows in (task.train, task.eval)
+    )
+    return dataclasses.replace(task, train=train, eval=held_out)
 
 
 def encode_texts(

@@ -1,4 +1,4 @@
-"""A checkpoint's classes for new rows."""
+"""A checkpoint's classes or numbers for new rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
+from ..training.distill import gives_numbers
 from .applied import task_id
 from .collate import Collator
 from .encode import encode_texts
@@ -32,6 +33,8 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Return for each row its place in its file, the likeliest label, and the probability of every label.
 
+    Where numbers are regressed: the row's place and its "value", or its "values" by name where there are several.
+
     Args:
         model: with heads per task, or a classifier of transformers.
         tokenizer: of its base.
@@ -47,27 +50,31 @@ def predict(
     """
     if batch_size < 1 or max_length < 2:
         raise ConfigError(f"--batch-size {batch_size} must be at least 1 and --max-length {max_length} at least 2.")
-    number, labels = _labels(model, head, where)
+    number, labels, regresses = _labels(model, head, where)
     encoded = encode_texts("predict", task, rows, tokenizer, max_length)
     if encoded.too_long:
         say(f"note: {len(encoded.too_long)} of {len(rows)} rows are longer than {max_length} tokens and were truncated")
     taken = set(inspect.signature(model.base.forward).parameters)
     columns = {name: values for name, values in encoded.columns.items() if name in taken}
-    shares = probabilities(model, Collator(tokenizer), columns, number, batch_size).tolist()
+    logits = logits_of_rows(model, Collator(tokenizer), columns, number, batch_size)
+    places = [place for _, place in rows.places]
+    if regresses:
+        found = [dict(zip(labels, row, strict=False)) for row in logits.tolist()]
+        if len(labels) == 1:
+            return [{"row": place, "value": row[labels[0]]} for place, row in zip(places, found, strict=True)]
+        return [{"row": place, "values": row} for place, row in zip(places, found, strict=True)]
     out = []
-    for i, row in enumerate(shares):
+    for place, row in zip(places, logits.softmax(-1).tolist(), strict=True):
         best = max(range(len(labels)), key=row.__getitem__)
-        out.append(
-            {"row": rows.places[i][1], "label": labels[best], "probabilities": dict(zip(labels, row, strict=False))}
-        )
+        out.append({"row": place, "label": labels[best], "probabilities": dict(zip(labels, row, strict=False))})
     return out
 
 
 @torch.no_grad()
-def probabilities(
+def logits_of_rows(
     model: MoAModel, collator: Collator, columns: Mapping[str, Sequence[Any]], task: int | None, batch_size: int
 ) -> Tensor:
-    """Return softmax(logits) (n, C) of encoded rows, n lists of token ids; classes of other tasks have none.
+    """Return the logits (n, C) of encoded rows, n lists of token ids; −∞ for outputs of other tasks.
 
     Args:
         model: in evaluation mode.
@@ -83,21 +90,22 @@ def probabilities(
         batch = {name: value.to(model.device) for name, value in batch.items()}
         if task is not None:
             batch["task_ids"] = torch.full((len(batch["input_ids"]),), task, device=model.device)
-        parts.append(model(**batch).logits.float().softmax(-1).cpu())
+        parts.append(model(**batch).logits.float().cpu())
     return torch.cat(parts)
 
 
-def _labels(model: MoAModel, head: str | None, where: str) -> tuple[int | None, list[str]]:
-    """Return the id of the task whose head answers, and its labels in the order of the logits (B, C)."""
+def _labels(model: MoAModel, head: str | None, where: str) -> tuple[int | None, list[str], bool]:
+    """Return the id of the task whose head answers, its labels in the order of the logits (B, C), and if numbers."""
     tasks = getattr(model.config, "labels", None)
     if isinstance(tasks, Mapping):
         number = task_id(head, list(tasks), where)
         assert number is not None
-        return number, list(list(tasks.values())[number])
+        name = list(tasks)[number]
+        return number, list(tasks[name]), name in model.config.regressions
     if "ForSequenceClassification" not in type(model.base).__name__:
         raise ConfigError(f"{where} was made on a {type(model.base).__name__}, which does not classify texts.")
     kind = model.config.problem_type
-    if kind not in (None, "single_label_classification"):
-        raise ConfigError(f"{where} has problem_type={kind!r}: only one label a row can be predicted.")
+    if kind == "multi_label_classification":
+        raise ConfigError(f"{where} has problem_type={kind!r}: one label a row can be predicted, or numbers.")
     names = model.config.id2label
-    return task_id(head, [], where), [str(names[i]) for i in range(len(names))]
+    return task_id(head, [], where), [str(names[i]) for i in range(len(names))], gives_numbers(model)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from .arguments import check_device
 from .base_files import check_base
 from .config import TrainConfig, read_config
 from .run_folder import CONFIG, RunFolder
 from .task_rows import TaskRows, read_tasks
+from .tasks import MEASURES, measured_together
 from .yaml_values import is_folder
 
 # of a configuration, what scoring does not look at
@@ -49,14 +50,32 @@ def check_run(config: TrainConfig, resume: bool = False) -> Checked:
 
     Raises:
         ConfigError: an output that cannot be written or holds a run, nothing to resume or another configuration, a base
-            or a task's file that cannot be used, a recipe that does not exist.
+            or a task's file that cannot be used, a recipe that does not exist, a measure that these tasks do not have.
     """
     folder = RunFolder(config, resume)
     check_base(config.base, config.max_length)
     rows = read_tasks(config.tasks, config.seed)
+    _check_measures(config, rows)
     config.check_recipe()
     check_device(config.training)
     return Checked(config, folder, rows)
+
+
+def _check_measures(config: TrainConfig, rows: Sequence[TaskRows]) -> None:
+    """Check that what picks the best model is measured, and that a loss made for classes meets no numbers."""
+    numbers = [task.name for task in rows if task.regresses]
+    if config.training.get("label_smoothing_factor") and numbers:
+        raise ConfigError(
+            f"training.label_smoothing_factor is for classes, and task {numbers[0]!r} is a regression: leave it out."
+        )
+    asked = config.training.get("metric_for_best_model")
+    if asked is None:
+        return
+    kind = measured_together([task.kind for task in rows])
+    known = ("loss",) if kind is None else MEASURES[kind]
+    if str(asked).removeprefix("eval_") not in known:
+        why = "" if kind else " (of tasks that are not scored alike only the loss is measured together)"
+        raise ConfigError(unknown_name("measure", asked, known, "training.metric_for_best_model") + why)
 
 
 def check_scored(

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
@@ -23,23 +21,21 @@ from transformers import (
     set_seed,
 )
 
-from ..errors import ConfigError, MoaError
-from ..layers import is_dense
-from ..model.build import build
-from ..model.heads import MultiTaskForSequenceClassification
+from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from ..monitor.statistics import RoutingStatistics
 from ..objective.trace import Record
 from ..types import Routing
 from . import baselines
 from .arguments import unknown_argument
-from .base_files import check_positions
 from .baselines import Scores
 from .collate import Collator
 from .config import TrainConfig
-from .encode import EncodedTask
-from .metrics import best_ids, exact_match
+from .encode import IGNORED, EncodedTask
+from .metrics import Measures, measures_of
 from .progress import ProgressBar
+from .run_model import build_model
+from .tasks import SMALLER_IS_BETTER, measured_together
 from .yaml_values import one_line
 
 
@@ -67,94 +63,14 @@ def training_arguments(config: TrainConfig, output: str | Path | None = None) ->
         defaults |= {"eval_strategy": strategy, "save_strategy": strategy, "load_best_model_at_end": True}
         if "eval_steps" in config.training:
             defaults["save_steps"] = config.training["eval_steps"]
+    measure = str(config.training.get("metric_for_best_model", "loss")).removeprefix("eval_")
+    if measure in SMALLER_IS_BETTER:  # Trainer knows this of losses only
+        defaults["greater_is_better"] = False
     options = {**defaults, **config.training}
     try:
         return TrainingArguments(str(output or config.output), seed=config.seed, **options)
     except (TypeError, ValueError, ImportError, RuntimeError, OSError, AttributeError) as error:
         raise ConfigError(f"training: {one_line(error)}") from error
-
-
-def load_tokenizer(base: str) -> Any:
-    """Return the tokenizer of a base.
-
-    Raises:
-        ConfigError: there is none there.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base: no tokenizer can be loaded from {base!r}: {one_line(error)}") from error
-
-
-def with_heads_of(config: TrainConfig, model: MoAModel, folder: Path) -> TrainConfig:
-    """Return a configuration whose tasks have the labels of a trained model's heads, (C, d) each, in their order.
-
-    Args:
-        config: with the same tasks, in the same order.
-        model: of a checkpoint; one without a head per task needs nothing.
-        folder: of the checkpoint, named in the error.
-
-    Raises:
-        ConfigError: other tasks or labels than the model has heads for, or another pooling.
-    """
-    labels = getattr(model.config, "labels", None)
-    if labels is None:
-        return config
-    if list(config.tasks) != list(labels):
-        raise ConfigError(f"{folder} has heads for {', '.join(labels)}; the tasks are {', '.join(config.tasks)}.")
-    for name, task in config.tasks.items():
-        if task.labels is not None and list(task.labels) != labels[name]:
-            raise ConfigError(
-                f"{folder}: the labels of task {name!r} are {', '.join(labels[name])}, in this order; the "
-                f"configuration says {', '.join(task.labels)}. Leave labels out."
-            )
-    if config.pooling != model.config.pooling:
-        raise ConfigError(
-            f"{folder} was trained with pooling={model.config.pooling!r}, the configuration says {config.pooling!r}: "
-            f"set pooling={model.config.pooling}."
-        )
-    tasks = {name: dataclasses.replace(task, labels=labels[name]) for name, task in config.tasks.items()}
-    return dataclasses.replace(config, tasks=tasks)
-
-
-def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any) -> MoAModel:
-    """Return the base with the configuration's mixture in it, and a head per task where tasks classify.
-
-    Args:
-        config: base, dtype, pooling and recipe are read.
-        tasks: encoded.
-        recipe: used in place of the configuration's recipe.
-
-    Raises:
-        ConfigError: the base cannot be loaded, or the recipe does not fit it.
-    """
-    options = {} if config.dtype is None else {"dtype": config.dtype}
-    base: Any
-    try:
-        if tasks[0].kind == "classification":
-            labels = {task.name: task.labels for task in tasks}
-            base = MultiTaskForSequenceClassification.from_encoder(config.base, labels, config.pooling, **options)
-        else:
-            base = AutoModelForCausalLM.from_pretrained(config.base, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
-        if isinstance(error, MoaError):
-            raise
-        raise ConfigError(f"base: {config.base!r} cannot be loaded: {one_line(error)}") from error
-    check_positions(_encoder_config(base).to_dict(), config.max_length)
-    _check_finite(base, config.base)
-    return build(base, **(recipe or {"router": "topk", **config.recipe}))
-
-
-def _encoder_config(base: Any) -> Any:
-    return base.encoder.config if isinstance(base, MultiTaskForSequenceClassification) else base.config
-
-
-@torch.no_grad()
-def _check_finite(base: nn.Module, name: str) -> None:
-    """Check that a base's weights, of any shape, are numbers."""
-    for key, tensor in base.named_parameters():
-        if is_dense(tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ConfigError(f"base: {key} of {name} holds NaN or infinity: this base is not usable.")
 
 
 class Run:
@@ -175,15 +91,16 @@ class Run:
     ) -> Trainer:
         """Return a stock Trainer with a quiet progress bar; it evaluates while training where that was asked for."""
         asked = rows is not None and arguments.eval_strategy != "no"
+        measures = self.measures()
         trainer = Trainer(
             model,
             arguments,
             data_collator=self.collator,
             train_dataset=rows,
             eval_dataset=concatenate_datasets([task.eval for task in self.tasks]) if asked else None,
-            compute_metrics=exact_match,
-            preprocess_logits_for_metrics=best_ids,
         )
+        if measures is not None:
+            _measure(trainer, measures)
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         if asked and self.config.patience is not None:
@@ -191,6 +108,11 @@ class Run:
         if not arguments.disable_tqdm:
             trainer.add_callback(ProgressBar(title))
         return trainer
+
+    def measures(self) -> Measures | None:
+        """Return how the evaluation rows of all tasks are scored as one; None where only their loss says something."""
+        kind = measured_together([task.kind for task in self.tasks])
+        return None if kind is None else measures_of(kind, self.tasks[0].labels)
 
     def fit(
         self,
@@ -228,7 +150,7 @@ class Run:
     def evaluate(
         self, model: MoAModel, statistics: RoutingStatistics | None = None, rows: Sequence[Any] | None = None
     ) -> Scores:
-        """Return loss and accuracy of each task.
+        """Return the measures of each task.
 
         Args:
             model: in evaluation mode throughout.
@@ -240,10 +162,12 @@ class Run:
         if statistics is not None:
             model.context.trace = _EvaluationTrace(model, statistics)
         try:
-            scores = {}
+            scores: Scores = {}
+            scored: dict[str, float] = {}
             for task, own in zip(self.tasks, rows or [task.eval for task in self.tasks], strict=True):
-                got = trainer.evaluate(own)
-                scores[task.name] = {"loss": got["eval_loss"], "accuracy": got["eval_accuracy"]}
+                _measure(trainer, measures_of(task.kind, task.labels), scored)
+                trainer.evaluate(own)
+                scores[task.name] = dict(scored)
             return scores
         finally:
             model.context.trace = None
@@ -312,7 +236,7 @@ class Run:
 
     @torch.no_grad()
     def features(self, model: MoAModel, rows: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the frozen base's pooled features (n, d) of a data set per task, their task ids and labels (n,)."""
+        """Return the frozen base's pooled features (n, d) of a data set per task, task ids (n,) and labels (n, …)."""
         model.eval()
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         size = training_arguments(self.config).per_device_eval_batch_size
@@ -326,7 +250,31 @@ class Run:
                     labels, ids = batch.pop("labels"), batch.pop("task_ids")
                     parts.append((model.base.features(**batch).float().cpu(), ids.cpu(), labels.cpu()))  # type: ignore[operator]
         first, second, third = zip(*parts, strict=True)
+        if third[0].ndim > 1:
+            width = max(labels.shape[1] for labels in third)
+            third = tuple(F.pad(labels, (0, width - labels.shape[1]), value=IGNORED) for labels in third)
         return torch.cat(first), torch.cat(second), torch.cat(third)
+
+
+def _measure(trainer: Trainer, measures: Measures, into: dict[str, float] | None = None) -> None:
+    """Let a trainer's evaluations give measures.
+
+    Args:
+        trainer: changed in place.
+        measures: of its evaluation rows.
+        into: gets each evaluation's, as they are: Trainer has a loss of its own, a mean over batches.
+    """
+
+    def scores(prediction: Any) -> dict[str, float]:
+        kept = prediction.predictions
+        found = measures.scores(kept if isinstance(kept, tuple) else (kept,), prediction.label_ids)
+        if into is not None:
+            into.clear()
+            into.update(found)
+        return {name: value for name, value in found.items() if not name.startswith("loss")}
+
+    trainer.preprocess_logits_for_metrics = measures.keep  # type: ignore[assignment]
+    trainer.compute_metrics = scores
 
 
 class _EvaluationTrace:

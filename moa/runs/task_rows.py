@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ConfigError
+from .labels import check_seen, is_regression, label_names, label_texts, numbers_of, say_large
 from .table_files import Rows, read_rows
 from .tasks import Task
 from .yaml_values import shortened
-
-MANY = 20  # so many different numbers as labels look like a regression
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,8 @@ class TaskRows:
     Args:
         name: of the task.
         task: its columns.
-        labels: label names in the order of their ids; empty where nothing is classified.
+        labels: names of the classes in the order of their ids, or of the numbers; empty where text is written.
+        regresses: the labels are numbers.
         train: training rows.
         eval: evaluation rows.
         notes: what the user should know.
@@ -31,21 +30,29 @@ class TaskRows:
     name: str
     task: Task
     labels: list[str]
+    regresses: bool
     train: Rows
     eval: Rows
     notes: list[str]
 
-    def label_ids(self, rows: Rows) -> list[int]:
-        """Return the rows' classes, n of them."""
+    @property
+    def kind(self) -> str:
+        """The task's kind, or "regression"."""
+        return "regression" if self.regresses else self.task.kind
+
+    def targets(self, rows: Rows) -> list[int] | list[list[float]]:
+        """Return the rows' classes, or their numbers, n of them."""
+        if self.regresses:
+            return numbers_of(self.name, rows, self.task)
         ids = {label: i for i, label in enumerate(self.labels)}
-        return [ids[value] for value in _label_texts(rows, self.task)]
+        return [ids[value] for value in label_texts(rows, self.task)]
 
 
 def read_tasks(tasks: Mapping[str, Task], seed: int = 0) -> list[TaskRows]:
     """Return the rows of tasks; their order gives the task ids.
 
     Args:
-        tasks: name -> task, all classified or all generated.
+        tasks: name -> task, all with labels or all of text to write.
         seed: of the draw of rows.
 
     Raises:
@@ -59,8 +66,8 @@ def read_tasks(tasks: Mapping[str, Task], seed: int = 0) -> list[TaskRows]:
     if len({task.kind == "classification" for task in tasks.values()}) > 1:
         listing = ", ".join(f"{name}: {task.kind}" for name, task in tasks.items())
         raise ConfigError(
-            "tasks of one run must be of one kind, since they share one kind of head (generation and chat do); got "
-            f"{listing}."
+            "the tasks of one run share one model: those with labels (classes or numbers) need heads on an encoder, "
+            f"those that write text (generation, chat) a language model; got {listing}. Make two runs of them."
         )
     return [_read_task(name, task, seed) for name, task in tasks.items()]
 
@@ -72,18 +79,23 @@ def _read_task(name: str, task: Task, seed: int) -> TaskRows:
     notes = []
     if task.eval is not None and task.eval == task.train and task.eval_split in (None, task.split):
         notes.append(f"{name}: eval is the file of train, so the scores are those of rows that were trained on.")
+    regresses = task.kind == "classification" and is_regression(name, task, (train, held_out))
     train, held_out = _draw(train, task.max_train_rows, seed), _draw(held_out, task.max_eval_rows, seed)
     labels: list[str] = []
-    if task.kind == "classification":
-        labels = _label_names(name, train, task, notes)
+    if regresses:
+        labels = list(task.label_columns)
+        say_large(name, task, numbers_of(name, train, task), notes)
+        numbers_of(name, held_out, task)
+    elif task.kind == "classification":
+        labels = label_names(name, train, task, notes)
         for rows in (train, held_out):
-            _check_seen(name, rows, task, labels)
+            check_seen(name, rows, task, labels)
     elif task.kind == "generation":
         for part, rows in (("training", train), ("evaluation", held_out)):
             empty = sum(not str(value).strip() for value in rows.columns[task.answer])
             if empty:
                 notes.append(f"{name}: {empty} of {len(rows)} {part} answers are empty: they teach the end token only.")
-    return TaskRows(name, task, labels, train, held_out, notes)
+    return TaskRows(name, task, labels, regresses, train, held_out, notes)
 
 
 def _splits(name: str, task: Task, seed: int) -> tuple[Rows, Rows]:
@@ -133,16 +145,16 @@ def check_rows(where: str, rows: Rows, task: Task, labelled: bool = True) -> Non
     if len(rows) == 0:
         raise ConfigError(f"{where}: no rows.")
     for column in asked:
-        values = rows.columns[column]
+        values, is_text, is_label = rows.columns[column], column in task.texts, column in task.label_columns
         if column == task.tools and task.kind == "chat":
             continue  # a chat may have none
         for i, value in enumerate(values):
             if value is None or (isinstance(value, float) and math.isnan(value)):
                 first = min((j for j, v in enumerate(values) if v is None or v != v), key=lambda j: rows.places[j])
                 raise ConfigError(f"{where}: {rows.place(first)} has no value in column {column!r}.")
-            if column in task.texts and not isinstance(value, str | int | float):
+            if is_text and not isinstance(value, str | int | float):
                 raise ConfigError(_no_text(where, rows, i, column))
-            if column == task.label and task.kind == "classification" and not isinstance(value, str | int | float):
+            if is_label and not isinstance(value, str | int | float):
                 raise ConfigError(
                     f"{where}: one label a row is needed, and {rows.place(i)} has a {type(value).__name__} in column "
                     f"{column!r}: {shortened(repr(value), 60)}."
@@ -159,77 +171,3 @@ def _no_text(where: str, rows: Rows, i: int, column: str) -> str:
     if isinstance(first, dict) and ({"role", "content"} <= set(first) or {"from", "value"} <= set(first)):
         message += f" It looks like a chat: set kind: chat and messages: {column}."
     return message
-
-
-# -------------------------------------------------------------------- labels
-
-
-def _label_texts(rows: Rows, task: Task) -> list[str]:
-    """Return the rows' labels as text, class numbers as their names."""
-    names = rows.class_names.get(task.label)
-    return [_label_text(value, names) for value in rows.columns[task.label]]
-
-
-def _label_text(value: Any, names: Sequence[str] | None) -> str:
-    if names and isinstance(value, int) and 0 <= value < len(names):
-        return names[value]
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _label_names(name: str, rows: Rows, task: Task, notes: list[str]) -> list[str]:
-    """Return the label names: given, those of a class column, or those that the training rows hold."""
-    known = rows.class_names.get(task.label)
-    if task.labels is not None:
-        names = [str(label) for label in task.labels]
-    elif known:
-        names = list(known)
-    else:
-        names = sorted(set(_label_texts(rows, task)), key=lambda label: (_number(label) is None, _number(label), label))
-        _check_classes(name, names, task, notes)
-    if len(names) < 2:
-        raise ConfigError(
-            f"task {name!r}: a classification needs at least 2 labels, column {task.label!r} has {names}."
-        )
-    if len(set(names)) < len(names):
-        raise ConfigError(f"task {name!r}: labels must differ, got {some(names)}.")
-    return names
-
-
-def _number(label: str) -> float | None:
-    """Return a label that is a plain number as one; numbers sort in their own order, 2 before 10."""
-    try:
-        value = float(label) if label.strip("+-.eE0123456789") == "" else None
-    except ValueError:
-        return None
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _check_classes(name: str, names: Sequence[str], task: Task, notes: list[str]) -> None:
-    """Refuse fractions as classes, and say that many numbers look like a regression."""
-    numbers = [_number(label) for label in names]
-    if None in numbers:
-        return
-    where = f"column {task.label!r} holds {len(names)} different numbers ({some(names, 3)})"
-    if any(number is not None and not number.is_integer() for number in numbers):
-        raise ConfigError(
-            f"task {name!r}: {where}, with fractions: this looks like a regression, and moa train classifies. Make "
-            "classes of them, or list them under labels to take each for a name."
-        )
-    if len(names) > MANY:
-        notes.append(f"{name}: {where}: trained as {len(names)} classes, though this looks like a regression.")
-
-
-def _check_seen(name: str, rows: Rows, task: Task, labels: Sequence[str]) -> None:
-    known = set(labels)
-    unseen = sorted({value for value in _label_texts(rows, task) if value not in known})
-    if unseen:
-        raise ConfigError(
-            f"task {name!r}: column {task.label!r} holds {some([repr(u) for u in unseen])}, which training has not "
-            f"seen: the labels are {some(labels)}. List them all under labels, or drop those rows."
-        )
-
-
-def some(names: Sequence[str], most: int = 8) -> str:
-    """Return the first few names, and how many more there are."""
-    shown = ", ".join(shortened(name, 40) for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from ..errors import ConfigError, unknown_name
 
 KINDS = ("classification", "generation", "chat")
+PROBLEMS = ("classification", "regression")
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+# kind, or "text" for what is written -> measures of its evaluation rows
+MEASURES = {
+    "classification": ("accuracy", "loss"),
+    "regression": ("rmse", "mae", "pearson", "spearman", "loss"),
+    "text": ("accuracy", "loss"),
+}
+SMALLER_IS_BETTER = ("loss", "rmse", "mae")
 LONG_ROWS = ("truncate", "skip", "refuse")
 
 
@@ -17,8 +25,8 @@ class Task:
     """Where a task's rows are, and what its columns mean.
 
     Args:
-        kind: "classification" (text [, pair] -> label), "generation" (prompt -> answer) or "chat" (a list of messages,
-            put through the tokenizer's own chat template; only the assistant's turns are learned).
+        kind: "classification" (text [, pair] -> label: a class or a number), "generation" (prompt -> answer) or "chat"
+            (a list of messages, put through the tokenizer's own chat template; only the assistant's turns are learned).
         train: file, pattern or list of files (.jsonl, .json, .csv, .tsv, .parquet, or one of the text formats with .gz
             behind it), or hub id of the training rows.
         eval: the same for the evaluation rows; None holds out eval_fraction of the training rows.
@@ -29,7 +37,10 @@ class Task:
         eval_split: split of a hub data set for evaluation; used when set, also where eval is None.
         text: column of the text.
         pair: column of a second text, or None.
-        label: column of the label (text, whole number or truth value); words such as NA and null are read as written.
+        label: column of the label (text, number or truth value); words such as NA and null are read as written. Several
+            columns are several numbers to regress.
+        problem: "classification" or "regression" (squared error; scores are RMSE, MAE and correlations); None takes
+            labels with fractions for a regression, all others for classes.
         labels: all label names in order; None takes those of the training rows, sorted.
         prompt: column of the prompt.
         answer: column of the answer.
@@ -55,7 +66,8 @@ class Task:
     eval_split: str | None = None
     text: str = "text"
     pair: str | None = None
-    label: str = "label"
+    label: str | Sequence[str] = "label"
+    problem: str | None = None
     labels: Sequence[str] | None = None
     prompt: str = "prompt"
     answer: str = "answer"
@@ -69,12 +81,14 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ConfigError(unknown_name("kind", self.kind, KINDS, "a task"))
+            hint = " Numbers as labels: kind: classification with problem: regression." if "regr" in self.kind else ""
+            raise ConfigError(unknown_name("kind", self.kind, KINDS, "a task") + hint)
+        self._check_labels()
         if self.format is not None and self.format not in (*FORMATS, "hub"):
             raise ConfigError(unknown_name("format", self.format, (*FORMATS, "hub"), "a task"))
-        for name in ("train", "eval"):
+        for name in ("train", "eval", "label"):
             if getattr(self, name) in ("", (), []):
-                raise ConfigError(f"{name} is empty: name a file.")
+                raise ConfigError(f"{name} is empty: name a {'column' if name == 'label' else 'file'}.")
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(f"eval_fraction must lie between 0 and 1, got {self.eval_fraction}.")
         for text, part in ((self.template, "{prompt}"), (self.answer_template, "{answer}")):
@@ -85,6 +99,29 @@ class Task:
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}.")
 
+    def _check_labels(self) -> None:
+        if self.problem is None and len(self.label_columns) < 2:
+            return
+        if self.problem is not None and self.problem not in PROBLEMS:
+            raise ConfigError(unknown_name("problem", self.problem, PROBLEMS, "a task"))
+        if self.kind != "classification":
+            raise ConfigError(f"problem and several label columns are for kind: classification, got {self.kind}.")
+        if len(set(self.label_columns)) < len(self.label_columns):
+            raise ConfigError(f"label names a column twice: {', '.join(self.label_columns)}.")
+        if self.problem == "classification" and len(self.label_columns) > 1:
+            raise ConfigError(
+                f"a classification has one label column, got {', '.join(self.label_columns)}: several are a regression."
+            )
+        if self.labels is not None and self.problem != "classification":
+            raise ConfigError("labels lists classes, and a regression has none: leave it out.")
+
+    @property
+    def label_columns(self) -> list[str]:
+        """Names of the label columns; of a task of text to write there are none."""
+        if self.kind != "classification":
+            return []
+        return [self.label] if isinstance(self.label, str) else list(self.label)
+
     @property
     def columns(self) -> list[str]:
         """Names of the columns that this task reads."""
@@ -92,11 +129,26 @@ class Task:
             return [self.messages, *([self.tools] if self.tools else [])]
         if self.kind == "generation":
             return [self.prompt, self.answer]
-        return [self.text, *([self.pair] if self.pair else []), self.label]
+        return [*self.texts, *self.label_columns]
 
     @property
     def texts(self) -> list[str]:
         """Names of the columns that must hold text."""
         if self.kind == "chat":
             return []
-        return self.columns if self.kind == "generation" else self.columns[:-1]
+        return self.columns if self.kind == "generation" else [self.text, *([self.pair] if self.pair else [])]
+
+
+def measured_together(kinds: Sequence[str]) -> str | None:
+    """Return the kind, a key of MEASURES, by which the evaluation rows of tasks are scored as one.
+
+    None where only their loss says something: errors of several regressions are in units of their own, and classes are
+    not scored as numbers are.
+
+    Args:
+        kinds: of the tasks, "regression" among them.
+    """
+    shared = {kind if kind in MEASURES else "text" for kind in kinds}
+    if len(shared) > 1 or (shared == {"regression"} and len(kinds) > 1):
+        return None
+    return shared.pop()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -22,10 +23,12 @@ from . import baselines
 from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
 from .generate import continuations
+from .metrics import measures_of
 from .preflight import Checked, check_run, check_scored
 from .processes import is_first, meet, say
 from .run_folder import FIGURE, MODEL, RESULTS
-from .session import Run, build_model, load_tokenizer, training_arguments, with_heads_of
+from .run_model import build_model, load_tokenizer, with_heads_of
+from .session import Run, training_arguments
 from .summary import RunResult
 
 WORSE = 10.0  # times the loss before training
@@ -122,7 +125,7 @@ def _trained(
     results["scores"] = {"before": before, "mixture": after}
     if config.compare is not None:
         _compare(run, model, results)
-    if config.generate is not None and tasks[0].kind != "classification":
+    if config.generate is not None and tasks[0].writes:
         results["answers"] = answers(model, tokenizer, tasks, config.generate.rows, config.generate.max_new_tokens)
     return results, routing_table(layers)
 
@@ -202,15 +205,25 @@ def _describe_task(task: EncodedTask) -> dict[str, Any]:
         "training_rows": len(task.train),
         "evaluation_rows": len(task.eval),
         "majority": _majority(task),
+        "constant": _constant(task),
     }
 
 
 def _majority(task: EncodedTask) -> float | None:
-    """Return the accuracy of always answering with the commonest training label; None for generation."""
+    """Return the accuracy of always answering with the commonest training label; None for other tasks."""
     if task.kind != "classification":
         return None
-    commonest = Counter(task.train["labels"][:]).most_common(1)[0][0]
-    return sum(label == commonest for label in task.eval["labels"][:]) / len(task.eval)
+    known, asked = (np.asarray(rows["labels"][:]).reshape(len(rows), -1)[:, 0] for rows in (task.train, task.eval))
+    return float((asked == Counter(known.tolist()).most_common(1)[0][0]).mean())
+
+
+def _constant(task: EncodedTask) -> dict[str, float] | None:
+    """Return the errors of always answering with the mean of the training numbers; None where there are none."""
+    if task.kind != "regression":
+        return None
+    known, asked = (np.asarray(rows["labels"][:]) for rows in (task.train, task.eval))
+    scores = measures_of(task.kind, task.labels).scores([np.broadcast_to(known.mean(0), asked.shape)], asked)
+    return {name: scores[name] for name in ("rmse", "mae")}
 
 
 def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
@@ -220,9 +233,9 @@ def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
     results["compare"] = {}
     if compare.frozen:
         say("frozen base")
-        if run.tasks[0].kind == "classification":
+        if not run.tasks[0].writes:
             scores, about = baselines.probe(
-                {task.name: len(task.labels) for task in run.tasks},
+                run.tasks,
                 run.features(model, [task.train for task in run.tasks]),
                 run.features(model, [task.eval for task in run.tasks]),
                 compare.l2,

@@ -102,7 +102,7 @@ def distill(
 
     Raises:
         ConfigError: a rank below 1, a lr that is not positive,
-            an unknown objective, steps without data, data that can be gone through only
+            an unknown objective or one that does not fit, steps without data, data that can be gone through only
             once or is empty, or a routing that depends on the input and no data.
         FoldError: experts that are not a weight change, or streams.
         NumericsError: the divergence became NaN or infinite.
@@ -111,6 +111,8 @@ def distill(
         raise ConfigError(f"rank must be at least 1, got {rank}.")
     if objective not in OBJECTIVES:
         raise ConfigError(unknown_name("objective", objective, OBJECTIVES, "moa.distill"))
+    if objective == "kl" and gives_numbers(model):
+        raise ConfigError("this model gives numbers, of which a softmax says nothing: set objective='mse'.")
     if steps < 0 or (steps and data is None):
         raise ConfigError(f"steps={steps}: gradient steps need data and cannot be negative.")
     if not 0 < lr < math.inf:
@@ -208,6 +210,14 @@ def _labelled(model: MoAModel, labels: Any) -> int:
     return int(((labels[:, 1:] if labels.ndim == 2 and model._shifts() else labels) != -100).sum())
 
 
+def gives_numbers(model: MoAModel) -> bool:
+    """Tell whether outputs (B, C) of a model are numbers to regress, at least those of some tasks."""
+    config = model.config
+    if getattr(config, "regressions", ()) or getattr(config, "problem_type", None) == "regression":
+        return True
+    return "ForSequenceClassification" in type(model.base).__name__ and getattr(config, "num_labels", 2) == 1
+
+
 def _divergence(model: MoAModel, batch: Mapping[str, Any], theirs: Any, ours: Any, objective: str) -> Tensor:
     """Return the divergence of each row that counts, (n,), between the outputs of the mixture and of the LoRA.
 
@@ -218,11 +228,12 @@ def _divergence(model: MoAModel, batch: Mapping[str, Any], theirs: Any, ours: An
     if not isinstance(target, Tensor) or not isinstance(logits, Tensor):
         raise ConfigError(f"a {type(model.base).__name__} returns no logits: there are no outputs to compare.")
     wide = torch.promote_types(target.dtype, torch.float32)
+    target, logits, there = target.to(wide), logits.to(wide), torch.isfinite(target)  # heads lack some outputs: −∞
     if objective == "kl":
-        log_p, log_q = F.log_softmax(target.to(wide), -1), F.log_softmax(logits.to(wide), -1)
-        per_row = (log_p.exp() * (log_p - log_q)).sum(-1)
+        log_p, log_q = F.log_softmax(target, -1), F.log_softmax(logits, -1)
+        per_row = torch.where(there, log_p.exp() * (log_p - log_q), 0).sum(-1)
     else:
-        per_row = (logits.to(wide) - target.to(wide)).square().mean(-1)
+        per_row = torch.where(there, logits - target, 0).square().sum(-1) / there.sum(-1)
     told = describe_batch(batch, kind=model._kind(), labels=batch.get("labels"))
     mask = Context(masks=(*told.decoder, *told.attention)).mask_for(target)
     return per_row[mask] if mask is not None else per_row.reshape(-1)

@@ -109,7 +109,16 @@ WRONG: dict[str, tuple[Change, str]] = {
     "an unknown path": (sets("tasks.first.train", "./nothing"), "no file ./nothing"),
     "a nameless task": (lambda home, v: v["tasks"].update({"": v["tasks"]["first"]}), "a task has an empty name"),
     "lists as labels": (labelled(["a", "b"], ["a"], ["c"]), "one label a row is needed, and row"),
-    "fractions as labels": (labelled(*(i / 7 for i in range(9))), "this looks like a regression"),
+    "fractions and words as labels": (labelled(*(i / 7 for i in range(8)), "good"), "('good' in row 9 of rows.jsonl)"),
+    "words to regress": (sets("tasks.first.problem", "regression"), "and a regression needs a finite number there"),
+    "a problem with a slip": (sets("tasks.first.problem", "regresion"), "Did you mean 'regression'?"),
+    "regression as a kind": (sets("tasks.first.kind", "regression"), "kind: classification with problem: regression"),
+    "classes of a regression": (
+        lambda home, v: v["tasks"]["first"].update(problem="regression", labels=["a", "b"]),
+        "labels lists classes, and a regression has none",
+    ),
+    "a column twice to regress": (sets("tasks.first.label", ["a", "a"]), "label names a column twice: a, a"),
+    "a measure": (sets("training.metric_for_best_model", "rmse"), "unknown measure 'rmse'"),
     "texts without a token": (empty_text, "holds no token at all"),
     "rows without a value": (broken_rows, "row 8 of rows.jsonl has no value in column 'label'"),
     "a column twice": (file("x.csv", "text,label,label\nit,a,b\n"), "the column 'label' is there twice"),
@@ -268,7 +277,8 @@ def test_what_is_doubtful_is_said(tmp_path: Path, bases: dict[str, Path], capsys
     said = capsys.readouterr().out
     for part in (
         "mine: eval is the file of train",
-        "30 different numbers (0, 1, 2 and 27 more): trained as 30 classes, though this looks like a regression",
+        "30 different numbers (0, 1, 2 and 27 more): trained as 30 classes, though this looks like a regression: "
+        "then set problem: regression",
         "mine: 30 of 30 training rows are longer than max_length=16 and were truncated",
         "the rank is above the size of",
         "the routers' own losses (balance, z) are left out",

@@ -13,11 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModel, DistilBertConfig, DistilBertModel, LlamaConfig, LlamaModel, T5Config, T5Model
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5Model,
+)
 
 import moa
-from moa.errors import CheckpointError, ConfigError, ContextError
-from moa.model.heads import MultiTaskConfig, MultiTaskForSequenceClassification, TaskHeads, load_base
+from moa.errors import CheckpointError, ConfigError, ContextError, ShapeError
+from moa.model.heads import MultiTaskConfig, MultiTaskForSequenceClassification, load_base
+from moa.model.task_heads import TaskHeads
 from tests.tiny_run import VOCAB, encoder_folder
 
 LABELS = {"two": ["a", "b"], "three": ["x", "y", "z"]}
@@ -66,10 +76,64 @@ def test_absent_classes_leave_loss_and_gradients_finite() -> None:
     assert heads.weight.grad[0, 2].abs().sum() == 0
 
 
-@pytest.mark.parametrize("counts", [[], [2, 1]])
-def test_heads_need_two_classes(counts: list[int]) -> None:
-    with pytest.raises(ConfigError, match="at least 2 classes"):
+@pytest.mark.parametrize("counts", [[], [2, 0]])
+def test_heads_need_an_output(counts: list[int]) -> None:
+    with pytest.raises(ConfigError, match="at least 1 output"):
         TaskHeads(5, counts)
+
+
+def test_classes_are_at_least_two_and_numbers_belong_to_a_task() -> None:
+    with pytest.raises(ConfigError, match=r"at least 2 classes, got \{'one': \['a'\]\}"):
+        MultiTaskConfig(labels={"one": ["a"], "two": ["a", "b"]})
+    assert MultiTaskConfig(labels={"one": ["a"]}, regressions=["one"]).regressions == ["one"]
+    with pytest.raises(ConfigError, match=r"unknown task 'on' in regressions. Did you mean 'one'"):
+        MultiTaskConfig(labels={"one": ["a"]}, regressions=["on"])
+
+
+@pytest.mark.parametrize("names", [["size"], ["size", "age", "cost"]])
+def test_the_loss_of_numbers_is_that_of_transformers(folder: Path, names: list[str]) -> None:
+    model = MultiTaskForSequenceClassification.from_encoder(
+        folder, {"n": names}, regressions=["n"], dtype=torch.float64
+    )
+    rows = batch()
+    rows["task_ids"], rows["labels"] = torch.zeros(6, dtype=torch.long), torch.randn(6, len(names)).double()
+    out = model(**rows)
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=len(names), problem_type="regression"
+    )
+    expected = theirs.loss_function(labels=rows["labels"], pooled_logits=out.logits, config=theirs.config)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+    if len(names) == 1:
+        flat = model(**{**rows, "labels": rows["labels"][:, 0]})
+        torch.testing.assert_close(flat.loss, expected, rtol=1e-12, atol=0)
+
+
+def test_classes_and_numbers_in_one_batch(folder: Path) -> None:
+    """Each label counts once: the loss is the mean over them, in value and gradient."""
+    labels = {"classes": ["a", "b", "c"], "numbers": ["x", "y"]}
+    model = MultiTaskForSequenceClassification.from_encoder(folder, labels, regressions=["numbers"]).double()
+    rows = batch()
+    rows["labels"] = torch.tensor([[2, -100], [0.5, -1.5], [0, -100], [2.5, 0.25], [-100, -100], [-0.5, -100]])
+    out = model(**rows)
+    logits, want = out.logits, rows["labels"].double()
+    entropy = F.cross_entropy(logits[[0, 2]], torch.tensor([2, 0]), reduction="sum")
+    errors = [
+        logits[1, 0] - want[1, 0],
+        logits[1, 1] - want[1, 1],
+        logits[3, 0] - want[3, 0],
+        logits[3, 1] - want[3, 1],
+    ]
+    errors.append(logits[5, 0] - want[5, 0])
+    expected = (entropy + torch.stack(errors).square().sum()) / 7
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
+    parameters = list(model.heads.parameters())
+    got, wanted = (torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (out.loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model(**rows, num_items_in_batch=14).loss, expected / 2)
+    with pytest.raises(ContextError, match=r"label of task 'classes' is 0.5, and its head gives classes"):
+        model(**{**rows, "labels": torch.full((6,), 0.5)})
+    with pytest.raises(ShapeError, match=r"labels \(6, 4\) have more places than the 3 outputs"):
+        model(**{**rows, "labels": torch.zeros(6, 4)})
 
 
 def test_wrapping_keeps_the_pretrained_weights(folder: Path, model: MultiTaskForSequenceClassification) -> None:

@@ -5,6 +5,10 @@ Run: pytest tests/runs/test_baselines.py
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +16,29 @@ import moa
 from moa.errors import ConfigError
 from moa.runs.baselines import LinearProbe, active_parameters, held_out, matching_rank, pick, probe
 from tests.models import llama
+
+
+def tasks(**n_labels: int) -> Any:
+    """Return what the probe reads of tasks: those of one label are regressions."""
+    kinds = {1: "regression"}
+    return [
+        SimpleNamespace(name=name, kind=kinds.get(n, "classification"), labels=[str(i) for i in range(n)])
+        for name, n in n_labels.items()
+    ]
+
+
+def test_the_probe_of_numbers_is_ridge_regression() -> None:
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).double()
+    truth = (features @ torch.tensor([1.0, -2.0, 0.5, 0.0]).double() + 3).float()
+    ids = torch.zeros(60, dtype=torch.long)
+    fitted = LinearProbe(tasks(a=1), (features.float(), ids, truth[:, None]), l2=0.2)
+    x = ((features - features.mean(0)) / features.std(0)).numpy()
+    # sklearn's Ridge with alpha = n · l2 / 2 minimises the same; its closed form on centred targets
+    weight = np.linalg.solve(x.T @ x + 60 * 0.1 * np.eye(4), x.T @ (truth.numpy() - truth.numpy().mean()))
+    np.testing.assert_allclose(fitted.heads.weight.detach().numpy().ravel(), weight, rtol=1e-3, atol=1e-3)
+    scores = fitted.score((features.float(), ids, truth[:, None]))["a"]
+    guess = x @ weight + truth.numpy().mean()
+    assert scores["rmse"] == pytest.approx(float(np.sqrt(((guess - truth.numpy()) ** 2).mean())), rel=1e-2)
 
 
 def rows(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -24,7 +51,7 @@ def rows(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_the_probe_learns_a_separable_problem_per_task() -> None:
-    scores, about = probe({"a": 2, "b": 3}, rows(200, 0), rows(100, 1), [0.001, 1.0], 0.2, seed=0)
+    scores, about = probe(tasks(a=2, b=3), rows(200, 0), rows(100, 1), [0.001, 1.0], 0.2, seed=0)
     assert all(row["accuracy"] > 0.9 for row in scores.values())
     assert about["l2"] == 0.001
     assert [row["value"] for row in about["tried"]] == [0.001, 1.0]
@@ -32,7 +59,7 @@ def test_the_probe_learns_a_separable_problem_per_task() -> None:
 
 def test_the_probe_is_at_the_optimum() -> None:
     features, ids, labels = rows(100, 0)
-    fitted = LinearProbe([2, 2], (features, ids, labels), l2=0.1)
+    fitted = LinearProbe(tasks(a=2, b=2), (features, ids, labels), l2=0.1)
     x = (features - features.mean(0)) / features.std(0)
     weight = fitted.heads.weight.detach().clone().requires_grad_()
     bias = fitted.heads.bias.detach().clone().requires_grad_()

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
-import torch
 
 from moa.errors import ConfigError
 from moa.runs.collate import Collator
 from moa.runs.encode import IGNORED, encode_tasks
-from moa.runs.metrics import best_ids, exact_match
 from moa.runs.tasks import Task
 from tests.tiny_run import VOCAB, rows, tokenizer, write_jsonl
 
@@ -147,21 +143,6 @@ def test_collator_pads_on_the_right() -> None:
     assert batch["task_ids"].tolist() == [0, 1]
 
 
-def test_exact_match_of_classes_and_of_whole_answers() -> None:
-    def score(best: Any, labels: Any) -> float:
-        return exact_match(SimpleNamespace(predictions=np.array(best), label_ids=np.array(labels)))["accuracy"]
-
-    assert score([1, 0, 1, 1], [1, 0, 0, 1]) == 0.75
-    # position t predicts label t + 1; unlabelled positions do not count
-    assert score([[9, 4, 5, 9]], [[IGNORED, IGNORED, 4, 5]]) == 1
-    assert score([[9, 4, 6, 9], [9, 4, 5, 0]], [[IGNORED, IGNORED, 4, 5]] * 2) == 0.5
-
-
-def test_best_ids_is_the_best_class() -> None:
-    logits = torch.tensor([[0.1, 2.0, float("-inf")], [3.0, 2.0, 1.0]])
-    assert best_ids((logits, None), torch.zeros(2)).tolist() == [1, 0]
-
-
 # -------------------------------------------------------------------- bad inputs
 
 
@@ -244,5 +225,5 @@ def test_no_tasks_and_mixed_kinds(file: Path) -> None:
     with pytest.raises(ConfigError, match="no tasks"):
         encode_tasks({}, tokenizer(), 16)
     tasks = {"a": Task(train=str(file)), "b": Task(train=str(file), kind="generation", prompt="text", answer="label")}
-    with pytest.raises(ConfigError, match=r"one kind.*a: classification, b: generation"):
+    with pytest.raises(ConfigError, match=r"share one model.*got a: classification, b: generation"):
         encode_tasks(tasks, tokenizer(), 16)

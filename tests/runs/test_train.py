@@ -18,7 +18,8 @@ from moa.errors import ConfigError
 from moa.monitor.statistics import RoutingCollapseWarning
 from moa.runs.config import parse
 from moa.runs.encode import encode_tasks
-from moa.runs.session import Run, load_tokenizer
+from moa.runs.run_model import load_tokenizer
+from moa.runs.session import Run
 from moa.runs.summary import RunResult, score_table, summary
 from moa.runs.train import evaluate, train
 from tests.tiny_run import config_values, decoder_folder, encoder_folder
