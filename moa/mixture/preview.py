@@ -19,8 +19,9 @@ from .hooks import check_hooks_run
 class Preview:
     """Runs the base without experts on a batch first, and leaves its last hidden state (B, S, d) in a context.
 
-    The pass has no gradient, no dropout and no head. While decoding it has a key-value cache of its own, which follows
-    the model's through beam search (`moa.mixture.caches`): each pass sees only the new tokens.
+    The pass has no gradient, no dropout and no head; in training, whoever runs it runs alone (`switches_modes`). While
+    decoding it has a key-value cache of its own, which follows the model's through beam search (`moa.mixture.caches`):
+    each pass sees only the new tokens.
 
     Args:
         base: a model of one stack whose body returns `last_hidden_state`.
@@ -72,9 +73,18 @@ class Preview:
         context.preview = self._hidden(inputs)
         return args, kwargs
 
+    @property
+    def switches_modes(self) -> bool:
+        """Whether a pass sets modules to evaluation while it runs, as all threads see: it has to run alone then."""
+        return any(module.training for module in self._body.modules())
+
+    @property
+    def _body(self) -> Any:
+        return getattr(self.base, "base_model", self.base)
+
     @torch.no_grad()
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
-        body: Any = getattr(self.base, "base_model", self.base)
+        body = self._body
         names = inspect.signature(body.forward).parameters
         inputs = {name: value for name, value in inputs.items() if name in names and name != "labels"}
         cache = inputs.get("past_key_values")

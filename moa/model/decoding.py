@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from torch import Tensor
-
 from ..errors import ConfigError, ContextError
+from ..types import Context, Pinned
 from .host import Host
 
 Beyond = Literal["streams", "task", "preview", "sequence"]
@@ -77,7 +76,7 @@ class Decoding(Host):
         """
         if options.get("cache_implementation") == "paged":
             self._check_batched()
-        if not getattr(options.get("generation_config"), "is_assistant", False):
+        if not getattr(options.get("generation_config"), "is_assistant", False) or self.context.pinned is not None:
             return
         for kind, reason in looks_beyond_rows(self):
             if kind == "task" and self.context.task_ids is None:
@@ -93,14 +92,36 @@ class Decoding(Host):
 
 
 @contextlib.contextmanager
-def handed_on(assistant: Any, task_ids: Tensor | None) -> Iterator[None]:
-    """Let a mixture that assists another inside the block route by the other's tasks (B,)."""
-    if not isinstance(assistant, Host) or task_ids is None:
+def handed_on(assistant: Any, target: Context, names: Sequence[str]) -> Iterator[None]:
+    """Let a mixture that assists another inside the block route by the other's tasks (B,), or use its chosen experts.
+
+    They are known by their names; an assistant that does not have all of them decides by itself, as its proposals need
+    not be the target's.
+
+    Args:
+        assistant: of any kind.
+        target: the context of the mixture that is assisted.
+        names: of its experts.
+    """
+    if not isinstance(assistant, Host):
         yield
         return
     context = assistant.context
-    before, context.task_ids = context.task_ids, task_ids
+    before = context.task_ids, context.pinned
+    if target.task_ids is not None:
+        context.task_ids = target.task_ids
+    if target.pinned is not None:
+        context.pinned = _known_to(assistant, target.pinned, names) or context.pinned
     try:
         yield
     finally:
-        context.task_ids = before
+        context.task_ids, context.pinned = before
+
+
+def _known_to(assistant: Host, pinned: Pinned, names: Sequence[str]) -> Pinned | None:
+    """Return the experts (1,) or (B,) of the same names in another model, or None where it lacks one of them."""
+    known = list(assistant.scope.names)
+    wanted = [None if e < 0 else names[e] if e < len(names) else str(e) for e in pinned.experts.tolist()]
+    if not all(name is None or name in known for name in wanted):
+        return None
+    return Pinned.of([-1 if name is None else known.index(name) for name in wanted])

@@ -172,8 +172,10 @@ class Learned(Host):
         return moved_once([whole.module for whole in self.whole]) if again else contextlib.nullcontext()
 
     def _undisturbed(self, samples: int) -> contextlib.AbstractContextManager[None]:
-        """Let no other thread draw from the random state that several selections start from."""
-        return self.scope.turns.alone() if samples > 1 else contextlib.nullcontext()
+        """Let no other thread draw from the random state of several selections, or see modes that a first pass sets."""
+        preview = self.preview
+        apart = samples > 1 or (preview is not None and preview.switches_modes)
+        return self.scope.turns.alone() if apart else contextlib.nullcontext()
 
     def _shifts(self) -> bool:
         """Whether Trainer leaves the first label of a row out of its count: the share must follow its rule."""

@@ -188,13 +188,14 @@ class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTraine
         context = outermost(self.context, batch)
         context.frozen_routings = {}
         preview = self.preview
-        self.scope.enter(self, context)
-        try:
-            first = preview.before_each_forward() if preview is not None else contextlib.nullcontext()
-            with first, handed_on(kwargs.get("assistant_model"), context.task_ids):
-                return self.base.generate(*args, **kwargs)  # type: ignore[operator]
-        finally:
-            self.scope.leave(self)
+        with self._undisturbed(1):
+            self.scope.enter(self, context)
+            try:
+                first = preview.before_each_forward() if preview is not None else contextlib.nullcontext()
+                with first, handed_on(kwargs.get("assistant_model"), context, self.scope.names):
+                    return self.base.generate(*args, **kwargs)  # type: ignore[operator]
+            finally:
+                self.scope.leave(self)
 
     def can_generate(self) -> bool:  # type: ignore[override]
         """Tell whether the base generates."""

@@ -6,6 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from ..errors import ContextError
+
 
 class Turns:
     """Forwards of one model run side by side; what changes its weights or modes waits for them, and they for it.
@@ -16,6 +18,7 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._inside: dict[int, int] = {}  # forwards that each thread is inside of
+        self._waiting: set[int] = set()  # threads that wait to run alone, inside of a forward
         self._alone: int | None = None
         self._depth = 0
 
@@ -37,10 +40,26 @@ class Turns:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Run the block while no forward of another thread runs."""
+        """Run the block while no forward of another thread runs.
+
+        Raises:
+            ContextError: inside of a forward, while another thread waits inside of one: each would wait for the other.
+        """
         me = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: self._alone in (None, me) and not self._inside.keys() - {me})
+            inside = me in self._inside
+            if inside and self._waiting:
+                raise ContextError(
+                    "two threads want to change the weights, the modes or the random state of one model, each from "
+                    "inside of a forward that the other has to wait for: enter disable_adapter, folded, reference and "
+                    "their like before the forward, not inside of it."
+                )
+            if inside:
+                self._waiting.add(me)
+            try:
+                self._changed.wait_for(lambda: self._alone in (None, me) and not self._inside.keys() - {me})
+            finally:
+                self._waiting.discard(me)
             self._alone, self._depth = me, self._depth + 1
         try:
             yield

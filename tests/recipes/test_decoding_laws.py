@@ -72,13 +72,41 @@ def test_a_mixture_assists_or_says_why_not(name: str, variant: str) -> None:
         return
     one, other = (model.generate(PROMPT, max_new_tokens=6, do_sample=False, task_ids=torch.tensor([t])) for t in (0, 1))
     assert not torch.equal(one, other)
-    proposed = proposals_of(model, torch.tensor([1]))
+    proposed = proposals_of(model, task_ids=torch.tensor([1]))
     assert torch.equal(torch.cat([PROMPT, proposed], 1), other[:, : PROMPT.shape[1] + proposed.shape[1]])
     assert model.context.task_ids is None
 
 
-def proposals_of(model: moa.MoAModel, task_ids: Tensor) -> Tensor:
-    """Return the first tokens (1, n) that a mixture proposes to a copy of itself, of some tasks (1,)."""
+@laws.parametrize(list(dict(reversed(laws.RECIPE_CASES)).items()))
+def test_an_assistant_uses_the_chosen_expert(name: str, variant: str) -> None:
+    """The expert chosen for a target is the one that proposes, where the assistant has it by its name."""
+    model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)), 0.4).eval()
+    assert isinstance(model, moa.MoAModel)
+    n = min(branch.router.n_experts for _, branch in model.branches())
+    with model.pin_expert(n - 1):
+        want = decoded(model)
+    for told in ({"adapter_ids": [n - 1]}, {"adapter_names": [str(n - 1)]}):
+        proposed = proposals_of(model, **told)
+        assert torch.equal(torch.cat([PROMPT, proposed], 1), want[:, : PROMPT.shape[1] + proposed.shape[1]])
+    assert model.context.pinned is None
+    if n > 1:
+        assert not torch.equal(decoded(model, adapter_ids=[0]), want)
+
+
+def test_an_assistant_without_the_chosen_expert_decides_by_itself() -> None:
+    target = models.randomise(moa.build(models.llama(), "topk", n_experts=3, expert_names=["a", "b", "c"]), 0.4).eval()
+    helper = models.randomise(moa.build(models.llama(), "topk", n_experts=3, expert_names=["c", "x", "y"]), 0.4).eval()
+    for name, place in (("c", 0), ("b", None)):
+        seen = []
+        hook = helper.lm_head.register_forward_hook(lambda *_: seen.append(helper.context.pinned))  # type: ignore[union-attr]  # noqa: B023
+        want = decoded(target, adapter_ids=[name])  # type: ignore[arg-type]
+        assert torch.equal(decoded(target, adapter_ids=[name], assistant_model=helper), want)  # type: ignore[arg-type]
+        hook.remove()
+        assert seen and all((p is None) if place is None else (p.experts.tolist() == [place]) for p in seen)
+
+
+def proposals_of(model: moa.MoAModel, **told: Any) -> Tensor:
+    """Return the first tokens (1, n) that a mixture proposes to a copy of itself, which is told tasks or experts."""
     target, first = copy.deepcopy(model), []
     forward = model.generate
 
@@ -89,7 +117,7 @@ def proposals_of(model: moa.MoAModel, task_ids: Tensor) -> Tensor:
 
     model.generate = generate  # type: ignore[method-assign]
     try:
-        target.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model, task_ids=task_ids)
+        target.generate(PROMPT, max_new_tokens=6, do_sample=False, assistant_model=model, **told)
     finally:
         del model.generate
     return first[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor
 
 import moa
-from tests import models
+from moa.errors import ContextError
+from tests import laws, models
+
+from . import entry_laws
+from .recipe_laws import Subject
 
 ROUNDS = 25
 BATCHES = [models.token_batch(seed=1), models.token_batch(seed=2)]
@@ -110,3 +115,61 @@ def test_a_closure_is_its_own_threads(router: str) -> None:
     model.selections.current = watched  # type: ignore[method-assign, union-attr]
     together(inside, own)
     assert came and all(came), "two threads draw selections from one random state"
+
+
+@laws.parametrize(laws.RECIPE_CASES)
+def test_training_forwards_are_their_own_threads(name: str, variant: str) -> None:
+    """What a recipe's training forward records, adds up and draws is its own batch's, in every thread."""
+    subject = Subject(laws.small_recipe(name, variant))
+    model: Any = subject.trained().train()
+    batches = [subject.batch(), entry_laws.other_batch(subject)]
+    models_modes: list[bool] = []
+    first = next(iter(model.mixtures().values()))
+    first.base.register_forward_pre_hook(
+        lambda module, _: models_modes.append(module.training) if model.context.enabled else None
+    )
+
+    def train(number: int) -> tuple[list[str], Tensor]:
+        with torch.no_grad():
+            before = model.tracing()
+            with before as trace:
+                loss = model(**batches[number]).loss
+        return [record.name for record in trace], loss
+
+    draws = any(branch.router.stochastic for _, branch in model.branches())
+    alone = [[train(number) for _ in range(3)] for number in (0, 1)]
+    draws = draws or any(not torch.allclose(runs[0][1], loss) for runs in alone for _, loss in runs)
+
+    def serve(number: int) -> None:
+        for _ in range(4):
+            names, loss = train(number)
+            assert names == alone[number][0][0]
+            assert draws or torch.allclose(loss, alone[number][0][1], atol=1e-5)
+
+    together(partial(serve, 0), partial(serve, 1))
+    assert models_modes and all(models_modes), "a first pass has switched the modes under another thread's forward"
+
+
+def test_two_threads_that_wait_inside_of_forwards_are_refused() -> None:
+    """Each would wait for the other's forward to end: the second gets an error, and the first goes on."""
+    model = models.randomise(moa.build(models.llama(), "fixed", n_experts=3)).eval()
+    both = threading.Barrier(2)
+    refused: list[str] = []
+
+    def inside(module: Any, args: Any) -> None:
+        if getattr(done, "tried", False) or not model.context.enabled:
+            return
+        done.tried = True
+        both.wait(30)
+        try:
+            with model.folded():  # type: ignore[operator]
+                pass
+        except ContextError as error:
+            refused.append(str(error))
+
+    done = threading.local()
+    handle = model.lm_head.register_forward_pre_hook(inside)  # type: ignore[union-attr]
+    together(lambda: logits(model, 0), lambda: logits(model, 1))
+    handle.remove()
+    assert len(refused) == 1 and "before the forward" in refused[0]
+    apart(lambda: logits(model, 0), lambda: logits(model, 1, model.folded), rounds=3)
