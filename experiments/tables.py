@@ -1,4 +1,4 @@
-"""The tables of experiments/README.md, made of the results: `python -m experiments.tables` writes them anew.
+"""The tables of experiments/README.md and docs/scaling.md, made of results: `python -m experiments.tables`.
 
 Every ratio of time or memory is the peer's over moa's: above 1, moa is faster or smaller.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE / "README.md"
+PAGES = HERE / "README.md", HERE.parent / "docs" / "scaling.md"
 COMMANDS = {"monitor": "python -m experiments.bench.monitor"}  # results that do not hold their own
 OURS = "moa topk 8x8 k=2"
 
@@ -239,6 +239,28 @@ def merged_accuracy() -> str:
     )
 
 
+def expert_parallel() -> str:
+    """What a layer's experts exchange in a training step, replicated, sharded or spread."""
+    found = result("expert_parallel")
+    settings = found["settings"]
+    rows = []
+    for bank, row in found["banks"].items():
+        for devices, kinds in row["devices"].items():
+            even, skewed = kinds["even"], kinds["skewed"]
+            sent = [even[kind] / 2**20 for kind in ("replicated", "sharded", "expert parallel")]
+            busiest = [f"{kind['busiest device over the mean']:.1f}" for kind in (even, skewed)]
+            held = [f"{even[f'held, {kind}'] / 2**20:.0f}" for kind in ("replicated", "expert parallel")]
+            cells = [*(f"{v:.0f}" for v in sent), " / ".join(busiest), " / ".join(held), f"{row['even_rows']:.0f}"]
+            rows.append([f"{bank}, k = {row['k']}", devices, *cells])
+    header = ["experts", "devices", "replicated", "sharded", "expert parallel"]
+    header += ["busiest over mean, even / skewed", "MB held, replicated / spread", "rows at which both are equal"]
+    line = made_by("expert_parallel").replace("(results/", "(../experiments/results/")
+    return (
+        f"{table(header, rows)}\n\nMB that a device sends for one layer of {settings['features']} × "
+        f"{settings['features']}, {settings['rows_per_device']} rows on each device.\n\n{line}"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -252,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
         cross_domain,
         granularity,
         merged_accuracy,
+        expert_parallel,
     )
 }
 
@@ -270,4 +293,5 @@ def filled(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
