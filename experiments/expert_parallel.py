@@ -1,8 +1,8 @@
 """What expert parallelism would exchange: `python -m experiments.expert_parallel`
 
-One layer, one training step, bytes that each device sends, against replicated and sharded experts. Rows choose experts at random, evenly or with a skew, and
-experts lie on the devices in blocks; a device that holds several chosen experts of a row gets the row once. Nothing is
-timed: whether bytes or products bound a step is for the network at hand.
+One layer, one training step, bytes that each device sends, against replicated and sharded experts. Rows choose experts
+at random, evenly or with a skew, and experts lie on the devices in blocks; a device that holds several chosen experts
+of a row gets the row once. Nothing is timed: whether bytes or products bound a step is for the network at hand.
 
 - replicated: every device holds all experts; gradients are summed in a ring, 2 (D - 1) / D of them in fp32.
 - sharded (FSDP2): the weights are gathered for the forward and again for the backward, the gradients scattered.
