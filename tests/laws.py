@@ -199,7 +199,7 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     own = BANK_OPTIONS.get(name, {}).get(variant, {})
     cut = CUTS.get((name, variant), 1)
     d_in, d_out = d_in * cut, d_out * cut
-    if name == "core":  # as many singular values as its rank
+    if name in ("core", "paca"):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
     if name == "conformer":  # norms over its features and its channels
         d_in, options["rank"] = max(d_in, 4), max(rank, 2)

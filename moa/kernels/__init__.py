@@ -5,10 +5,11 @@ engine runs it, `engines` which of them are available and why the others are not
 of the op are `grouped_linear` and `grouped_sum`: each slot times its own expert's matrix, and the sum over slots.
 `gated_linear` is a linear gate (`Gate`) and its mixture in one node of the graph, `headed_linear` a mixture of factors,
 head by head, in one node, `exact_linear` a router's logits. `change_mixture` mixes weight changes that have no low
-rank.
+rank; `column_linear` trains a few columns of a weight in place.
 """
 
 from .changes import Changes, change_mixture
+from .column_linear import column_linear
 from .dispatch import choose_engine
 from .engine import Operands, engines, has_slots, register_engine
 from .exact_linear import exact_linear
@@ -24,6 +25,7 @@ __all__ = [
     "Operands",
     "change_mixture",
     "choose_engine",
+    "column_linear",
     "engines",
     "exact_linear",
     "gated_linear",

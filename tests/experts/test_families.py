@@ -25,7 +25,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "boft": {"block_size": 4, "n_factors": 2},
     "ia3": {"feedforward": ("down_proj",)},
 }
-NEW = ["ia3", "vera", "shira", "core", "lokr", "loha", "randlora", "dora", "oft", "boft"]
+NEW = ["ia3", "vera", "shira", "core", "paca", "lokr", "loha", "randlora", "dora", "oft", "boft"]
 WHOLE = ["dora", "oft", "boft"]
 # trainable numbers of one expert on a layer i -> o at rank r, by the paper's closed formula
 FORMULAS: dict[str, Any] = {
@@ -33,6 +33,7 @@ FORMULAS: dict[str, Any] = {
     "vera": lambda i, o, r, name: r + o,
     "shira": lambda i, o, r, name: int(0.1 * i * o),
     "core": lambda i, o, r, name: r * r,
+    "paca": lambda i, o, r, name: r * o,
     "loha": lambda i, o, r, name: 2 * r * (i + o),
     "randlora": lambda i, o, r, name: -(-min(i, o) // r) * (r + min(i, o)),
     "dora": lambda i, o, r, name: r * (i + o) + o,
@@ -176,6 +177,8 @@ def test_whole_weights_mix_by_example(name: str) -> None:
         ({"expert": "boft", "block_size": 8, "n_factors": 3}, r"2\^\(n_factors - 1\)=32 does not divide 16"),
         ({"expert": "lokr", "factor": 7}, r"q_proj: factor=7 does not divide 16: the nearest that do are 2, 4, 8"),
         ({"expert": "core", "rank": 9}, r"k_proj: a weight \(8, 16\) has 8 singular values: rank=9 is too many"),
+        ({"expert": "paca", "rank": 20}, r"q_proj: rank=20 columns of a weight \(16, 16\) that has 16"),
+        ({"expert": "paca", "place": "output"}, r"family 'paca' sit on input: place='output'"),
         ({"expert": "shira", "rank": 40}, r"at most rank=\d+ fits, or set density"),
         ({"expert": "shira", "mask": "gradint"}, r"mask must be one of random.*'gradint'"),
         ({"expert": "ia3", "rank": 4}, r"family 'ia3' have no rank"),

@@ -9,6 +9,7 @@ from .ia3 import IA3, InputScaleBank, OutputScaleBank
 from .loha import LoHa, LoHaBank
 from .lokr import LoKr, LoKrBank
 from .oft import OFT, OFTBank
+from .paca import PaCA, PaCABank
 from .randlora import RandLoRA, RandLoRABank
 from .shira import ShiRA, ShiRABank
 from .vera import VeRA, VeRABank
@@ -35,6 +36,8 @@ __all__ = [
     "LoKrBank",
     "OFTBank",
     "OutputScaleBank",
+    "PaCA",
+    "PaCABank",
     "RandLoRA",
     "RandLoRABank",
     "ShiRA",
