@@ -33,30 +33,56 @@ def in_place(model: Host) -> Iterator[nn.Module]:
 
     Raises:
         ConfigError: a layer with other experts, several of them, dropout, a routing or a weight that is not 1, or a
-            base that is not a dense `nn.Linear`; the layer is named.
+            base that is not a dense `nn.Linear`; the layer is named; inside `folded`.
         FoldError: a weight that another module uses, too.
 
     Source: arXiv 2503.01905, §3.2.
     Differs: the released code copies the trained columns into the base only in some forwards of training, so that an
         evaluation can read old ones; its slice of activations knows rows of three axes only.
     """
-    layers = []
-    for mixture in model.mixtures().values():
-        check_untied(model.base, mixture)
-        layers.append(_Layer(mixture))
+    if model.scope.turns.mine():
+        model._check_not_folded("training in place")
+    layers = _Layers(model)
 
     @contextlib.contextmanager
-    def inside() -> Iterator[None]:
+    def inside() -> Iterator[_Layers]:
         try:
-            for layer in layers:
-                layer.enter()
-            yield
+            layers.enter()
+            yield layers
         finally:
-            for layer in layers:
-                layer.leave()
+            layers.leave()
 
     with model._swapped(inside()):
         yield model.base
+
+
+class _Layers:
+    """All layers of a model while their columns lie in their weights."""
+
+    def __init__(self, model: Host) -> None:
+        self.layers: list[_Layer] = []
+        for mixture in model.mixtures().values():
+            check_untied(model.base, mixture)
+            self.layers.append(_Layer(mixture))
+
+    def enter(self) -> None:
+        """Let every layer (i -> o) train its columns."""
+        for layer in self.layers:
+            layer.enter()
+
+    def leave(self) -> None:
+        """Give every layer (i -> o) its columns back."""
+        for layer in self.layers:
+            layer.leave()
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Run with the weights (o, i) as they came inside the block."""
+        self.leave()
+        try:
+            yield
+        finally:
+            self.enter()
 
 
 class _Layer:
@@ -89,6 +115,7 @@ class _Layer:
     def enter(self) -> None:
         """Keep the columns (o, r) as they came, and let the layer train them."""
         self.kept = self.base.weight[:, self.columns].clone()
+        self.written = None
         self.base.forward = self.forward
 
     def forward(self, x: Tensor) -> Tensor:

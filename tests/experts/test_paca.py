@@ -178,3 +178,15 @@ def test_what_cannot_be_trained_in_place_is_named() -> None:
     tied.model.layers[1].self_attn.q_proj.weight = tied.model.layers[0].self_attn.q_proj.weight
     with pytest.raises(FoldError, match="its weight is also that of"), in_place(built(make=lambda: tied, layers=0)):
         pass
+
+
+def test_inside_the_base_is_still_there() -> None:
+    model, batch = models.randomise(built()).eval(), models.lm_batch()
+    expected = models.outputs_of(model, batch)
+    with in_place(model) as base:
+        for _ in range(2):
+            assert_close(models.outputs_of(base, batch), expected, 1e-5)
+            with model.disable_adapter():
+                assert torch.equal(models.outputs_of(model, batch), models.outputs_of(models.llama(), batch))
+        with pytest.raises(ConfigError, match="training in place needs the frozen base"), in_place(model):
+            pass
