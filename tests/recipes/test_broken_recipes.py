@@ -5,8 +5,6 @@ Run: pytest tests/recipes/test_broken_recipes.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 import moa
 from moa.experts import ExpertBank, LoRABank
-from moa.mixture import Branch, Mixture, Site
+from moa.mixture import Branch, Mixture
 from moa.recipes import RECIPES, Recipe
 from moa.recipes.gates import Fixed, MOELoRA, TopK
 from moa.routers import FixedRouter, LinearRouter, TaskEmbeddingRouter
@@ -25,40 +23,9 @@ from tests import laws, models
 from . import recipe_laws
 from .compile_law import blocks_in_one_graph, compiles
 from .recipe_laws import Subject
+from .twins import SIZES, fails, twin, with_bank, with_mixture, with_router
 
-SIZES = {"n_experts": 4, "k": 2, "rank": 2}
 both = pytest.mark.parametrize("kind", ["decoder", "encoder"])
-
-
-def twin(base: type[Recipe] = TopK, **members: Any) -> Recipe:
-    """Return a recipe like another one but for some members."""
-    cls = dataclass(frozen=True, kw_only=True)(type("Twin", (base,), {"__annotations__": {}, **members}))
-    known = {field.name for field in fields(cls)}
-    return cls(**{name: value for name, value in {**SIZES, "n_tasks": laws.N_TASKS}.items() if name in known})
-
-
-def with_router(router: type[LinearRouter]) -> Recipe:
-    """Return a recipe whose layers have a gate of this class."""
-    return twin(build=lambda self, site: [Branch(router(site.d_in, 4, 2), self.bank(site))])
-
-
-def with_bank(bank: type[ExpertBank], base: type[Recipe] = TopK) -> Recipe:
-    """Return a recipe whose layers have experts of this class."""
-    return twin(base, bank=lambda self, site: bank(site.d_in, site.d_out, self.n_experts, rank=2))
-
-
-def with_mixture(mixture: type[Mixture]) -> Recipe:
-    """Return a recipe whose layers are mixtures of this class."""
-
-    def mixtures(self: Recipe, sites: list[Site], context: moa.Context) -> list[Mixture]:
-        return [mixture(site.module, self.build(site), context, site.name) for site in sites]
-
-    return twin(mixtures=mixtures)
-
-
-def fails(what: str, law: Callable[..., None], *args: Any) -> None:
-    with pytest.raises(AssertionError, match=what):
-        law(*args)
 
 
 def test_the_unbroken_recipe_passes(tmp_path: Path) -> None:
