@@ -74,6 +74,18 @@ def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "")
     return f"unknown {kind} {name!r}{place}.{hint} Known: {', '.join(names) or 'none'}."
 
 
+def plain_text(value: object, kept: str = "") -> str:
+    """Return a value as text that moves no cursor and turns no direction; what does not print is escaped.
+
+    Args:
+        value: anything, e.g. a name that a user or a file gave, or a message with such a name in it.
+        kept: characters that stay as they are, e.g. a line's end.
+    """
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape", "surrogatepass").decode() for c in str(value)
+    )
+
+
 def shown(value: object, most: int = 120) -> str:
     """Return a value as text that fits into a message and moves no cursor: short, and without control characters.
 
@@ -81,5 +93,5 @@ def shown(value: object, most: int = 120) -> str:
         value: anything, e.g. a name that a user or a file gave.
         most: characters.
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    text = plain_text(value)
     return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from .errors import ConfigError, shown, unknown_name
 
 PLAIN = (type(None), bool, int, float, str, list, tuple, dict)  # what a file can hold
+LARGEST = 2**63 - 1  # of a whole number that torch takes
 Row = TypeVar("Row", bound=type)
 # peft's spelling of a keyword, and that of other mixtures -> ours
 PEFT_WORDS = {
@@ -90,12 +91,14 @@ def check_numbers(row: Any, not_negative: Iterable[str] = ()) -> None:
         not_negative: keywords that must be at least 0.
 
     Raises:
-        ConfigError: one is NaN or infinite, or is negative and must not be.
+        ConfigError: one is NaN or infinite, too large for any number type, or is negative and must not be.
     """
     for field in dataclasses.fields(row):
         value = getattr(row, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{field.name} must be a finite number, got {value}.")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{field.name} must be below 2**63, got {shown(value, 40)}.")
         if field.name in not_negative and value < 0:
             raise ConfigError(f"{field.name} must be at least 0, got {value}.")
 

@@ -63,6 +63,7 @@ def _layer_lines(
     recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], n_rows: int, dtype: torch.dtype, device: str
 ) -> list[str]:
     width = max([len("layer"), *map(len, recipe["sites"])])
+    k = recipe.get("k", recipe["n_experts"])  # a recipe without it runs every expert
     lines = [f"  {'layer':<{width}}  {'experts':>10}  {'router':>8}  engine  tensors"]
     for layer in recipe["sites"]:
         own = {
@@ -71,7 +72,7 @@ def _layer_lines(
         banks = {n: t for n, t in own.items() if ".bank." in n}
         routers = sum(t.numel() for n, t in own.items() if ".router." in n)
         shapes = ", ".join(f"{n.rpartition('.')[2]} {tuple(t.shape)}" for n, t in own.items())
-        engine = recipe.get("engine") or _engine(banks, recipe["k"], n_rows, dtype, device)
+        engine = recipe.get("engine") or _engine(banks, k, n_rows, dtype, device)
         experts = sum(t.numel() for t in banks.values())
         lines.append(f"  {layer:<{width}}  {experts:>10,}  {routers:>8,}  {engine:<6}  {shapes}")
     return lines

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import MoaError, MoaWarning
+from ..errors import MoaError, MoaWarning, plain_text, shown
 from . import (
     cmd_bench,
     cmd_demo,
@@ -34,6 +34,8 @@ from . import (
 
 DESCRIPTION = "Mixtures of adapters behind a router: train them, look at them, take them apart."
 FULL = "No space left on device"
+# what torch says where it cannot have the memory that it asks for
+NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
 STOPPED = 130  # what a shell gives for a program that Ctrl-C ended
 
 
@@ -49,23 +51,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings(arguments.command):
             arguments.run(arguments)
     except MoaError as error:
-        print(f"moa {arguments.command}: {error}", file=sys.stderr)
+        print(f"moa {arguments.command}: {plain_text(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, e.g. `moa inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
-        print(f"\nmoa {arguments.command}: stopped; {stop or 'nothing half-written is left behind.'}", file=sys.stderr)
+        said = plain_text(stop) or "nothing half-written is left behind."
+        print(f"\nmoa {arguments.command}: stopped; {said}", file=sys.stderr)
         return STOPPED
-    except (OSError, SafetensorError) as error:
-        if FULL not in str(error):  # safetensors gives the system's words and no number
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
+        room = _no_room(error)
+        if room is None:
             raise
-        print(
-            f"moa {arguments.command}: {FULL.lower()} where it writes. Make room and run it again; no "
-            "half-written checkpoint is left behind.",
-            file=sys.stderr,
-        )
+        print(f"moa {arguments.command}: {room}", file=sys.stderr)
         return 2
     return 0
+
+
+def _no_room(error: BaseException) -> str | None:
+    """Return what to say of an error that means a full disk or memory, None of any other."""
+    text = str(error)
+    if FULL in text:  # safetensors gives the system's words and no number
+        return f"{FULL.lower()} where it writes. Make room and run it again; no half-written checkpoint is left behind."
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return (
+            "not enough memory. Take a smaller base, fewer or smaller experts (n_experts, rank), shorter rows or a "
+            f"smaller batch; the system said: {shown(' '.join(text.split()))}"
+        )
+    return None
 
 
 @contextmanager
@@ -75,7 +88,7 @@ def _plain_warnings(command: str) -> Iterator[None]:
 
     def one_line(message: Any, category: type[Warning], *place: Any) -> str:
         if issubclass(category, MoaWarning):
-            return f"moa {command}: warning: {message}\n"
+            return f"moa {command}: warning: {plain_text(message)}\n"
         return usual(message, category, *place)
 
     warnings.formatwarning = one_line  # type: ignore[assignment]

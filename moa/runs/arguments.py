@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..tables import LARGEST
 from .yaml_values import NAMES, is_file, shortened
 
 # what older versions of transformers call otherwise
@@ -37,7 +38,8 @@ POSITIVE = (
     "save_total_limit",
 )
 ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon")
-NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers", "label_smoothing_factor")
+NOT_NEGATIVE = ("weight_decay", "warmup_steps", "max_grad_norm", "dataloader_num_workers")
+SHARES = ("adam_beta1", "adam_beta2", "label_smoothing_factor")
 
 # a value of report_to, optim, … that another package does -> that package
 REPORTERS = {
@@ -117,29 +119,44 @@ def check_training(training: Mapping[str, Any]) -> None:
 
 
 def _check_type(name: str, value: Any, annotation: str) -> None:
-    """Check a value against an annotation as written, where it is a plain type or a choice of such."""
-    parts = [part.strip().partition("[")[0] for part in annotation.split("|")]
-    allowed = [PLAIN[part] for part in parts if part in PLAIN]
-    if len(allowed) < len([part for part in parts if part != "None"]):
-        return  # an enumeration, a list, …: the class itself checks it
-    if value is None and "None" in parts:
-        return
-    if isinstance(value, bool):
-        fits = bool in allowed
-    elif isinstance(value, int):
-        fits = int in allowed or float in allowed
-    else:
-        fits = isinstance(value, tuple(allowed))
-    if not fits:
-        expected = " or ".join(NAMES[kind] for kind in allowed)
+    """Check a value against an annotation as written, where it is made of plain types and lists of them."""
+    parts = [part.strip() for part in annotation.split("|")]
+    if name.endswith("_kwargs"):
+        parts = [part for part in parts if part != "str"]  # JSON on transformers' own command line, and YAML here
+    kinds = {part: _kind(part) for part in parts if part != "None"}
+    if None in kinds.values() or (value is None and "None" in parts):
+        return  # an enumeration, …: the class itself checks it
+    if not any(_fits(value, part) for part in kinds):
+        expected = " or ".join(str(kind) for kind in dict.fromkeys(kinds.values()))
         raise ConfigError(f"training.{name} must be {expected}, got {shortened(repr(value))} ({type(value).__name__}).")
+
+
+def _kind(part: str) -> str | None:
+    """Return an annotation's part in words, None where it is not of plain types."""
+    name, _, inner = part.partition("[")
+    if name == "list":
+        return "a list of names" if inner == "str]" else None
+    return NAMES[PLAIN[name]] if name in PLAIN else None
+
+
+def _fits(value: Any, part: str) -> bool:
+    name, _, inner = part.partition("[")
+    if name == "list":
+        return isinstance(value, list) and all(_fits(item, inner.removesuffix("]")) for item in value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        return isinstance(value, PLAIN[name]) and (not isinstance(value, bool) or name == "bool")
+    return name in ("int", "float")
 
 
 def _check_range(name: str, value: Any) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:
         raise ConfigError(f"training.{name} must be a finite number, got {value}.")
+    if abs(value) > LARGEST:
+        raise ConfigError(f"training.{name} must be below 2**63, got {shortened(value, 40)}.")
+    if name in SHARES and not 0 <= value < 1:
+        raise ConfigError(f"training.{name} must be at least 0 and below 1, got {value}.")
     if name in POSITIVE and value < 1:
         raise ConfigError(f"training.{name} must be at least 1, got {value}.")
     if name in ABOVE_ZERO and value <= 0:

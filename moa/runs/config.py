@@ -191,7 +191,8 @@ def parse(values: Mapping[str, Any], where: str = "the configuration", *, recipe
     values = dict(values)
     if "import" in values:
         given = values.pop("import")
-        values["imports"] = [given] if isinstance(given, str) else given or []
+        names = [given] if isinstance(given, str) else [] if given is None else given
+        values["imports"] = typed(names, Sequence[str], f"{where}: import")
     if isinstance(values.get("recipe"), Mapping):
         values["recipe"] = own_words(values["recipe"], "recipe: ")
     config: TrainConfig = read_dataclass(TrainConfig, values, where)

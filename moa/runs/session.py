@@ -27,7 +27,7 @@ from ..monitor.statistics import RoutingStatistics
 from ..objective.trace import Record
 from ..types import Routing
 from . import baselines
-from .arguments import unknown_argument
+from .arguments import SHARES, unknown_argument
 from .baselines import Scores
 from .collate import Collator
 from .config import TrainConfig
@@ -67,6 +67,7 @@ def training_arguments(config: TrainConfig, output: str | Path | None = None) ->
     if measure in SMALLER_IS_BETTER:  # Trainer knows this of losses only
         defaults["greater_is_better"] = False
     options = {**defaults, **config.training}
+    options |= {name: float(options[name]) for name in SHARES if name in options}  # torch takes no whole numbers
     try:
         return TrainingArguments(str(output or config.output), seed=config.seed, **options)
     except (TypeError, ValueError, ImportError, RuntimeError, OSError, AttributeError) as error:
@@ -83,7 +84,7 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, tasks: Sequence[EncodedTask], tokenizer: Any) -> None:
-        self.config, self.tasks = config, tasks
+        self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
         self.collator = Collator(tokenizer)
 
     def trainer(
@@ -146,6 +147,24 @@ class Run:
         if monitored:
             trainer.save_state()
         return time.monotonic() - started
+
+    def check(self, model: MoAModel, arguments: TrainingArguments) -> None:
+        """Make an optimizer and a schedule, so that what they refuse is said before work starts.
+
+        Args:
+            model: that will be trained.
+            arguments: for Trainer.
+
+        Raises:
+            ConfigError: they cannot be made of these arguments.
+        """
+        if arguments.deepspeed or arguments.fsdp:
+            return  # made by another engine
+        trainer = self.trainer(model, arguments, concatenate_datasets([task.train for task in self.tasks]))
+        try:
+            trainer.create_optimizer_and_scheduler(max(1, arguments.max_steps))
+        except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise ConfigError(f"training: no optimizer and schedule can be made: {one_line(error)}.") from error
 
     def evaluate(
         self, model: MoAModel, statistics: RoutingStatistics | None = None, rows: Sequence[Any] | None = None

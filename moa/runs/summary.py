@@ -128,8 +128,9 @@ def summary(result: RunResult) -> str:
     results, folder = result.results, result.folder
     parameters = results["parameters"]
     recipe = results["recipe"]
+    chosen_of = f", k = {recipe['k']}" if "k" in recipe else ""
     parts = [
-        f"{recipe['router']}, {recipe['n_experts']} experts, k = {recipe['k']}: {parameters['active']:,} of "
+        f"{recipe['router']}, {recipe['n_experts']} experts{chosen_of}: {parameters['active']:,} of "
         f"{parameters['experts']:,} expert parameters act on a row, {parameters['routers']:,} are in routers.",
         score_table(results),
     ]

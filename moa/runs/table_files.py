@@ -78,6 +78,7 @@ def read_rows(name: str, source: str | Sequence[str], split: str, task: Task) ->
     if kind == "hub":
         tables = [("the data set", _hub(where, sources[0], task, split))]
     else:
+        _check_no_hub(where, sources[0], task)
         tables = [(file, _file(where, file, kind, task.columns)) for file in sources]
     names = list(dict.fromkeys(name for _, table in tables for name in table.names))
     wanted = [column for column in task.columns if column in names]
@@ -85,6 +86,17 @@ def read_rows(name: str, source: str | Sequence[str], split: str, task: Task) ->
     places = [(Path(file).name, number) for file, table in tables for number in table.numbers]
     classes = {column: found for _, table in tables for column, found in table.class_names.items()}
     return Rows(columns, names, places, classes)
+
+
+def _check_no_hub(where: str, source: str, task: Task) -> None:
+    """Refuse what chooses a part of a hub data set where there are files: it would change nothing."""
+    given = {"subset": task.subset, "split": task.split if task.split != "train" else None}
+    for key, value in {**given, "eval_split": task.eval_split}.items():
+        if value is not None:
+            raise ConfigError(
+                f"{where}: {key} is of hub data sets, and {shortened(source)} is a file: leave it out, and name the "
+                "evaluation rows under eval."
+            )
 
 
 def _expanded(where: str, source: str) -> list[str]:

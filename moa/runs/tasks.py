@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from ..errors import ConfigError, unknown_name
 
@@ -17,6 +17,11 @@ MEASURES = {
     "text": ("accuracy", "loss"),
 }
 SMALLER_IS_BETTER = ("loss", "rmse", "mae")
+READ = {  # what each kind reads
+    "classification": ("text", "pair", "label", "labels"),
+    "generation": ("prompt", "answer", "template", "answer_template"),
+    "chat": ("messages", "system", "tools"),
+}
 LONG_ROWS = ("truncate", "skip", "refuse")
 
 
@@ -53,7 +58,8 @@ class Task:
         max_eval_rows: at most so many evaluation rows, drawn with the run's seed.
 
     Raises:
-        ConfigError: unknown kind or format, a value out of range, a template without its "{prompt}" or "{answer}".
+        ConfigError: unknown kind or format, a key of another kind, a value out of range, a template without its
+            "{prompt}" or "{answer}".
     """
 
     train: str | Sequence[str]
@@ -84,6 +90,14 @@ class Task:
             hint = " Numbers as labels: kind: classification with problem: regression." if "regr" in self.kind else ""
             raise ConfigError(unknown_name("kind", self.kind, KINDS, "a task") + hint)
         self._check_labels()
+        for kind, names in READ.items():
+            own = READ[self.kind]
+            given = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
+            if kind != self.kind and given:
+                raise ConfigError(
+                    f"{given[0]} is read by kind {kind}, and this task's kind is {self.kind}, which reads "
+                    f"{', '.join(own)}: set kind, or leave it out."
+                )
         if self.format is not None and self.format not in (*FORMATS, "hub"):
             raise ConfigError(unknown_name("format", self.format, (*FORMATS, "hub"), "a task"))
         for name in ("train", "eval", "label"):

@@ -72,6 +72,7 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
     for note in _notes(config, model):
         say(f"note: {note}")
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    run = Run(config, tasks, tokenizer)
     folder.check_space(4 * weights)  # the model twice, and two moments
 
     meet()
@@ -79,7 +80,7 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
         folder.begin(rows)
     meet()
     try:
-        results, routing = _trained(checked, model, tokenizer, tasks, arguments)
+        results, routing = _trained(checked, model, run, arguments)
     except BaseException as error:
         way_on = folder.way_on()
         if is_first():
@@ -95,12 +96,10 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
     return RunResult(Path(config.output), results, routing)
 
 
-def _trained(
-    checked: Checked, model: MoAModel, tokenizer: Any, tasks: Sequence[EncodedTask], arguments: Any
-) -> tuple[dict[str, Any], str]:
+def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tuple[dict[str, Any], str]:
     """Return the results of training and scoring, and the routing as a table; model and figure are written."""
-    config, folder = checked.config, checked.folder
-    run = Run(config, tasks, tokenizer)
+    config, folder, tasks, tokenizer = checked.config, checked.folder, run.tasks, run.tokenizer
+    run.check(model, arguments)  # Trainer makes its folder, which a refusal here takes away again
     say("before training")
     before = run.evaluate(model)
     seconds = run.fit(model, arguments, monitored=True, checkpoint=folder.checkpoint)

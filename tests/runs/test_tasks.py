@@ -212,8 +212,10 @@ def test_unknown_kind_and_format() -> None:
     [
         ({"eval_fraction": 1.0}, "eval_fraction"),
         ({"max_train_rows": 0}, "max_train_rows"),
-        ({"template": "no place"}, "no {prompt} in it"),
-        ({"answer_template": "no place"}, "no {answer} in it"),
+        ({"template": "{prompt}!"}, "template is read by kind generation, and this task's kind is classification"),
+        ({"kind": "chat", "labels": ("a", "b")}, "labels is read by kind classification"),
+        ({"kind": "generation", "template": "no place"}, "no {prompt} in it"),
+        ({"kind": "generation", "answer_template": "no place"}, "no {answer} in it"),
     ],
 )
 def test_values_out_of_range(options: dict[str, Any], message: str) -> None:
