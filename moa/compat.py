@@ -16,6 +16,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_autocast() -> bool:
+    """Return whether autocast is on for some device, in less time than it takes to ask for one by its name."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def softmax_backward(grad: Tensor, output: Tensor) -> Tensor:
     """Return the gradient of the logits (*rows, E), from that of their softmax over the last axis, and the softmax."""
     return torch._softmax_backward_data(grad, output, -1, output.dtype)

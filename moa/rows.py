@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ContextError, ShapeError
 
 
 def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
@@ -44,3 +44,23 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         held = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{name: each_tensor(item, change) for name, item in held.items()})
     return value
+
+
+def check_task_ids(task_ids: Tensor, known: range) -> None:
+    """Check that all task ids (B,) are known.
+
+    Raises:
+        ContextError: one is not, or they are not whole numbers.
+    """
+    if task_ids.numel() == 0:
+        return
+    if task_ids.is_floating_point():
+        raise ContextError(f"task ids must be whole numbers, got {task_ids.dtype}.")
+    low, high = int(task_ids.min()), int(task_ids.max())
+    if low < known.start or high >= known.stop:
+        wrong = low if low < known.start else high
+        only = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start} only"
+        raise ContextError(
+            f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
+            "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."
+        )

@@ -6,7 +6,7 @@ per row · H heads · r rank · i/o in/out features · M routing samples · n st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ContextError
-from .rows import each_tensor, in_streams, of_one_stream, repeat_to
+from .rows import check_task_ids, each_tensor, in_streams, of_one_stream, repeat_to
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-@dataclass(frozen=True)
 class Routing:
-    """What a router decided: the only thing routers and banks share.
+    """What a router decided, and never changed: the only thing routers and banks share.
 
-    Its rows broadcast against x's rows: token (B, S), sequence or task (B, 1), constant ().
+    Its rows broadcast against x's rows: token (B, S), sequence or task (B, 1), constant (). Scores and log-probability
+    may be functions of the routing, formed when somebody asks, for many layers at once.
 
     Args:
         weights: (*rows, K) what multiplies the chosen experts' outputs.
@@ -35,17 +35,43 @@ class Routing:
             (*rows, E · p).
         scores: (*rows, E) fp32 after the score function; None where there are none.
         log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
-        usage: (*rows, E) fp32 differentiable share of each expert that a balance loss of the router's counts, e.g. the
-            probability of being chosen under its noise; mostly None.
+        usage: (*rows, E) fp32 differentiable share of each expert that a balance loss counts; mostly None.
     """
 
-    weights: Tensor
-    indices: Tensor | None
-    n_experts: int
-    logits: Tensor | None = None
-    scores: Tensor | None = None
-    log_prob: Tensor | None = None
-    usage: Tensor | None = None
+    __slots__ = ("_log_prob", "_scores", "indices", "logits", "n_experts", "usage", "weights")
+
+    def __init__(
+        self,
+        weights: Tensor,
+        indices: Tensor | None,
+        n_experts: int,
+        logits: Tensor | None = None,
+        scores: Tensor | Callable[[Routing], Tensor] | None = None,
+        log_prob: Tensor | Callable[[Routing], Tensor] | None = None,
+        usage: Tensor | None = None,
+    ) -> None:
+        self.weights, self.indices, self.n_experts = weights, indices, n_experts
+        self.logits, self.usage, self._scores, self._log_prob = logits, usage, scores, log_prob
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(*rows, E) fp32 after the score function, or None."""
+        return self._scores(self) if callable(self._scores) else self._scores
+
+    @property
+    def log_prob(self) -> Tensor | None:
+        """(*rows,) log-probability of the sampled choice in nats, or None."""
+        return self._log_prob(self) if callable(self._log_prob) else self._log_prob
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the choice (*rows, K) has a log-probability."""
+        return self._log_prob is not None
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        """The arguments that it was made of, tensors (*rows, …) and others, in order."""
+        return self.weights, self.indices, self.n_experts, self.logits, self._scores, self._log_prob, self.usage
 
     @property
     def k(self) -> int:
@@ -318,23 +344,3 @@ class Context:
         rows = x.shape[:-1]
         ids = repeat_to(self.task_ids, rows[0], "task_ids") if rows else self.task_ids
         return ids.reshape(ids.shape[0], *([1] * (len(rows) - 1)))
-
-
-def check_task_ids(task_ids: Tensor, known: range) -> None:
-    """Check that all task ids (B,) are known.
-
-    Raises:
-        ContextError: one is not, or they are not whole numbers.
-    """
-    if task_ids.numel() == 0:
-        return
-    if task_ids.is_floating_point():
-        raise ContextError(f"task ids must be whole numbers, got {task_ids.dtype}.")
-    low, high = int(task_ids.min()), int(task_ids.max())
-    if low < known.start or high >= known.stop:
-        wrong = low if low < known.start else high
-        only = f"{known.start} to {known.stop - 1}" if len(known) > 1 else f"{known.start} only"
-        raise ContextError(
-            f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
-            "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -106,7 +107,7 @@ class ExpertBank(nn.Module):
 
     # ---------------------------------------------------------------- what follows from it
 
-    @property
+    @cached_property
     def fused(self) -> Fused:
         """What the kernels offer for this family, on rows (*rows, i); by default its parts, one after the other."""
         return Fused(self)

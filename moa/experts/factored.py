@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compat import is_autocast
 from ..delta import Delta, LowRank, low_rank
 from ..errors import ConfigError
 from ..kernels import Gate, gated_linear, grouped_linear, grouped_sum, has_slots, low_rank_mixture, mixture_linear
+from ..kernels.gate import SCORES
 from ..kernels.low_rank import is_plain
 from ..types import Routing
 from .bank import ExpertBank
@@ -40,10 +43,11 @@ class FactoredBank(ExpertBank):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o), of x (*rows, i), by the grouped kernels."""
         down, up = self.factors()
-        x = F.dropout(x, self.dropout, self.training)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
         return low_rank_mixture(x, down, up, routing.weights, routing.indices, scaling=self.scaling, engine=self.engine)
 
-    @property
+    @cached_property
     def fused(self) -> FusedFactors:
         """Base, gate and slots in one step with the experts, on rows (*rows, i)."""
         return FusedFactors(self)
@@ -69,22 +73,16 @@ class FusedFactors(Fused):
         weights, indices = routing.weights, routing.indices
         return mixture_linear(x, weight, bias, down, up, weights, indices, scaling=bank.scaling, engine=bank.engine)
 
-    def add_gated(
-        self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None, with_scores: bool = True
-    ) -> tuple[Tensor, Routing] | None:
+    def add_gated(self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Routing] | None:
         """Return base and mixture (*rows, o) and the gate's routing, as one node of the graph, in eager code."""
         bank = self.bank
-        if torch.compiler.is_compiling() or (bank.training and bank.dropout):
+        if bank.training and bank.dropout:
             return None
         down, up = bank.factors()
-        if not is_plain(x, gate.weight, down, up) or torch.is_autocast_enabled(x.device.type):
+        if not is_plain(x, gate.weight, down, up) or is_autocast():
             return None
-        y, weights, indices, logits, scores = gated_linear(
-            x, weight, bias, gate, down, up, bank.scaling, with_scores=with_scores, engine=bank.engine
-        )
-        if indices is None and scores is None:
-            scores = weights
-        return y, Routing(weights, indices, bank.n_experts, logits, scores)
+        y, weights, indices, logits = gated_linear(x, weight, bias, gate, down, up, bank.scaling, engine=bank.engine)
+        return y, Routing(weights, indices, bank.n_experts, logits, SCORES[gate.score])
 
     def shared_hidden(self, others: Sequence[Fused], x: Tensor, indices: Tensor) -> list[Tensor]:
         """Return x down_e^T of each slot for every bank, (*rows, K, r), of x (*rows, i), whose dropout they share."""

@@ -49,9 +49,7 @@ class Fused:
         y = F.linear(x, weight, bias)
         return y + self.bank(x, routing).to(y.dtype)
 
-    def add_gated(
-        self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None, with_scores: bool = True
-    ) -> tuple[Tensor, Routing] | None:
+    def add_gated(self, x: Tensor, gate: Gate, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Routing] | None:
         """Return `add_linear` (*rows, o) together with its routing, which a linear gate decides.
 
         None where the family, or this call, has no way to form both at once.
@@ -61,7 +59,6 @@ class Fused:
             gate: see `Router.gate`.
             weight: (o, i) frozen.
             bias: (o,) or None.
-            with_scores: False where nobody looks at the routing's scores.
         """
         return None
 

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 Ability = Literal["slots", "few_rows", "routed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """What one mixture is formed of: y = Σ_j weights_j · (x a[e_j]ᵀ) b[e_j] (+ x baseᵀ + bias), rows flat.
 
     Args:
@@ -96,10 +95,12 @@ class FewRowsEngine(Protocol):
     FEW_ROWS: int
 
     def few_rows(self, operands: Operands, scaling: float, dtype: torch.dtype) -> Tensor:
-        """Return y (T, o) in x's dtype, its mixture times scaling and formed in a dtype, by ops that have gradients.
+        """Return y (*rows, o) in x's dtype, its mixture times scaling and formed in a dtype, by ops with gradients.
+
+        Rows need not be flat: x is (*rows, i), and weights and indices broadcast against its rows.
 
         Raises:
-            IndexError, RuntimeError: an index names no expert; it is not checked before.
+            IndexError, RuntimeError: an index names no expert, or rows do not fit; they are not checked before.
         """
 
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..compat import softmax_backward
+from ..types import Routing
+
+
+def softmax_scores(routing: Routing) -> Tensor:
+    """Return the softmax of the logits over the experts, (*rows, E)."""
+    assert routing.logits is not None
+    return routing.logits.softmax(-1)
+
+
+def sigmoid_scores(routing: Routing) -> Tensor:
+    """Return the sigmoid of the logits, (*rows, E)."""
+    assert routing.logits is not None
+    return routing.logits.sigmoid()
+
+
+SCORES: dict[str, Callable[[Routing], Tensor]] = {"softmax": softmax_scores, "sigmoid": sigmoid_scores}
 
 
 class Gate(NamedTuple):
@@ -39,14 +56,14 @@ class Gate(NamedTuple):
         """Whether the weights are the softmax over the k largest logits: then no other logit is needed for them."""
         return self.score == "softmax" and self.renormalize and self.bias is None and self.k < self.weight.shape[0]
 
-    def decide(self, logits: Tensor, with_scores: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the weights (T, K), indices (T, K), None where dense, and scores (T, E) of logits (T, E).
+    def decide(self, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the weights (*rows, K), indices, None where dense, and scores (*rows, E) of logits (*rows, E).
 
-        Scores may be left out where the weights do without. Those that are the weights are returned once, as weights.
+        Scores are None where the weights do without, or are them.
         """
         if self.is_softmax_top_k:
             kept, chosen = logits.topk(self.k, -1)
-            return kept.softmax(-1), chosen, logits.softmax(-1) if with_scores else None
+            return kept.softmax(-1), chosen, None
         scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
         if self.is_dense:
             return (scores / _total(scores), None, scores) if self.normalises else (scores, None, None)
@@ -66,36 +83,28 @@ class Gate(NamedTuple):
         self,
         grad_logits: Tensor | None,
         grad_weights: Tensor | None,
-        grad_scores: Tensor | None,
         weights: Tensor,
         indices: Tensor | None,
         scores: Tensor | None,
     ) -> Tensor | None:
-        """Return the whole gradient of the logits (T, E): their own, and through `decide` those of its results."""
-        total = grad_logits
-        scores = weights if scores is None else scores
-        if grad_weights is not None and self.is_softmax_top_k:
+        """Return the whole gradient of the logits (T, E): their own, and through `decide` that of the weights."""
+        if grad_weights is None:
+            return grad_logits
+        if self.is_softmax_top_k:
             assert indices is not None
-            own = torch.zeros_like(scores) if total is None else total
-            total = own.scatter_add(1, indices, softmax_backward(grad_weights, weights))
-        elif grad_weights is not None:
-            grad_scores = self._to_scores(grad_weights, grad_scores, weights, indices, scores)
-        if grad_scores is not None:
-            softmax = self.score == "softmax"
-            through = softmax_backward(grad_scores, scores) if softmax else grad_scores * scores * (1 - scores)
-            total = through if total is None else total + through
-        return total
+            own = weights.new_zeros(len(weights), len(self.weight)) if grad_logits is None else grad_logits
+            return own.scatter_add(1, indices, softmax_backward(grad_weights, weights))
+        scores = weights if scores is None else scores
+        grad = self._to_scores(grad_weights, weights, indices, scores)
+        through = softmax_backward(grad, scores) if self.score == "softmax" else grad * scores * (1 - scores)
+        return through if grad_logits is None else grad_logits + through
 
-    def _to_scores(
-        self, grad: Tensor, grad_scores: Tensor | None, weights: Tensor, indices: Tensor | None, scores: Tensor
-    ) -> Tensor:
-        """Return the gradient of the scores (T, E), their own and that of the weights (T, K)."""
+    def _to_scores(self, grad: Tensor, weights: Tensor, indices: Tensor | None, scores: Tensor) -> Tensor:
+        """Return the gradient of the scores (T, E), from that of the weights (T, K)."""
         if self.normalises:
             chosen = scores if indices is None else scores.gather(-1, indices)
             grad = (grad - (grad * weights).sum(-1, keepdim=True)) / _total(chosen)
-        if indices is None:
-            return grad if grad_scores is None else grad + grad_scores
-        return (torch.zeros_like(scores) if grad_scores is None else grad_scores).scatter_add(1, indices, grad)
+        return grad if indices is None else torch.zeros_like(scores).scatter_add(1, indices, grad)
 
 
 def _total(scores: Tensor) -> Tensor:

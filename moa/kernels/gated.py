@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..compat import own_view
+from ..compat import is_autocast, own_view
 from . import ops
+from .dispatch import choose
 from .dtypes import cast, cast_all, exact_dtypes, wide
 from .engine import Operands
 from .gate import Gate
 
-_FEW_ROWS = 8
+_FEW_ROWS = 64
 
 
 def gated_linear(
@@ -31,9 +32,8 @@ def gated_linear(
     b: Tensor,
     scaling: float = 1.0,
     *,
-    with_scores: bool = True,
     engine: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return a frozen linear plus the experts that a linear gate chooses and weighs.
 
     y[t] = x[t] Wᵀ + bias + s · Σ_j w[t, j] · (x[t] a[e]ᵀ) b[e], e = indices[t, j]: what `mixture_linear` gives with
@@ -47,29 +47,31 @@ def gated_linear(
         a: (E, r, i) down factors.
         b: (E, r, o) up factors, stored transposed.
         scaling: s.
-        with_scores: whether they are wanted; with gradients they are there in any case, so that a block that runs again
-            without a trace keeps the same tensors.
         engine: a name of `engines()`; None lets `choose_engine` decide.
 
     Returns:
-        y (*rows, o); weights (*rows, K), indices (*rows, K) or None for all experts, logits (*rows, E) in fp32 or wider
-        and scores (*rows, E) of the routing, None where they are the weights or not wanted. All but the indices carry
-        gradients.
+        y (*rows, o); weights (*rows, K), indices (*rows, K) or None for all experts, and logits (*rows, E) in fp32 or
+        wider of the routing. All but the indices carry gradients.
 
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3 and 5, over `low_rank_mixture`.
     """
-    with exact_dtypes(x):
-        rows = _flat(x)
-        chosen = ops.choose_for(rows, a, b, gate.k, engine or "", "few_rows")
-        if torch.is_grad_enabled() and not chosen.few:
-            return _GatedLinear.apply(  # type: ignore[no-any-return]
-                x, gate.weight, a, b, (weight, bias, gate, scaling, engine or "")
-            )
-        # No node is needed: in decoding and short steps its bookkeeping is what costs.
-        logits = _logits(_jittered(rows, gate)[0], gate.weight)
-        weights, indices, scores = gate.decide(logits, with_scores or torch.is_grad_enabled())
-        y = ops.compose(Operands(rows, a, b, weights, indices, weight, bias), chosen, scaling)
-        return _unflatten(x, y, weights, indices, logits, scores)
+    if is_autocast():
+        with exact_dtypes(x):
+            return gated_linear(x, weight, bias, gate, a, b, scaling, engine=engine)
+    name = engine or ""
+    chosen = choose(name, x.shape[:-1].numel(), a.shape, b.shape[2], gate.k, x.dtype, x.device, "few_rows")
+    if not chosen.few and torch.is_grad_enabled():
+        return _GatedLinear.apply(x, gate.weight, a, b, (weight, bias, gate, scaling, name))  # type: ignore[no-any-return]
+    # No node is needed: in decoding and short steps its bookkeeping is what costs.
+    logits = _logits(_jittered(x, gate)[0] if gate.jitter else x, gate.weight)
+    weights, indices, _ = gate.decide(logits)
+    operands = Operands(x, a, b, weights, indices, weight, bias)
+    y = (
+        chosen.engine.few_rows(operands, scaling, chosen.dtype)
+        if chosen.few
+        else ops.compose(operands, chosen, scaling)
+    )
+    return y, weights, indices, logits
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -81,7 +83,7 @@ class _GatedLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         call: tuple[Tensor, Tensor | None, Gate, float, str],
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         base, bias, gate, scaling, engine = call  # what has no gradient
         rows = _flat(x)
         chosen = ops.choose_for(rows, a, b, gate.k, engine, "routed")
@@ -97,7 +99,7 @@ class _GatedLinear(torch.autograd.Function):
             y, hidden = ops.run_forward(ops.scaled(operands, scaling), chosen)
         else:
             y, logits, weights, indices, hidden = found
-            scores = logits.softmax(-1)
+            scores = None
         needs = ctx.needs_input_grad[:4]
         # As in the op: x is for the gradients of a and the gate, the base for that of x.
         own_x = rows if needs[1] or needs[2] else None
@@ -108,7 +110,7 @@ class _GatedLinear(torch.autograd.Function):
         if indices is not None:
             ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
-        return _unflatten(x, y, weights, indices, logits, scores)
+        return _unflatten(x, y, weights, indices, logits)
 
     @staticmethod
     @once_differentiable
@@ -118,7 +120,6 @@ class _GatedLinear(torch.autograd.Function):
         grad_weights: Tensor | None,
         _: None,
         grad_logits: Tensor | None,
-        grad_scores: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         rows, noise, gate_weight, a, b, weights, indices, scores, hidden, base = ctx.saved_tensors
         shape, gate, scaling, chosen = ctx.call
@@ -135,7 +136,6 @@ class _GatedLinear(torch.autograd.Function):
         to_logits = gate.to_logits(
             None if grad_logits is None else _flat(grad_logits),
             to_weights,
-            None if grad_scores is None else _flat(grad_scores),
             weights,
             indices,
             scores,
@@ -152,7 +152,7 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def _jittered(rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
-    """Return what the gate sees of rows (T, i), and the noise (T, i) that it is multiplied by, or None."""
+    """Return what the gate sees of rows (*rows, i), and the noise that it is multiplied by, or None."""
     if not gate.jitter:
         return rows, None
     noise = torch.empty_like(rows).uniform_(1 - gate.jitter, 1 + gate.jitter)
@@ -160,12 +160,12 @@ def _jittered(rows: Tensor, gate: Gate) -> tuple[Tensor, Tensor | None]:
 
 
 def _logits(rows: Tensor, gate: Tensor) -> Tensor:
-    """Return the logits (T, E) of rows (T, i): near-ties must not flip with the activation dtype."""
+    """Return the logits (*rows, E) of rows (*rows, i): near-ties must not flip with the activation dtype."""
     if rows.dtype != gate.dtype or rows.itemsize < 4:
         dtype = wide(rows.dtype)
         rows, gate = cast(rows, dtype), cast(gate, dtype)
     # For many rows a CPU takes two thirds of the time in this order.
-    return F.linear(rows, gate) if len(rows) <= _FEW_ROWS else (gate @ rows.T).T
+    return F.linear(rows, gate) if rows.ndim != 2 or len(rows) <= _FEW_ROWS else (gate @ rows.T).T
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -174,17 +174,15 @@ def _flat(values: Tensor) -> Tensor:
 
 
 def _unflatten(
-    x: Tensor, y: Tensor, weights: Tensor, indices: Tensor | None, logits: Tensor, scores: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    x: Tensor, y: Tensor, weights: Tensor, indices: Tensor | None, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Return the values (T, f) with the leading axes of x (*rows, i)."""
     if x.ndim == 2:
-        return y, weights, indices, logits, scores
+        return y, weights, indices, logits
     rows = x.shape[:-1]
     shape = (*rows, weights.shape[1])
     slots = None if indices is None else indices.view(shape)
-    every = (*rows, logits.shape[1])
-    seen = None if scores is None else scores.view(every)
-    return own_view(y, (*rows, y.shape[1])), weights.view(shape), slots, logits.view(every), seen
+    return own_view(y, (*rows, y.shape[1])), weights.view(shape), slots, logits.view(*rows, logits.shape[1])
 
 
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, noise: Tensor | None) -> Tensor:

@@ -5,6 +5,8 @@ They check and choose the compute dtype; the op itself is in `ops.py`, its eager
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +15,10 @@ from torch.nn import Parameter
 from ..compat import is_transformed, own_view
 from ..errors import ShapeError
 from . import ops
+from .dispatch import Chosen, choose
 from .dtypes import cast, exact_dtypes
 from .engine import Operands
-from .node import Mix, flatten
+from .node import Mix
 
 
 def low_rank_mixture(
@@ -124,23 +127,21 @@ def _apply(
     engine: str | None,
 ) -> Tensor:
     """Check, choose the compute dtype, and call the op, its eager node, or the engine itself."""
-    _check(x, a, b, weights, indices)
-    dtype, device, name = x.dtype, x.device.type, engine or ""
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    shape, flat, flat_weights, slots = x.shape, *flatten(x, weights, indices)
-    flat = cast(flat, dtype)
+    dtype, name = x.dtype, engine or ""
+    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
     if not is_plain(x, a, b, weights):
-        weighted = flat_weights if scaling == 1 else flat_weights * scaling
-        y: Tensor = ops.forward_op(flat, a, b, weighted, slots, base, bias, name)[0]
-    else:
-        chosen = ops.choose_for(flat, a, b, flat_weights.shape[1], name, "few_rows")
-        if not chosen.few and torch.is_grad_enabled() and _needs_gradient(x, a, b, weights):
-            mixed: Tensor = Mix.apply(x, a, b, weights, (indices, base, bias, scaling, dtype, name))
-            return mixed
-        with exact_dtypes(x):
-            y = ops.compose(Operands(flat, a, b, flat_weights, slots, base, bias), chosen, scaling)
-    return y if len(shape) == 2 else own_view(y, (*shape[:-1], y.shape[-1]))
+        _check(_facts(x, a, b, weights, indices))
+        flat = ops.flatten(Operands(cast(x, dtype), a, b, weights, indices, base, bias))
+        weighted = flat.weights if scaling == 1 else flat.weights * scaling
+        y: Tensor = ops.forward_op(flat.x, a, b, weighted, flat.indices, base, bias, name)[0]
+        return y if x.ndim == 2 else own_view(y, (*x.shape[:-1], y.shape[-1]))
+    chosen = _plan(_facts(x, a, b, weights, indices), dtype, name)
+    if not chosen.few and torch.is_grad_enabled() and _needs_gradient(x, a, b, weights):
+        mixed: Tensor = Mix.apply(x, a, b, weights, (indices, base, bias, scaling, dtype, name))
+        return mixed
+    with exact_dtypes(x):
+        return ops.compose(Operands(cast(x, dtype), a, b, weights, indices, base, bias), chosen, scaling)
 
 
 def _needs_gradient(x: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> bool:
@@ -158,31 +159,51 @@ def is_plain(*operands: Tensor) -> bool:
     return True
 
 
-def _check(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None) -> None:
+Facts = tuple[tuple[torch.Size, torch.dtype, torch.device] | None, ...]
+
+
+def _facts(x: Tensor, a: Tensor, b: Tensor, weights: Tensor, indices: Tensor | None) -> Facts:
+    """Return what can be known of the operands without looking at a value."""
+    return (
+        (x.shape, x.dtype, x.device),
+        (a.shape, a.dtype, a.device),
+        (b.shape, b.dtype, b.device),
+        (weights.shape, weights.dtype, weights.device),
+        None if indices is None else (indices.shape, indices.dtype, indices.device),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(facts: Facts, dtype: torch.dtype, name: str) -> Chosen:
+    """Return the engine of one mixture whose operands belong together: looked into once for operands that are alike."""
+    _check(facts)
+    (x, _, device), (a, *_), (b, *_), (weights, *_) = facts[:4]  # type: ignore[misc]
+    return choose(name, x[:-1].numel(), a, b[-1], weights[-1], dtype, device, "few_rows")
+
+
+def _check(facts: Facts) -> None:
     """Raise ShapeError where the operands of one mixture do not belong together."""
-    down, up, shape = a.shape, b.shape, weights.shape
+    (x, dtype, device), (down, _, at_a), (up, _, at_b), (weights, weighing, at_weights), indices = facts  # type: ignore[misc]
     fits = len(down) == len(up) == 3 and down[0] == up[0] and down[1] == up[1]
-    if not fits or x.ndim < 1 or x.shape[-1] != down[2]:
+    if not fits or len(x) < 1 or x[-1] != down[2]:
         raise ShapeError(
-            f"low_rank_mixture: x {tuple(x.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)} do not fit: "
+            f"low_rank_mixture: x {tuple(x)}, a {tuple(down)}, b {tuple(up)} do not fit: "
             "expected x (*rows, i), a (E, r, i), b (E, r, o) with the same E, r and i."
         )
-    if not (x.is_floating_point() and weights.is_floating_point()):
-        raise ShapeError(f"low_rank_mixture: x is {x.dtype} and weights {weights.dtype}; both must be floating.")
+    if not (dtype.is_floating_point and weighing.is_floating_point):
+        raise ShapeError(f"low_rank_mixture: x is {dtype} and weights {weighing}; both must be floating.")
     if indices is None:
-        if len(shape) < 1 or shape[-1] != down[0]:
+        if len(weights) < 1 or weights[-1] != down[0]:
             raise ShapeError(
-                f"low_rank_mixture: weights {tuple(weights.shape)} without indices must hold one weight for "
-                f"each of the {a.shape[0]} experts; pass indices to choose some of them."
+                f"low_rank_mixture: weights {tuple(weights)} without indices must hold one weight for "
+                f"each of the {down[0]} experts; pass indices to choose some of them."
             )
-    elif indices.dtype != torch.int64 or indices.shape != shape:
+    elif indices[1] != torch.int64 or indices[0] != weights:
         raise ShapeError(
-            f"low_rank_mixture: indices {indices.dtype} {tuple(indices.shape)} must be int64 and have the "
-            f"shape of weights {tuple(weights.shape)}."
+            f"low_rank_mixture: indices {indices[1]} {tuple(indices[0])} must be int64 and have the "
+            f"shape of weights {tuple(weights)}."
         )
-    device = x.device
-    if a.device == b.device == weights.device == device and (indices is None or indices.device == device):
-        return
-    for name, value in (("a", a), ("b", b), ("weights", weights), ("indices", indices)):
-        if value is not None and value.device != device:
-            raise ShapeError(f"low_rank_mixture: x is on {x.device} but {name} on {value.device}; move one of them.")
+    places = {"a": at_a, "b": at_b, "weights": at_weights, "indices": device if indices is None else indices[2]}
+    for name, place in places.items():
+        if place != device:
+            raise ShapeError(f"low_rank_mixture: x is on {device} but {name} on {place}; move one of them.")

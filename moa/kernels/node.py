@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..compat import own_view
-from ..errors import ShapeError
 from . import ops
 from .dtypes import cast, exact_dtypes
 from .engine import Operands
@@ -29,11 +28,12 @@ class Mix(torch.autograd.Function):
     ) -> Tensor:
         """Return y (*rows, o); `call` is indices, base, bias, scaling, the dtype of y, engine: what has no gradient."""
         indices, base, bias, scaling, dtype, engine = call
-        rows, routed, slots = flatten(cast(x, dtype), weights, indices)
+        operands = ops.flatten(Operands(cast(x, dtype), a, b, weights, indices, base, bias))
+        rows, routed, slots = operands.x, operands.weights, operands.indices
         with exact_dtypes(rows):
             chosen = ops.choose_for(rows, a, b, routed.shape[1], engine)
             ops.check_indices(rows, a, slots)
-            y, hidden = ops.run_forward(ops.scaled(Operands(rows, a, b, routed, slots, base, bias), scaling), chosen)
+            y, hidden = ops.run_forward(ops.scaled(operands, scaling), chosen)
         need_x, need_a, need_b, need_weights = ctx.needs_input_grad[:4]
         # x is kept only for the gradient of a; hidden for those of b and the weights; the base for that of x.
         inner = hidden if need_b or need_weights else None
@@ -61,24 +61,3 @@ class Mix(torch.autograd.Function):
         if to_x is not None:
             to_x = cast(to_x.view(x_shape), x_dtype)
         return to_x, to_a, to_b, to_weights, None
-
-
-def flatten(x: Tensor, weights: Tensor, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return x (T, i), weights and indices (T, K) of x (*rows, i) and a routing whose rows broadcast against its.
-
-    Raises:
-        ShapeError: they do not.
-    """
-    rows, k = x.shape[:-1], weights.shape[-1]
-    if weights.shape[:-1] != rows:
-        try:
-            weights = weights.expand(*rows, k)
-            indices = None if indices is None else indices.expand(*rows, k)
-        except RuntimeError as error:
-            raise ShapeError(
-                f"low_rank_mixture: routing rows {tuple(weights.shape[:-1])} do not broadcast against "
-                f"the rows of x {tuple(rows)}."
-            ) from error
-    if len(rows) == 1:
-        return x, weights, indices
-    return x.reshape(-1, x.shape[-1]), weights.reshape(-1, k), None if indices is None else indices.reshape(-1, k)

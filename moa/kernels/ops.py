@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import own_view
 from ..errors import ShapeError
 from .dispatch import Chosen, choose
 from .dtypes import cast, cast_all, exact_dtypes
@@ -59,30 +59,59 @@ def run_forward(operands: Operands, chosen: Chosen) -> tuple[Tensor, Tensor]:
         y, hidden = engine.forward(operands.cast(dtype))
         return y, hidden
     late = operands.base if operands.x.shape[0] < _CAST_PAYS else None
-    early = operands if late is None else replace(operands, base=None)
+    early = operands if late is None else operands._replace(base=None)
     y, hidden = cast_all(dtype, *engine.forward(early.cast(chosen.dtype)))
     return (y if late is None else y.add_(F.linear(operands.x, cast(late, dtype)))), hidden
 
 
 def compose(operands: Operands, chosen: Chosen, scaling: float = 1.0) -> Tensor:
-    """Return y (T, o), its mixture times scaling, of plain tensors without autocast.
+    """Return y (*rows, o), its mixture times scaling, of plain tensors without autocast: x (*rows, i), weights alike.
 
     Few rows go through ops that have gradients; for others none is formed. With few rows, call overhead dominates.
+
+    Raises:
+        ShapeError: the routing's rows do not broadcast against x's, or an index names no expert.
     """
-    if not chosen.few:
-        check_indices(operands.x, operands.a, operands.indices)
-        return run_forward(scaled(operands, scaling), chosen)[0]
-    try:
-        y: Tensor = chosen.engine.few_rows(operands, scaling, chosen.dtype)
-    except (IndexError, RuntimeError):  # PyTorch bounds-checks the index; checked again only to name it
-        check_indices(operands.x, operands.a, operands.indices)
-        raise
-    return y
+    if chosen.few:
+        try:
+            y: Tensor = chosen.engine.few_rows(operands, scaling, chosen.dtype)
+            return y
+        except (IndexError, RuntimeError):  # PyTorch checks bounds and shapes; checked again only to name them
+            check_indices(operands.x, operands.a, operands.indices)
+            flatten(operands)
+            raise
+    flat = flatten(operands)
+    check_indices(flat.x, flat.a, flat.indices)
+    y = run_forward(scaled(flat, scaling), chosen)[0]
+    return y if operands.x.ndim == 2 else own_view(y, (*operands.x.shape[:-1], y.shape[1]))
+
+
+def flatten(operands: Operands) -> Operands:
+    """Return operands of flat rows, x (T, i), weights and indices (T, K), of x (*rows, i) and what broadcasts to it.
+
+    Raises:
+        ShapeError: the routing's rows do not broadcast against x's.
+    """
+    x, weights, indices = operands.x, operands.weights, operands.indices
+    rows, k = x.shape[:-1], weights.shape[-1]
+    if weights.shape[:-1] != rows:
+        try:
+            weights = weights.expand(*rows, k)
+            indices = None if indices is None else indices.expand(*rows, k)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"low_rank_mixture: routing rows {tuple(weights.shape[:-1])} do not broadcast against "
+                f"the rows of x {tuple(rows)}."
+            ) from error
+    elif len(rows) == 1:
+        return operands
+    indices = None if indices is None else indices.reshape(-1, k)
+    return operands._replace(x=x.reshape(-1, x.shape[-1]), weights=weights.reshape(-1, k), indices=indices)
 
 
 def scaled(operands: Operands, scaling: float) -> Operands:
     """Return operands whose weights (T, K) are multiplied by scaling."""
-    return operands if scaling == 1 else replace(operands, weights=operands.weights * scaling)
+    return operands if scaling == 1 else operands._replace(weights=operands.weights * scaling)
 
 
 @forward_op.register_fake

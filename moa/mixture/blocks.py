@@ -115,7 +115,7 @@ class BlockEntry(BlockLayer):
         self.check_differentiable(x, base_out)
         branch = self.branch
         if self.decided_at == self.name:
-            self.context.decisions[self.block.name] = Decision(_on_rows(self.route(branch, x), x))
+            self.context.decisions[self.block.name] = Decision(_on_rows(self.route(branch, x, self.context), x))
         decision = self.context.decided(self.block.name)
         routing = decision.routing
         if routing.weights.shape[:-1] != x.shape[:-1]:

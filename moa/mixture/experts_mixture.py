@@ -50,9 +50,10 @@ class ExpertsMixture(Mixture):
             )
         layout, base = self.layout, self.base
         rows = layout.rows(base, *args, **kwargs)
-        tokens = self.context.in_examples(rows.tokens)
+        context = self.context
+        tokens = context.in_examples(rows.tokens)
         leaders, followers = self._halves()
-        routings = [self._on_rows(self.route(branch, tokens), tokens, rows) for branch in leaders]
+        routings = [self._on_rows(self.route(branch, tokens, context), tokens, rows) for branch in leaders]
         kept = self._without_expert(tokens, rows)
         opened = self._changed(layout.up, rows.x, rows, leaders, routings, kept)
         closed = self._changed(layout.down, layout.between(base, opened), rows, followers, routings, kept)

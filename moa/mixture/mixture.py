@@ -96,31 +96,35 @@ class Mixture(nn.Module):
         words = (name, *FEATURES.get(name, ()))
         return getattr(base, next((word for word in words if hasattr(base, word)), name))
 
-    def route(self, branch: Branch, x: Tensor) -> Routing:
+    def route(self, branch: Branch, x: Tensor, context: Context) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
-        if self.context.pinned is not None:
-            only: Routing = branch.router.pinned(x, self.context.pinned)
+        if context.pinned is not None:
+            only: Routing = branch.router.pinned(x, context.pinned)
             return only
-        routing: Routing = branch.router(x, self.context)
-        self._record(routing, x, branch.router)
+        routing: Routing = branch.router(x, context)
+        if context.trace is not None:
+            self._record(routing, x, branch.router, context)
         return routing
 
-    def _record(self, routing: Routing, x: Tensor, router: Router) -> None:
-        if self.context.trace is not None:
-            self.context.trace.add(self.name, routing, self.context.mask_for(x), router, self.context.n_streams)
+    def _record(self, routing: Routing, x: Tensor, router: Router, context: Context) -> None:
+        assert context.trace is not None
+        context.trace.add(self.name, routing, context.mask_for(x), router, context.n_streams)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""
-        base, enabled, pinned = self.base, self.context.enabled, self.context.pinned
-        apart = pinned is not None and pinned.has_base  # some rows need the base's output by itself
-        plain = plain_weight(base) if enabled and not apart else None
-        if plain is not None:
-            branches: list[Branch] = list(self.branches)  # type: ignore[arg-type]
-            if len(branches) == 1 and branches[0].tap == "input" and branches[0].bank.rowwise:
-                return self._add_linear(branches[0], x, *plain)
-        base_out: Tensor = base(x, *args, **kwargs)
-        if not enabled:
-            return base_out
+        # What is read at every call is read where modules keep it: as an attribute it costs a Python call each time.
+        context, modules = self.scope.current(), self._modules
+        base: Any = modules["base"]
+        branches: Any = modules["branches"]
+        if not context.enabled:
+            return base(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if len(branches._modules) == 1 and (context.pinned is None or not context.pinned.has_base):
+            (branch,) = branches._modules.values()
+            fits = branch.tap == "input" and branch._modules["bank"].rowwise
+            plain = plain_weight(base) if fits else None
+            if plain is not None:
+                return self._add_linear(branch, x, *plain, context)
+        base_out = base(x, *args, **kwargs)
         if not isinstance(base_out, Tensor):
             raise ShapeError(
                 f"{self.name}: a {type(base).__name__} returns a {type(base_out).__name__}; a mixture adds to one "
@@ -134,17 +138,19 @@ class Mixture(nn.Module):
         pinned = self.context.pinned
         return y if pinned is None else pinned.keep_base(y, y0)
 
-    def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _add_linear(self, branch: Branch, x: Tensor, weight: Tensor, bias: Tensor | None, context: Context) -> Tensor:
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
-        router, bank, context = branch.router, branch.bank, self.context
+        router: Any = branch._modules["router"]
+        bank: Any = branch._modules["bank"]
         gate, fused = None if context.pinned is not None else router.gate(), bank.fused
-        found = None if gate is None else fused.add_gated(x, gate, weight, bias, context.trace is not None)
+        found = None if gate is None else fused.add_gated(x, gate, weight, bias)
         if found is None:
-            routing = self.route(branch, x)
+            routing = self.route(branch, x, context)
             y = fused.add_linear(x, routing, weight, bias)
         else:
             y, routing = found
-            self._record(routing, x, router)
+            if context.trace is not None:
+                self._record(routing, x, router, context)
         return add_constants(y, bank, routing)
 
     def check_differentiable(self, x: Tensor, y0: Tensor) -> None:
@@ -165,14 +171,14 @@ class Mixture(nn.Module):
 
     def add(self, x: Tensor, y0: Tensor) -> Tensor:
         """Return y0 (*rows, o) and what the branches add to it for x (*rows, i)."""
-        y = y0
+        y, context = y0, self.scope.current()
         for branch in self.branches:
             assert isinstance(branch, Branch)
             source = x if branch.tap == "input" else y0
-            routing = self.route(branch, source)
+            routing = self.route(branch, source, context)
             seen = self.seen_by(branch.bank, source)
             y = add_constants(y + branch.bank(seen, routing).to(y.dtype), branch.bank, routing)
-        return self.kept(y, y0)
+        return y if context.pinned is None else context.pinned.keep_base(y, y0)
 
     def seen_by(self, bank: ExpertBank, x: Tensor) -> Tensor:
         """Return x (*rows, i), the rows of padding zero where experts look at the rows around them."""
@@ -276,14 +282,12 @@ def plain_weight(base: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
     A quantised, hooked, offloaded or trainable base is not plain: it runs its own forward.
     """
-    if is_watched(base):
-        return None
-    if "forward" in vars(base):  # replaced on the instance, as accelerate does to move weights in and out
-        return None
     if type(base) is not nn.Linear and not is_conv1d(base):
         return None
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    if is_watched(base) or "forward" in vars(base):  # replaced on the instance, as accelerate does to move weights
+        return None
+    parameters: Any = base._parameters  # reading them as attributes of a module costs a Python call each
+    weight = parameters.get("weight")
     if not is_dense(weight) or weight.requires_grad:
         return None
-    return weight.T if is_conv1d(base) else weight, bias
+    return weight if type(base) is nn.Linear else weight.T, parameters.get("bias")

@@ -38,7 +38,7 @@ class ParallelEntry(Mixture):
         self.check_differentiable(x, y)
         for number, branch in enumerate(self.branches):
             assert isinstance(branch, Branch)
-            routing = self.route(branch, x)
+            routing = self.route(branch, x, self.context)
             beside = add_constants(branch.bank(self.seen_by(branch.bank, x), routing), branch.bank, routing)
             if number:
                 before = self.context.decisions[self.name].beside

@@ -21,32 +21,35 @@ class Loss:
     however unevenly its rows are spread.
 
     Args:
-        sums: routing, mask (*rows,) or None -> sums over the rows that count, of a fixed shape, e.g. (2, E).
+        sums: routing, mask (*rows,) or None, n -> sums over the rows that count, of a fixed shape, e.g. (2, E), behind
+            the first n axes of the routing, which are those of several layers.
         of: those sums, behind any leading axes -> the loss of each, (*,).
         of_model: one loss on the rows of all layers with equally many experts together, not one for each layer.
     """
 
-    sums: Callable[[Routing, Tensor | None], Tensor]
+    sums: Callable[[Routing, Tensor | None, int], Tensor]
     of: Callable[[Tensor], Tensor]
     of_model: bool = False
 
     def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
         """Return the loss of one routing, (), over the rows that count, mask (*rows,)."""
-        return self.of(self.sums(routing, mask))
+        return self.of(self.sums(routing, mask, 0))
 
 
-def masked_sums(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sums of values (*rows, E) over the rows that count, and how many these are, (E + 1,).
+def masked_sums(values: Tensor, mask: Tensor | None, n_lead: int = 0) -> Tensor:
+    """Return the sums of values (*lead, *rows, E) over the rows that count, and how many these are, (*lead, E + 1).
 
     Args:
-        values: (*rows, E).
+        values: (*lead, *rows, E).
         mask: (*rows,) bool, True on rows that count; None counts all. A routing of fewer rows than the mask
             (sequence or task rows) is summed unmasked.
+        n_lead: how many axes come before the rows.
     """
-    rows = values.shape[:-1]
+    lead, rows = values.shape[:n_lead], values.shape[n_lead:-1]
+    flat = values.reshape(*lead, rows.numel(), values.shape[-1])
     weight = values.new_ones(rows) if mask is None or mask.shape != rows else mask.to(values.dtype)
-    counted = torch.cat([values * weight.unsqueeze(-1), weight.unsqueeze(-1)], -1)  # (*rows, E + 1)
-    return counted.reshape(-1, counted.shape[-1]).sum(0)
+    count = weight.sum().expand(*lead, 1)
+    return torch.cat([(flat * weight.reshape(-1, 1)).sum(-2), count], -1)
 
 
 def mean_of(sums: Tensor) -> Tensor:
@@ -66,10 +69,10 @@ def balance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Differs: divided by k, so that the minimum is 1 for every k; transformers' Mixtral loss is k times this one, on the
         rows of all layers together ("model_balance" in `LOSSES`).
     """
-    return balance_of(balance_sums(routing, mask))
+    return LOSSES["balance"](routing, mask)
 
 
-def balance_sums(routing: Routing, mask: Tensor | None = None) -> Tensor:
+def _balance_sums(routing: Routing, mask: Tensor | None, n_lead: int) -> Tensor:
     """Return what the balance loss is made of, (2, E): over counted rows, how many chose e, and the sum of its scores.
 
     Sums of several layers add up to those of their rows together.
@@ -77,16 +80,18 @@ def balance_sums(routing: Routing, mask: Tensor | None = None) -> Tensor:
     Raises:
         ContextError: the routing carries no scores.
     """
-    if routing.scores is None:
+    scores = routing.scores
+    if scores is None:
         raise ContextError("balance loss needs the router's scores, and this routing has none: set balance=0.")
-    scores = routing.scores / routing.scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    scores = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     both = torch.stack([routing.selected().to(scores.dtype), scores], -2)  # (*rows, 2, E)
-    if mask is not None and both.shape[: mask.ndim] == mask.shape:
-        both = both * mask.to(both.dtype).reshape(*mask.shape, *([1] * (both.ndim - mask.ndim)))
-    return both.sum(tuple(range(both.ndim - 2))) if both.ndim > 2 else both
+    rows = both.shape[n_lead:]  # (*rows, 2, E)
+    if mask is not None and rows[: mask.ndim] == mask.shape:
+        both = both * mask.to(both.dtype).reshape(*mask.shape, *([1] * (len(rows) - mask.ndim)))
+    return both.sum(tuple(range(n_lead, both.ndim - 2))) if len(rows) > 2 else both
 
 
-def balance_of(sums: Tensor) -> Tensor:
+def _balance_of(sums: Tensor) -> Tensor:
     """Return the balance loss E · Σ_e c_e s_e / (Σ_e c_e · Σ_e s_e) of counts and summed scores (*, 2, E), (*,).
 
     With T rows, f = c / T, P = s / T, k = Σ c / T and Σ s = T it is E/k · Σ_e f_e P_e.
@@ -106,10 +111,10 @@ def z_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return LOSSES["z"](routing, mask)
 
 
-def _z_sums(routing: Routing, mask: Tensor | None) -> Tensor:
+def _z_sums(routing: Routing, mask: Tensor | None, n_lead: int) -> Tensor:
     if routing.logits is None:
         raise ContextError("z-loss needs the router's logits, and this routing has none: set z_loss=0.")
-    return masked_sums(routing.logits.logsumexp(-1, keepdim=True).square(), mask)
+    return masked_sums(routing.logits.logsumexp(-1, keepdim=True).square(), mask, n_lead)
 
 
 def _z_of(sums: Tensor) -> Tensor:
@@ -135,8 +140,8 @@ def importance_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return LOSSES["importance"](routing, mask)
 
 
-def _importance_sums(routing: Routing, mask: Tensor | None) -> Tensor:
-    return masked_sums(routing.dense(), mask)
+def _importance_sums(routing: Routing, mask: Tensor | None, n_lead: int) -> Tensor:
+    return masked_sums(routing.dense(), mask, n_lead)
 
 
 def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -149,10 +154,10 @@ def load_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return LOSSES["load"](routing, mask)
 
 
-def _load_sums(routing: Routing, mask: Tensor | None) -> Tensor:
+def _load_sums(routing: Routing, mask: Tensor | None, n_lead: int) -> Tensor:
     if routing.usage is None:
         raise ContextError("load loss needs a noisy router in training (routing.usage is None).")
-    return masked_sums(routing.usage, mask)
+    return masked_sums(routing.usage, mask, n_lead)
 
 
 def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
@@ -171,19 +176,20 @@ def localized_loss(routing: Routing, mask: Tensor | None = None) -> Tensor:
     return LOSSES["localized"](routing, mask)
 
 
-def _localized_sums(routing: Routing, mask: Tensor | None) -> Tensor:
-    """Return Σ v, Σ v² and the number of (example, expert) pairs, (3,), of v = E · usage − 1, which is 0 where even."""
+def _localized_sums(routing: Routing, mask: Tensor | None, n_lead: int) -> Tensor:
+    """Return Σ v, Σ v² and the number of (example, expert) pairs, (*, 3), of v = E · usage − 1, 0 where even."""
     if routing.usage is None:
         raise ContextError("localized balance needs a router that reports usage in training (routing.usage is None).")
     usage = routing.usage
-    if usage.ndim > 2:
-        inner = tuple(range(1, usage.ndim - 1))
-        weight = torch.ones_like(usage[..., :1])
-        if mask is not None and mask.shape == usage.shape[:-1]:
-            weight = mask.to(usage.dtype).unsqueeze(-1)
-        usage = (usage * weight).sum(inner) / weight.sum(inner).clamp(min=1)
-    off = usage * usage.shape[-1] - 1  # (B, E); squares of the usage itself would cancel
-    return torch.stack([off.sum(), off.square().sum(), torch.ones_like(off).sum()])
+    rows = usage.shape[n_lead:-1]
+    if len(rows) > 1:
+        fits = mask is not None and mask.shape == rows
+        weight = mask.to(usage.dtype) if fits and mask is not None else usage.new_ones(rows)
+        weight = weight.reshape(rows[0], -1, 1)  # (B, S, 1)
+        usage = usage.reshape(*usage.shape[:n_lead], *weight.shape[:2], usage.shape[-1])
+        usage = (usage * weight).sum(-2) / weight.sum(-2).clamp(min=1)
+    off = (usage * usage.shape[-1] - 1).flatten(n_lead)  # (*, B · E); squares of the usage itself would cancel
+    return torch.stack([off.sum(-1), off.square().sum(-1), torch.ones_like(off).sum(-1)], -1)
 
 
 def _localized_of(sums: Tensor) -> Tensor:
@@ -199,8 +205,8 @@ def entropy(scores: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "balance": Loss(balance_sums, balance_of),
-    "model_balance": Loss(balance_sums, balance_of, of_model=True),
+    "balance": Loss(_balance_sums, _balance_of),
+    "model_balance": Loss(_balance_sums, _balance_of, of_model=True),
     "z": Loss(_z_sums, _z_of),
     "importance": Loss(_importance_sums, _unevenness),
     "load": Loss(_load_sums, _unevenness),

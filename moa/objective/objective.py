@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +50,7 @@ class Objective:
         """
         task = torch.stack(losses).mean()
         parts = {"task": task, **auxiliary_losses(traces)}
-        if any(r.routing.log_prob is not None for r in traces[0]):
+        if any(r.routing.is_sampled for r in traces[0]):
             credit = torch.stack([loss.detach().reshape(1) for loss in losses]) if examples is None else examples
             log_probs = torch.stack([log_prob_per_example(t, credit.shape[1]) for t in traces])
             parts["policy"] = rloo(credit, log_probs)
@@ -188,57 +187,47 @@ def _terms(number: int, trace: Trace) -> Iterator[_Term]:
 
 
 def _alike(records: list[Record]) -> list[list[Record]]:
-    """Return the records that have losses, in groups where these are one function of tensors of the same shapes.
-
-    Records of a group share their mask.
-    """
+    """Return records in groups whose routings are made of tensors of the same shapes, with the same mask and losses."""
     groups: list[list[Record]] = []
     for record in records:
-        weights: Any = record.router.loss_weights
-        if not weights.keys().isdisjoint(LOSSES):
-            group = next((group for group in groups if _are_alike(group[0], record)), None)
-            if group is None:
-                groups.append([record])
-            else:
+        for group in groups:
+            if _are_alike(group[0], record):
                 group.append(record)
+                break
+        else:
+            groups.append([record])
     return groups
 
 
 def _are_alike(one: Record, other: Record) -> bool:
     """Whether a loss is one function of both; sizes are compared and not hashed, which would fix them when compiled."""
-    if one.mask is not other.mask or one.routing.n_experts != other.routing.n_experts:
+    if one.mask is not other.mask or one.n_streams != other.n_streams:
         return False
     if one.router.loss_weights != other.router.loss_weights or one.router.losses_over != other.router.losses_over:
         return False
-    for mine, theirs in zip(_fields(one.routing), _fields(other.routing), strict=True):
-        if mine is None or theirs is None:
-            if mine is not theirs:
+    for mine, theirs in zip(one.routing.given, other.routing.given, strict=True):
+        if mine is theirs:
+            continue
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
                 return False
-        elif mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+        elif isinstance(mine, Tensor) or isinstance(theirs, Tensor) or mine != theirs:
             return False
     return True
 
 
+def _of_layers(records: list[Record]) -> tuple[Any, ...]:
+    """Return what the routings of L records that are alike are made of, each tensor (L, *rows, …)."""
+    fields = zip(*(record.routing.given for record in records), strict=True)
+    return tuple(torch.stack(values) if isinstance(values[0], Tensor) else values[0] for values in fields)
+
+
 def _sums_of_layers(names: list[str], records: list[Record]) -> list[Tensor]:
     """Return the sums of losses over L records that are alike, (L, …), at once: L small losses cost 5 % of a step."""
-    first, n_experts = records[0], records[0].routing.n_experts
-    if len(records) == 1:
-        return [LOSSES[name].sums(first.routing, first.mask).unsqueeze(0) for name in names]
-    layers = zip(*(_fields(record.routing) for record in records), strict=True)
-    stacked = [None if values[0] is None else torch.stack(values) for values in layers]
-
-    def of_one(*fields: Any) -> list[Tensor]:
-        weights, indices, logits, scores, usage = fields
-        routing = Routing(weights, indices, n_experts, logits, scores, usage=usage)
-        return [LOSSES[name].sums(routing, first.mask) for name in names]
-
-    in_dims = tuple(None if value is None else 0 for value in stacked)
-    found: list[Tensor] = torch.vmap(of_one, in_dims)(*stacked)
-    return found
-
-
-# What a loss may look at: weights (*rows, K), indices, logits (*rows, E), scores, usage; None where there are none.
-_fields = operator.attrgetter("weights", "indices", "logits", "scores", "usage")
+    if not names:
+        return []
+    layers = Routing(*_of_layers(records))
+    return [LOSSES[name].sums(layers, records[0].mask, 1) for name in names]
 
 
 def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
@@ -248,20 +237,15 @@ def log_prob_per_example(trace: Trace, n_examples: int) -> Tensor:
         trace: of one selection of the whole network.
         n_examples: B; 1 sums the whole batch.
     """
-    alike: dict[tuple[torch.Size, int | None, int], list[Tensor]] = {}
-    masks: dict[int | None, Tensor | None] = {None: None}
-    for record in trace:
-        log_prob, mask = record.routing.log_prob, record.mask
-        if log_prob is not None:
-            key = None if mask is None or mask.shape != log_prob.shape else id(mask)
-            masks[key] = None if key is None else mask
-            alike.setdefault((log_prob.shape, key, record.n_streams), []).append(log_prob)
     sums = []
-    for (_, key, n_streams), values in alike.items():
-        # layers together: one by one, they cost more than the layers' products
-        layers, mask = torch.stack(values), masks[key]  # (L, *rows)
-        layers = layers if mask is None else torch.where(mask, layers, 0)
-        sums.append(layers.reshape(len(values) * n_streams, n_examples, -1).sum((0, 2)))
+    # layers together: one by one, they cost more than the layers' products
+    for alike in _alike([record for record in trace if record.routing.is_sampled]):
+        layers = Routing(*_of_layers(alike)).log_prob  # (L, *rows)
+        assert layers is not None
+        mask = alike[0].mask
+        if mask is not None and mask.shape == layers.shape[1:]:
+            layers = torch.where(mask, layers, 0)
+        sums.append(layers.reshape(len(alike) * alike[0].n_streams, n_examples, -1).sum((0, 2)))
     return torch.stack(sums).sum(0)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..types import Routing
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One call of one mixture: its name, its routing, the rows that count (*rows,) or None for all, its router.
 
     Where the model runs in n streams, the rows are theirs, one stream after the other.

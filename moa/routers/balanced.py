@@ -38,24 +38,23 @@ class BalancedRouter(Router):
         self.register_buffer("selection_bias", torch.zeros(n_experts) if bias_rate else None)
         self.register_buffer("counts", torch.zeros(n_experts) if bias_rate else None, persistent=False)
 
-    @torch.no_grad()
     def observe(self, routing: Routing, mask: Tensor | None) -> None:
         """Add the chosen experts of the counted rows, mask (*rows,), to the counts of this optimizer step."""
-        if self.counts is None:
+        if not self.bias_rate:
             return
         counts, indices = self.counts, routing.indices
+        assert counts is not None
         if indices is None:
             chosen = routing.selected()  # (*rows, E)
             if mask is not None and mask.shape == chosen.shape[:-1]:
                 chosen = chosen & mask.unsqueeze(-1)  # padding counts for no expert
             counts += chosen.flatten(0, -2).sum(0).to(counts.dtype)
             return
-        one = (
-            counts.new_ones(())
-            if mask is None or mask.shape != indices.shape[:-1]
-            else mask.unsqueeze(-1).to(counts.dtype)
-        )
-        counts.scatter_add_(0, indices.reshape(-1), one.expand(indices.shape).reshape(-1))
+        if mask is None or mask.shape != indices.shape[:-1]:
+            one = torch.ones_like(indices, dtype=counts.dtype)
+        else:
+            one = mask.unsqueeze(-1).to(counts.dtype).expand(indices.shape)
+        counts.scatter_add_(0, indices.reshape(-1), one.reshape(-1))
 
     @torch.no_grad()
     def step(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..compat import is_watched
 from ..errors import ConfigError
 from ..kernels import Gate, exact_linear
+from ..kernels.gate import SCORES
 from ..types import Context, Routing
 from . import select
 from .balanced import BalancedRouter
@@ -73,7 +74,7 @@ class LinearRouter(BalancedRouter):
         if noisy and (score != "softmax" or bias_rate):
             raise ConfigError("noisy gates use softmax scores and no selection bias.")
         check_jitter(jitter)
-        self.score, self.renormalize, self.jitter = score, renormalize, jitter
+        self.score, self.renormalize, self.jitter, self.noisy = score, renormalize, jitter, noisy
         self.loss_weights = {name: c for name, c in (losses or {}).items() if c}
         self.weight = nn.Parameter(torch.empty(n_experts, d_in))
         self.noise_weight = nn.Parameter(torch.empty(n_experts, d_in)) if noisy else None
@@ -94,10 +95,10 @@ class LinearRouter(BalancedRouter):
         if gate.jitter:
             x = x * torch.empty_like(x).uniform_(1 - gate.jitter, 1 + gate.jitter)
         logits = exact_linear(x, self.weight)  # (*rows, E)
-        if self.noise_weight is not None:
+        if self.noisy:
             return self._noisy(x, logits)
-        weights, indices, scores = gate.decide(logits)
-        return Routing(weights, indices, self.n_experts, logits, weights if scores is None else scores)
+        weights, indices, _ = gate.decide(logits)
+        return Routing(weights, indices, self.n_experts, logits, SCORES[gate.score])
 
     def constant(self, task: int | None = None) -> Routing | None:
         """Return the routing of rows () where there is one expert, whose softmax is 1 on every row; else None."""
@@ -108,12 +109,14 @@ class LinearRouter(BalancedRouter):
     def gate(self) -> Gate | None:
         """Return how this gate decides, or None where its forward must run: noise, a hook, a forward of another's."""
         # A forward that was replaced on this module, or that something watches, must run.
-        watched = is_watched(self) or "forward" in vars(self)
-        return None if watched or not self.fused_gate or self.noise_weight is not None else self._gate()
+        if not self.fused_gate or self.noisy or is_watched(self) or "forward" in vars(self):
+            return None
+        return self._gate()
 
     def _gate(self) -> Gate:
         jitter = self.jitter if self.training else 0.0
-        return Gate(self.weight, self.k, self.score, self.renormalize, self.selection_bias, jitter)
+        bias = self.selection_bias if self.bias_rate else None  # reading it costs a Python call
+        return Gate(self.weight, self.k, self.score, self.renormalize, bias, jitter)
 
     def _noisy(self, x: Tensor, clean: Tensor) -> Routing:
         """Return the routing of x (*rows, i) from its logits (*rows, E), in training with noise on them."""
@@ -125,7 +128,7 @@ class LinearRouter(BalancedRouter):
             logits = clean + std * torch.randn_like(clean)
             usage = select.selection_probability(clean, logits, std, self.k)
         weights, indices = select.softmax_top_k(logits, self.k)  # (*rows, K)
-        return Routing(weights, indices, self.n_experts, clean, clean.softmax(-1), usage=usage)
+        return Routing(weights, indices, self.n_experts, clean, SCORES["softmax"], usage=usage)
 
 
 def check_jitter(jitter: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,11 +50,17 @@ class LocalizedRouter(LinearRouter):
             return routing
         weights = routing.weights  # (*rows, E)
         if not self.kinds.numel():
-            return replace(routing, usage=weights)
+            return self._with_usage(routing, weights)
         kind = self.kinds[context.task_rows(x, range(self.kinds.numel()))]  # (B, 1, …)
         meant_for = (torch.arange(self.n_experts, device=x.device) >= self.n_experts / 2).long()  # (E,)
         fits = kind.unsqueeze(-1) == meant_for  # (B, 1, …, E)
-        return replace(routing, usage=weights * torch.where(fits, 1 - self.delta, 1 + self.delta))
+        usage = weights * torch.where(fits, 1 - self.delta, 1 + self.delta)
+        return self._with_usage(routing, usage)
+
+    @staticmethod
+    def _with_usage(routing: Routing, usage: Tensor) -> Routing:
+        weights, indices, n_experts, logits, scores, log_prob, _ = routing.given
+        return Routing(weights, indices, n_experts, logits, scores, log_prob, usage)
 
 
 def check_kinds(task_kinds: tuple[int, ...], delta: float) -> None:

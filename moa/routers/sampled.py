@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..kernels import exact_linear
+from ..kernels.gate import SCORES
 from ..types import Context, Routing
 from .router import Router, frozen_while_decoding, pool
 
@@ -83,17 +84,22 @@ class SampledRouter(Router):
     def _decide(self, x: Tensor, draw: tuple[int, int] | None) -> Routing:
         """Return the routing of x (*rows, i), as selection m of M where `draw` is (m, M)."""
         logits = exact_linear(x, self.weight)  # (*rows, E)
-        scores = logits.softmax(-1)
+        scores = SCORES["softmax"]
         if not self.training:
             indices = logits.topk(self.k, -1).indices
             return Routing(torch.ones_like(indices, dtype=logits.dtype), indices, self.n_experts, logits, scores)
         # top k of log q + Gumbel noise, in descending order, is a draw without replacement
         number, samples = draw or (0, 1)
         noise = logits.new_empty(samples, *logits.shape).exponential_()  # (M, *rows, E), equal in all M forwards
-        gumbel = -noise[number].log()  # (*rows, E)
-        indices = (logits.detach() + gumbel).topk(self.k, -1).indices  # (*rows, K)
+        indices = (logits.detach() - noise[number].log()).topk(self.k, -1).indices  # (*rows, K)
         weights = torch.ones_like(indices, dtype=logits.dtype)
-        return Routing(weights, indices, self.n_experts, logits, scores, plackett_luce(logits, indices))
+        return Routing(weights, indices, self.n_experts, logits, scores, _drawn)
+
+
+def _drawn(routing: Routing) -> Tensor:
+    """Return log Q of a routing's choice, (*rows,)."""
+    assert routing.logits is not None and routing.indices is not None
+    return plackett_luce(routing.logits, routing.indices)
 
 
 def plackett_luce(logits: Tensor, indices: Tensor) -> Tensor:

@@ -247,7 +247,7 @@ def test_a_router_in_the_shrink_equals_the_one_apart(n_rows, n_experts, k, dtype
     def run(engine, dtype):
         x, gate, a, b = (value.to(dtype).requires_grad_() for value in values[:4])
         weight, bias = (value.to(dtype) for value in values[4:])
-        y, weights, indices, logits, _ = gated_linear(x, weight, bias, Gate(gate, k), a, b, 1.5, engine=engine)
+        y, weights, indices, logits = gated_linear(x, weight, bias, Gate(gate, k), a, b, 1.5, engine=engine)
         grads = torch.autograd.grad(y, (x, gate, a, b), grad.to(dtype))
         return indices, (y.detach(), logits.detach(), weights.detach(), *grads)
 

@@ -31,7 +31,7 @@ def operands(rows=(9,), dtype=torch.float64, d_in=6, d_out=5, n_experts=4, rank=
 
 def together(x, weight, bias, gate, a, b, k, scaling=1.0, engine=None):
     """One node; y, logits, weights and indices of a softmax over the k largest logits."""
-    y, weights, indices, logits, _ = gated_linear(x, weight, bias, Gate(gate, k), a, b, scaling, engine=engine)
+    y, weights, indices, logits = gated_linear(x, weight, bias, Gate(gate, k), a, b, scaling, engine=engine)
     return y, logits, weights, indices
 
 

@@ -90,9 +90,8 @@ class RecordsTwice(Mixture):
 class RecordsPadding(Mixture):
     """Counts rows that are padding."""
 
-    def _record(self, routing: moa.Routing, x: Tensor, router: Any) -> None:
-        if self.context.trace is not None:
-            self.context.trace.add(self.name, routing, None, router)
+    def _record(self, routing: moa.Routing, x: Tensor, router: Any, context: Any) -> None:
+        context.trace.add(self.name, routing, None, router)
 
 
 class RecordsNothing(Mixture):

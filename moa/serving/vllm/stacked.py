@@ -52,7 +52,7 @@ class Stacked:
         hidden = F.linear(x.to(self.matrix.dtype), self.matrix)  # (T, P·E + P·E·r)
         logits, hidden = hidden.tensor_split([n_parts * n_experts], -1)
         logits = logits.unflatten(-1, (n_parts, n_experts))  # (T, P, E)
-        weights, indices, _ = self._gate().decide(logits, with_scores=False)  # (T, P, K)
+        weights, indices, _ = self._gate().decide(logits)  # (T, P, K)
         if indices is not None:
             weights = torch.zeros_like(logits).scatter_(-1, indices, weights)  # (T, P, E)
         mixed = hidden.unflatten(-1, self.shape) * weights.unsqueeze(-1)  # (T, P, E, r)
