@@ -70,6 +70,7 @@ CHAT = (
     """base: HuggingFaceTB/SmolLM2-135M-Instruct
 output: runs/first
 max_length: 2048
+# packing: true                  # several chats in one sequence, none of which sees another
 
 tasks:
   chats:

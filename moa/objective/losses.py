@@ -25,11 +25,13 @@ class Loss:
             the first n axes of the routing, which are those of several layers.
         of: those sums, behind any leading axes -> the loss of each, (*,).
         of_model: one loss on the rows of all layers with equally many experts together, not one for each layer.
+        of_examples: it compares examples, so that it matters which rows (tokens) are of one.
     """
 
     sums: Callable[[Routing, Tensor | None, int], Tensor]
     of: Callable[[Tensor], Tensor]
     of_model: bool = False
+    of_examples: bool = False
 
     def __call__(self, routing: Routing, mask: Tensor | None = None) -> Tensor:
         """Return the loss of one routing, (), over the rows that count, mask (*rows,)."""
@@ -210,7 +212,7 @@ LOSSES: dict[str, Loss] = {
     "z": Loss(_z_sums, _z_of),
     "importance": Loss(_importance_sums, _unevenness),
     "load": Loss(_load_sums, _unevenness),
-    "localized": Loss(_localized_sums, _localized_of),
+    "localized": Loss(_localized_sums, _localized_of, of_examples=True),
 }
 """Losses of routings by name; the training loss has their mean over layers."""
 

@@ -94,6 +94,8 @@ class TrainConfig:
         max_length: tokens per row at most.
         long_rows: what becomes of longer rows: "truncate" (a text or chat loses its end, a prompt its beginning),
             "skip" or "refuse"; how many is said.
+        packing: several training rows of text to write in one sequence of at most max_length tokens, none of which sees
+            another; for recipes that route each token by itself. Batches are then of so many sequences.
         pooling: of classification: "mean", "cls" or "last".
         dtype: of the frozen base, e.g. "bfloat16"; None is as stored. Experts, routers and heads are float32.
         patience: stop after so many evaluations without a lower loss, and keep the best model; evaluates every epoch
@@ -115,6 +117,7 @@ class TrainConfig:
     seed: int = 0
     max_length: int = 128
     long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
+    packing: bool = False
     pooling: Literal["mean", "cls", "last"] = "mean"
     dtype: str | None = None
     patience: int | None = None

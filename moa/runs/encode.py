@@ -114,7 +114,7 @@ def _encode_task(number: int, task: TaskRows, tokenizer: Any, max_length: int, l
     from datasets import Dataset
 
     notes, made = list(task.notes), []
-    encoders = {"classification": _classification, "generation": _generation, "chat": _chat}
+    encoders = {"classification": _classification, "text": _text, "generation": _generation, "chat": _chat}
     for part, rows in (("training", task.train), ("evaluation", task.eval)):
         encoded = encoders[task.task.kind](task, rows, tokenizer, max_length, long_rows)
         _say_long(task.name, part, rows, encoded, max_length, long_rows, notes)
@@ -216,6 +216,25 @@ def _prompt_texts(task: Task, rows: Rows) -> list[str]:
 
 def _answer_texts(task: Task, rows: Rows) -> list[str]:
     return [task.answer_template.replace("{answer}", str(value)) for value in rows.columns[task.answer]]
+
+
+def _text(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:
+    """Return whole texts and an end; labels are all of it, of which a model never predicts the first token."""
+    end = _end_of(task.name, tokenizer)
+    texts = [str(value) for value in rows.columns[task.task.text]]
+    whole = [ids if ids[-1:] == [end] else [*ids, end] for ids in tokenizer(texts, verbose=False)["input_ids"]]
+    too_long = [(i, len(ids)) for i, ids in enumerate(whole) if len(ids) > max_length]
+    at = {i for i, _ in too_long} if long_rows == "skip" else set()
+    # a text of one token, cut or empty, has nothing that is predicted from something
+    kept = [i for i, ids in enumerate(whole) if i not in at and len(ids[:max_length]) > 1]
+    cut = [ids[:max_length] for ids in whole]
+    columns = {
+        "input_ids": cut,
+        "attention_mask": [[1] * len(ids) for ids in cut],
+        "labels": [list(ids) for ids in cut],
+    }
+    _check_tokens(task.name, rows, [len(ids) - (ids[-1:] == [end]) for ids in whole])
+    return Encoded(columns, too_long, kept)
 
 
 def _generation(task: TaskRows, rows: Rows, tokenizer: Any, max_length: int, long_rows: str) -> Encoded:

@@ -24,7 +24,7 @@ def framed(prompts: Sequence[str], task: Task | None, tokenizer: Any, where: str
     Raises:
         ConfigError: a task that classifies, or a tokenizer without the chat template that the task needs.
     """
-    if task is None:
+    if task is None or task.kind == "text":
         return list(prompts), False
     if task.kind == "generation":
         return [task.template.replace("{prompt}", prompt) for prompt in prompts], False

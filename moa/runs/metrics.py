@@ -45,7 +45,9 @@ def measures_of(kind: str, names: Sequence[str] = ()) -> Measures:
     """
     if kind == "classification":
         return Classes()
-    return Numbers(names) if kind == "regression" else Answers()
+    if kind == "regression":
+        return Numbers(names)
+    return Texts() if kind == "text" else Answers()
 
 
 def mean_with_error(name: str, values: Array) -> dict[str, float]:
@@ -179,6 +181,14 @@ class Answers:
             spread = ((sums - loss * counts) ** 2).sum() * n_rows / (n_rows - 1)
             out["loss" + ERROR] = float(np.sqrt(spread) / counts.sum())
         return out
+
+
+class Texts(Answers):
+    """The mean cross-entropy of the learned tokens: a whole text is never right."""
+
+    def scores(self, kept: Sequence[Array], labels: Array) -> dict[str, float]:
+        """Return the loss of `Answers`, of best next tokens (n, S) and sums of losses (n,), and labels (n, S)."""
+        return {name: value for name, value in super().scores(kept, labels).items() if name.startswith("loss")}
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:

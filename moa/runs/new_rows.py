@@ -27,7 +27,7 @@ def read_texts(applied: Applied, data: str, task: str | None, text: str | None, 
             value that is not text.
     """
     known = applied.task(task)
-    if known is not None and known.kind in ("generation", "chat"):
+    if known is not None and known.kind != "classification":
         raise ConfigError(f"{applied.folder} was trained on tasks of kind {known.kind}: use moa generate.")
     usual = Task(train=data) if known is None else known
     own = Task(train=data, kind=usual.kind, text=text or usual.text, pair=pair or usual.pair)
@@ -66,7 +66,8 @@ def read_prompts(applied: Applied, file: str, column: str | None, task: str | No
             raise ConfigError(f"{file} has no prompts.")
         return found
     known = applied.task(task)
-    name = column or (known.prompt if known is not None and known.kind == "generation" else "prompt")
+    usual = {"generation": known.prompt, "text": known.text} if known is not None else {}
+    name = column or (usual.get(known.kind, "prompt") if known is not None else "prompt")
     own = Task(train=file, text=name)
     rows = read_rows("generate", file, own.split, own)
     if name not in rows.names:

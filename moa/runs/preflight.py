@@ -56,6 +56,11 @@ def check_run(config: TrainConfig, resume: bool = False) -> Checked:
     check_base(config.base, config.max_length)
     rows = read_tasks(config.tasks, config.seed)
     _check_measures(config, rows)
+    labelled = [task for task in rows if task.task.kind == "classification"]
+    if config.packing and labelled:
+        raise ConfigError(
+            f"packing is for text to write, and task {labelled[0].name!r} has labels: set packing: false."
+        )
     config.check_recipe()
     check_device(config.training)
     return Checked(config, folder, rows)

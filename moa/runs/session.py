@@ -33,6 +33,7 @@ from .collate import Collator
 from .config import TrainConfig
 from .encode import IGNORED, EncodedTask
 from .metrics import Measures, measures_of
+from .packing import packed
 from .progress import ProgressBar
 from .run_model import build_model
 from .tasks import SMALLER_IS_BETTER, measured_together
@@ -134,9 +135,10 @@ class Run:
             monitored: watch the routing, and leave Trainer's state behind.
             checkpoint: folder of a checkpoint to go on from.
         """
-        trainer = self.trainer(
-            model, arguments, concatenate_datasets(list(rows or [task.train for task in self.tasks])), title
-        )
+        together = concatenate_datasets(list(rows or [task.train for task in self.tasks]))
+        if self.config.packing:
+            together = packed(together, self.config.max_length)
+        trainer = self.trainer(model, arguments, together, title)
         if monitored:
             from ..monitor.callback import RoutingMonitor
 

@@ -67,7 +67,7 @@ def read_tasks(tasks: Mapping[str, Task], seed: int = 0) -> list[TaskRows]:
         listing = ", ".join(f"{name}: {task.kind}" for name, task in tasks.items())
         raise ConfigError(
             "the tasks of one run share one model: those with labels (classes or numbers) need heads on an encoder, "
-            f"those that write text (generation, chat) a language model; got {listing}. Make two runs of them."
+            f"those of text to write (text, generation, chat) a language model; got {listing}. Make two runs of them."
         )
     return [_read_task(name, task, seed) for name, task in tasks.items()]
 

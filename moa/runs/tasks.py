@@ -7,14 +7,15 @@ from dataclasses import dataclass, fields
 
 from ..errors import ConfigError, unknown_name
 
-KINDS = ("classification", "generation", "chat")
+KINDS = ("classification", "text", "generation", "chat")
 PROBLEMS = ("classification", "regression")
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
-# kind, or "text" for what is written -> measures of its evaluation rows
+# kind, or "answers" for generation and chat -> measures of its evaluation rows
 MEASURES = {
     "classification": ("accuracy", "loss"),
     "regression": ("rmse", "mae", "pearson", "spearman", "loss"),
-    "text": ("accuracy", "loss"),
+    "answers": ("accuracy", "loss"),
+    "text": ("loss",),
 }
 SMALLER_IS_BETTER = ("loss", "rmse", "mae")
 READ = {  # what each kind reads
@@ -30,8 +31,9 @@ class Task:
     """Where a task's rows are, and what its columns mean.
 
     Args:
-        kind: "classification" (text [, pair] -> label: a class or a number), "generation" (prompt -> answer) or "chat"
-            (a list of messages, put through the tokenizer's own chat template; only the assistant's turns are learned).
+        kind: "classification" (text [, pair] -> label: a class or a number), "text" (every token of it is learned),
+            "generation" (prompt -> answer) or "chat" (a list of messages, put through the tokenizer's own chat
+            template; only the assistant's turns are learned).
         train: file, pattern or list of files (.jsonl, .json, .csv, .tsv, .parquet, or one of the text formats with .gz
             behind it), or hub id of the training rows.
         eval: the same for the evaluation rows; None holds out eval_fraction of the training rows.
@@ -141,8 +143,6 @@ class Task:
         """Names of the columns that this task reads."""
         if self.kind == "chat":
             return [self.messages, *([self.tools] if self.tools else [])]
-        if self.kind == "generation":
-            return [self.prompt, self.answer]
         return [*self.texts, *self.label_columns]
 
     @property
@@ -150,7 +150,9 @@ class Task:
         """Names of the columns that must hold text."""
         if self.kind == "chat":
             return []
-        return self.columns if self.kind == "generation" else [self.text, *([self.pair] if self.pair else [])]
+        if self.kind == "generation":
+            return [self.prompt, self.answer]
+        return [self.text, *([self.pair] if self.pair and self.kind == "classification" else [])]
 
 
 def measured_together(kinds: Sequence[str]) -> str | None:
@@ -162,7 +164,7 @@ def measured_together(kinds: Sequence[str]) -> str | None:
     Args:
         kinds: of the tasks, "regression" among them.
     """
-    shared = {kind if kind in MEASURES else "text" for kind in kinds}
+    shared = {kind if kind in MEASURES else "answers" for kind in kinds}
     if len(shared) > 1 or (shared == {"regression"} and len(kinds) > 1):
         return None
     return shared.pop()

@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
 from .generate import continuations
 from .metrics import measures_of
+from .packing import bins, check_packing
 from .preflight import Checked, check_run, check_scored
 from .processes import is_first, meet, say
 from .run_folder import FIGURE, MODEL, RESULTS
@@ -71,6 +72,14 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
         model.print_trainable_parameters()
     for note in _notes(config, model):
         say(f"note: {note}")
+    if config.packing:
+        check_packing(model)
+        lengths = [len(ids) for task in tasks for ids in task.train["input_ids"]]
+        n_bins = len(bins(lengths, config.max_length))
+        say(
+            f"packed {len(lengths)} training rows into {n_bins} sequences, "
+            f"{sum(lengths) / n_bins / config.max_length:.0%} full."
+        )
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     run = Run(config, tasks, tokenizer)
     folder.check_space(4 * weights)  # the model twice, and two moments
@@ -273,13 +282,15 @@ def answers(
     Args:
         model: with a generating base.
         tokenizer: of the base.
-        tasks: of kind generation.
+        tasks: of text to write; those of kind text have no prompts.
         rows: prompts per task.
         max_new_tokens: tokens per answer at most.
     """
     out = []
     for number, task in enumerate(tasks):
         chosen = task.prompts[:rows]
+        if not chosen:
+            continue
         texts = continuations(
             model,
             tokenizer,
