@@ -19,7 +19,8 @@ MEASURES = {
 }
 SMALLER_IS_BETTER = ("loss", "rmse", "mae")
 READ = {  # what each kind reads
-    "classification": ("text", "pair", "label", "labels"),
+    "classification": ("text", "pair", "label", "labels", "problem"),
+    "text": ("text",),
     "generation": ("prompt", "answer", "template", "answer_template"),
     "chat": ("messages", "system", "tools"),
 }
@@ -91,15 +92,16 @@ class Task:
         if self.kind not in KINDS:
             hint = " Numbers as labels: kind: classification with problem: regression." if "regr" in self.kind else ""
             raise ConfigError(unknown_name("kind", self.kind, KINDS, "a task") + hint)
-        self._check_labels()
+        own = READ[self.kind]
         for kind, names in READ.items():
-            own = READ[self.kind]
-            given = [f.name for f in fields(self) if f.name in names and getattr(self, f.name) != f.default]
-            if kind != self.kind and given:
+            others = [f for f in fields(self) if f.name in names and f.name not in own]
+            given = [f.name for f in others if getattr(self, f.name) != f.default]
+            if given:
                 raise ConfigError(
                     f"{given[0]} is read by kind {kind}, and this task's kind is {self.kind}, which reads "
                     f"{', '.join(own)}: set kind, or leave it out."
                 )
+        self._check_labels()
         if self.format is not None and self.format not in (*FORMATS, "hub"):
             raise ConfigError(unknown_name("format", self.format, (*FORMATS, "hub"), "a task"))
         for name in ("train", "eval", "label"):
@@ -120,8 +122,6 @@ class Task:
             return
         if self.problem is not None and self.problem not in PROBLEMS:
             raise ConfigError(unknown_name("problem", self.problem, PROBLEMS, "a task"))
-        if self.kind != "classification":
-            raise ConfigError(f"problem and several label columns are for kind: classification, got {self.kind}.")
         if len(set(self.label_columns)) < len(self.label_columns):
             raise ConfigError(f"label names a column twice: {', '.join(self.label_columns)}.")
         if self.problem == "classification" and len(self.label_columns) > 1:
