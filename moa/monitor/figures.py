@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import ShapeError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ class RoutingHeatmap:
         self.names, self.n_experts, self.panels = list(names), n_experts, list(panels)
         columns = min(len(self.panels), PANELS_PER_ROW)
         rows = math.ceil(len(self.panels) / columns)
-        labels = short_names(self.names)
+        labels = [shown(name, 60) for name in short_names(self.names)]
         every = math.ceil(len(labels) / MAX_LABELS)
         # margins in inches, set by hand: matplotlib's own layout takes seconds with many panels
         left, right, bottom = 0.2 + 0.072 * max(len(label) for label in labels), 1.1, 0.5
@@ -77,7 +77,7 @@ class RoutingHeatmap:
             blank = torch.full((len(self.names), n_experts), math.nan).numpy()
             image = axes.imshow(blank, aspect="auto", cmap=cmap, vmin=0, vmax=most, interpolation="nearest")
             self._images.append(image)
-            axes.set_title(self.panels[place], fontsize=8, parse_math=False)  # a name is text, not markup
+            axes.set_title(shown(self.panels[place], 24), fontsize=8, parse_math=False)  # a name is text, not markup
             axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7, parse_math=False)
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             axes.tick_params(axis="x", labelsize=7)
@@ -90,7 +90,7 @@ class RoutingHeatmap:
         bar.set_ticks(range(most + 1), labels=["0", "1 (even)", *(str(t) for t in range(2, most + 1))])
         bar.ax.axhline(1, color="white", linewidth=1.5)
         if title:
-            self.figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top", parse_math=False)
+            self.figure.suptitle(shown(title), fontsize=9, y=1 - 0.1 / height, va="top", parse_math=False)
         self._background: Any = None
 
     def show(self, panels: Sequence[Mapping[str, Tensor]]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, plain_text, shown
 from .figures import routing_figure, short_names
 from .runlog import FILE, LogStep, read_log
 from .statistics import LayerLoad
@@ -35,7 +35,9 @@ td.name { font-family: ui-monospace, monospace; } tr:nth-child(even) { backgroun
 .bars i.dead { background: #d1495b; }
 .bars b { position: absolute; left: 0; right: 0; bottom: 50%; border-top: 1px dotted #666; }
 .warning { border-left: 4px solid #d1495b; padding: .3rem .8rem; background: #fdf1f2; margin: .4rem 0; }
-.note { color: #555; } img { max-width: 100%; }
+.note { color: #555; } img { max-width: 100%; } body { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } .wide td, .wide th { overflow-wrap: normal; } .wide td.name { min-width: 8rem; }
+.wide td.name { overflow-wrap: anywhere; max-width: 24rem; } summary { cursor: pointer; margin-top: 2rem; }
 """
 
 
@@ -105,22 +107,75 @@ def _page(name: str, steps: list[LogStep], history: list[dict[str, Any]], result
     last = steps[-1]
     first = steps[-2].step if len(steps) > 1 else 0
     window = f"optimizer steps {first + 1} to {last.step}"
-    parts = [f"<h1>Routing of {html.escape(name)}</h1>", f"<p>{_summary(last)}</p>", _warnings(steps)]
-    if results is not None:
-        parts += ["<h2>Results</h2>", _tree(results)]
-    parts += ["<h2>Loss</h2>", _loss_figure(steps, history)]
+    parts = [f"<h1>Routing of {_text(name)}</h1>", f"<p>{_inference(results)}{_summary(last)}</p>", _warnings(steps)]
+    parts += [_scores(results)]
     parts += [f"<h2>Load per layer and expert</h2><p class=note>{window}</p>"]
     parts += [_picture(routing_figure({n: x.load for n, x in last.layers.items()}), "load of each layer and expert")]
     if last.by_task:
         parts += [f"<h2>Load per task</h2><p class=note>{window}</p>", _task_figure(last)]
+    parts += ["<h2>Loss</h2>", _loss_figure(steps, history)]
     parts += ["<h2>Over time</h2>", _time_figure(steps)]
     parts += [f"<h2>Layers</h2><p class=note>{window}. Bars: load per expert; the dotted line is the even share, full "
               "height twice of it or more; red experts are dead.</p>", _layer_table(last.layers)]  # fmt: skip
+    if results is not None:
+        parts += [f"<details><summary>All of results.json</summary>\n{_wide(_tree(results))}</details>"]
     body = "\n".join(part for part in parts if part)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Routing of {html.escape(name)}</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>Routing of {_text(name)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
+
+
+def _text(value: Any) -> str:
+    """Return a name or a value as text of a page: no markup, no escape codes, no turned direction."""
+    return html.escape(plain_text(value))
+
+
+def _wide(table: str) -> str:
+    """Return a table that scrolls by itself where the page is too narrow for it."""
+    return f'<div class="wide">{table}</div>'
+
+
+def _inference(results: Any) -> str:
+    """Return the routing used at inference in words, as `results.json` has it; nothing where it has none."""
+    layers = results.get("routing") if isinstance(results, dict) else None
+    rows = layers.values() if isinstance(layers, dict) else ()
+    values = [row.get("effective_fraction") for row in rows if isinstance(row, dict)]
+    numbers = [value for value in values if isinstance(value, float)]
+    if not numbers:
+        return ""
+    return (
+        f"Effective experts of the routing used at inference, exp(H)/E of the load on the evaluation rows: mean "
+        f"{100 * sum(numbers) / len(numbers):.1f} %, least {100 * min(numbers):.1f} %.<br>"
+    )
+
+
+def _scores(results: Any) -> str:
+    """Return the scores as a table, a line per task and measure, a column per model; nothing where there are none."""
+    scores = results.get("scores") if isinstance(results, dict) else None
+    if not isinstance(scores, dict):
+        return ""
+    cells = {
+        (str(task), str(measure)): value
+        for rows in scores.values()
+        for task, row in (rows.items() if isinstance(rows, dict) else ())
+        for measure, value in (row.items() if isinstance(row, dict) else ())
+        if isinstance(value, int | float)
+    }
+    head = "".join(f"<th>{_text(model)}</th>" for model in scores)
+    lines = []
+    for task, measure in cells:
+        values = [_at(rows, task, measure) for rows in scores.values()]
+        lines.append(f"<tr><td class=name>{_text(task)}</td><td class=name>{_text(measure)}</td>{''.join(values)}</tr>")
+    table = f"<table><tr><th class=name>task</th><th class=name>measure</th>{head}</tr>\n" + "\n".join(lines)
+    return f"<h2>Scores</h2>{_wide(table + '</table>')}" if lines else ""
+
+
+def _at(rows: Any, task: str, measure: str) -> str:
+    row = rows.get(task) if isinstance(rows, dict) else None
+    value = row.get(measure) if isinstance(row, dict) else None
+    return f"<td>{f'{value:.4g}' if isinstance(value, int | float) else ''}</td>"
 
 
 def _summary(last: LogStep) -> str:
@@ -134,7 +189,7 @@ def _summary(last: LogStep) -> str:
         f"{len(measures)} layers after {last.step} optimizer steps. Effective experts of the training routing, "
         f"exp(H)/E of the load: mean "
         f"{100 * sum(fraction) / len(fraction):.1f} %, least {100 * min(fraction):.1f} % in "
-        f"<code>{html.escape(worst)}</code>. Dead experts: "
+        f"<code>{_text(worst)}</code>. Dead experts: "
         f"{dead} of {sum(layer.n_experts for layer in layers)}.{gradient}"
     )
 
@@ -143,7 +198,7 @@ def _warnings(steps: Iterable[LogStep]) -> str:
     told = [(step.step, message) for step in steps for message in step.warnings]
     if not told:
         return "<p class=note>No layer collapsed.</p>"
-    return "\n".join(f'<div class="warning">Step {step}: {html.escape(message)}</div>' for step, message in told)
+    return "\n".join(f'<div class="warning">Step {step}: {_text(message)}</div>' for step, message in told)
 
 
 def _layer_table(layers: Mapping[str, LayerLoad]) -> str:
@@ -155,11 +210,11 @@ def _layer_table(layers: Mapping[str, LayerLoad]) -> str:
     for name, layer in layers.items():
         m = layer.measures()
         rows.append(
-            f"<tr><td class=name>{html.escape(name)}</td><td>{m['effective_experts']:.2f}</td>"
+            f"<tr><td class=name>{_text(name)}</td><td>{m['effective_experts']:.2f}</td>"
             f"<td>{layer.n_experts}</td><td>{m['load_entropy']:.3f}</td><td>{100 * m['largest_share']:.1f} %</td>"
             f"<td>{100 * m['dead_fraction']:.0f} %</td><td>{m['max_violation']:.2f}</td><td>{_bars(layer)}</td></tr>"
         )
-    return f"<table>{head}\n" + "\n".join(rows) + "</table>"
+    return _wide(f"<table>{head}\n" + "\n".join(rows) + "</table>")
 
 
 def _bars(layer: LayerLoad) -> str:
@@ -175,13 +230,11 @@ def _bars(layer: LayerLoad) -> str:
 def _tree(value: Any) -> str:
     """Return plain JSON values as nested tables."""
     if isinstance(value, dict):
-        rows = "".join(
-            f"<tr><td class=name>{html.escape(str(k))}</td><td>{_tree(v)}</td></tr>" for k, v in value.items()
-        )
+        rows = "".join(f"<tr><td class=name>{_text(k)}</td><td>{_tree(v)}</td></tr>" for k, v in value.items())
         return f"<table>{rows}</table>"
     if isinstance(value, list):
         return ", ".join(_tree(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
 
 
 def load_bars(load: Tensor) -> str:
@@ -274,12 +327,13 @@ def _time_figure(steps: list[LogStep]) -> str:
         for curve in curves.values():
             axis.plot(x, curve, color="0.75", linewidth=0.7)
         lowest = min(names, key=lambda name: curves[name][-1])
-        axis.plot(x, curves[lowest], color="#d1495b", marker=marker, label=f"lowest: {short[lowest]}")
+        axis.plot(x, curves[lowest], color="#d1495b", marker=marker, label=f"lowest: {shown(short[lowest], 60)}")
         means = [[m for m in column if not math.isnan(m)] for column in zip(*curves.values(), strict=True)]
         mean = [sum(m) / len(m) if m else math.nan for m in means]
         axis.plot(x, mean, color="#31688e", linewidth=2, marker=marker, label="mean of layers")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+        for text in axis.legend(fontsize=7).get_texts():
+            text.set_parse_math(False)  # a name is text, not markup
     axes[0].set_ylim(0, 1.03)
     return _picture(figure, "effective experts and entropy over optimizer steps")

@@ -112,10 +112,10 @@ def test_trainer_state_and_results_are_shown(tmp_path: Path) -> None:
     (folder / "results.json").write_text(json.dumps({"accuracy": {"news": 0.81234, "mail": 1}, "note": "<x>"}))
     page = Page(report(folder).read_text(encoding="utf-8"))
     assert "0.8123" in page.text and "<x>" in page.text
-    newest = page.sources[0]
+    newest = page.sources[2]
     assert newest not in plain
     (folder / "checkpoint-2" / "trainer_state.json").unlink()
-    assert Page(report(folder).read_text(encoding="utf-8")).sources[0] == newest
+    assert Page(report(folder).read_text(encoding="utf-8")).sources[2] == newest
 
 
 def test_folders_without_a_run_are_named(tmp_path: Path) -> None:
