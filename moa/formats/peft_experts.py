@@ -82,7 +82,9 @@ def largest_rank(adapters: Sequence[Deltas]) -> int:
 
 
 @torch.no_grad()
-def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters: Sequence[Deltas]) -> None:
+def load_experts(
+    mixtures: Mapping[str, Mixture], names: Sequence[str], adapters: Sequence[Deltas], first: int = 0
+) -> None:
     """Make adapter e expert e of the named mixtures; a layer it does not adapt keeps a zero expert.
 
     Each adapter's own scale goes into its up factor, so that experts of unequal rank and alpha share one bank scale.
@@ -91,6 +93,7 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
         mixtures: name -> mixture, with banks of down (E, r, i) and up (E, r, o).
         names: the layers to fill.
         adapters: E of them, layer name -> low-rank change (o, i).
+        first: number of the first expert to fill; those before it stay as they are.
 
     Raises:
         ConfigError: a recipe whose experts are not LoRAs, or not as many as there are adapters.
@@ -105,13 +108,13 @@ def load_experts(mixtures: Mapping[str, Mixture], names: Sequence[str], adapters
                 f"experts=[…] are LoRA adapters whose outputs are mixed, this recipe's experts are "
                 f"{type(bank).__name__}: choose another, e.g. 'topk', 'dense', 'remix', 'xlora' or 'arrow'."
             )
-        if bank.n_experts != len(adapters):
+        if bank.n_experts != first + len(adapters):
             raise ConfigError(
                 f"{name} has {bank.n_experts} expert(s) in this recipe, and {len(adapters)} adapters were given: give "
                 "adapters of the layers that it routes alone, or choose another, e.g. 'topk', 'dense' or 'xlora'."
             )
         nothing = Dense(torch.zeros(bank.d_out, bank.d_in)).zeros()
-        for e, adapter in enumerate(adapters):
+        for e, adapter in enumerate(adapters, first):
             delta = adapter.get(name, nothing)
             if delta.shape != (bank.d_out, bank.d_in):
                 raise CheckpointError(

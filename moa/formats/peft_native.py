@@ -34,12 +34,12 @@ class Given:
     Args:
         keywords: of the recipe and its family, which the adapters decide.
         layers: names of the layers (i -> o) that they adapt.
-        fill: mixtures by name, and the names to fill -> nothing; see `load_experts`.
+        fill: mixtures by name, the names to fill, and the first expert's number -> nothing; see `load_experts`.
     """
 
     keywords: dict[str, Any]
     layers: list[str]
-    fill: Callable[[Mixtures, Sequence[str]], None]
+    fill: Callable[..., None]
 
 
 def read_given(paths: Sequence[str | Path], model: nn.Module, expert: str | None = None) -> Given:
@@ -169,13 +169,14 @@ class NativeAdapter:
 
 
 @torch.no_grad()
-def fill_native(mixtures: Mixtures, names: Sequence[str], adapters: Sequence[NativeAdapter]) -> None:
+def fill_native(mixtures: Mixtures, names: Sequence[str], adapters: Sequence[NativeAdapter], first: int = 0) -> None:
     """Make adapter e expert e of the named mixtures; a layer that it does not adapt keeps a zero expert.
 
     Args:
         mixtures: name -> mixture, with banks (*rows, i) -> (*rows, o) of the adapters' family.
         names: the layers to fill.
         adapters: E of them.
+        first: number of the first expert to fill; those before it stay as they are.
 
     Raises:
         ConfigError: a recipe that does not have as many experts as there are adapters.
@@ -185,13 +186,13 @@ def fill_native(mixtures: Mixtures, names: Sequence[str], adapters: Sequence[Nat
         branch = mixtures[name].branches[0]
         assert isinstance(branch, Branch)
         bank: Any = branch.bank
-        if isinstance(bank, SlotBank) or bank.n_experts != len(adapters) or len(mixtures[name].branches) > 1:
+        if isinstance(bank, SlotBank) or bank.n_experts != first + len(adapters) or len(mixtures[name].branches) > 1:
             raise ConfigError(
                 f"{name} has {bank.n_experts} expert(s) in a {type(bank).__name__} of this recipe, and {len(adapters)} "
                 "adapters were given: choose another, e.g. 'topk', 'dense' or 'remix'."
             )
         own = {**dict(bank.named_parameters()), **dict(bank.named_buffers())}
-        for e, adapter in enumerate(adapters):
+        for e, adapter in enumerate(adapters, first):
             for key, value in adapter.bases.items():
                 _copy(getattr(bank.bases, key), value, f"{adapter.source}: the shared {key}")
             parts = adapter.layers.get(name)

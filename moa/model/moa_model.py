@@ -27,6 +27,7 @@ from .on_base import OnBase
 from .outputs import loss_of, with_loss
 from .pinning import Pinning
 from .recompute import Recomputed
+from .resizing import Resized
 from .running import hold_still
 from .scope import ModelScope
 from .selections import Selections
@@ -34,7 +35,7 @@ from .signature import joint_signature
 from .stepping import watch
 
 
-class MoAModel(Pinning, Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
+class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, PreTrainedModel):  # type: ignore[misc, override]
     """A base model with mixtures of adapters inside; everything else of the base is frozen.
 
     Made by `moa.build` or `moa.load`. It is a `PreTrainedModel` over any base, so the stock `Trainer` accepts it; its

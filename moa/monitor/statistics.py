@@ -278,7 +278,8 @@ class RoutingStatistics:
         exact = torch.float32 if weights.device.type == "mps" else torch.float64
         table = self._task_table(outer, task_ids, weights.device).to(exact)
         counts, n_rows = table @ use.sum(2).to(exact), table @ counted.to(exact)
-        key = (tuple(label for label, _, _ in members), None if first.indices is None else first.k, weights.device)
+        k = None if first.indices is None else first.k
+        key = (tuple(label for label, _, _ in members), k, weights.device, first.n_experts)
         if key in self._tables:
             self._tables[key][0].add_(counts)
             self._tables[key][1].add_(n_rows)
@@ -306,7 +307,7 @@ class RoutingStatistics:
         """
         found = [
             (label, part, rows, k)
-            for (labels, k, _), (table, rows) in self._on_host().items()
+            for (labels, k, *_), (table, rows) in self._on_host().items()
             for label, part in zip(labels, table, strict=True)
         ]
         if all_reduce and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -316,7 +317,9 @@ class RoutingStatistics:
             found = [item for theirs in everyone for item in theirs]
         counts: dict[str, tuple[Tensor, Tensor, int | None]] = {}
         for label, part, rows, k in found:
-            before, rows_before, _ = counts.get(label, (0, 0, k))
+            before, rows_before, _ = counts.get(label, (part, 0, k))
+            if before.shape != part.shape or label not in counts:  # the latest number of experts, if that has changed
+                before, rows_before = torch.zeros_like(part), torch.zeros_like(rows)
             counts[label] = (before + part, rows_before + rows, k)
         return {
             label: LayerLoad(

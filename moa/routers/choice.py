@@ -5,6 +5,9 @@ Zhou et al. 2022 (expert choice), arXiv 2202.09368; Puigcerver et al. 2023 (Soft
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from einops import reduce
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ class ExpertChoiceRouter(Router):
         others in its batch; the paper's experts choose over the whole batch.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"weight": 0}
     causal = False
     rowwise = False
 
@@ -86,6 +90,7 @@ class SoftRouter(Router):
     Source: arXiv 2308.00951, §2.1 and algorithm 2; google-research/vmoe.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"slots": 0}
     causal = False
     rowwise = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -65,6 +66,12 @@ class PreviewRouter(Router):
         self.temperature, self.score, self.renormalize, self.dropout = temperature, score, renormalize, dropout
         sizes = [d_hidden, *[width] * (depth - 1), n_experts]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+
+    @property
+    def per_expert(self) -> Mapping[str, int]:  # type: ignore[override]
+        """The last layer's tensors, (E, width) and (E,)."""
+        last = len(self.layers) - 1
+        return {f"layers.{last}.weight": 0, f"layers.{last}.bias": 0}
 
     def reset_parameters(self) -> None:
         """Draw every layer's weight, (E, d) for one layer, and bias anew."""

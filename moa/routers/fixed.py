@@ -26,6 +26,7 @@ class FixedRouter(Router):
         ShapeError: weights are not (E,).
     """
 
+    made_anew = ("weights",)
     per_row = False
 
     weights: Tensor

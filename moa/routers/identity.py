@@ -18,6 +18,7 @@ class IdRouter(Router):
         n_experts: E = n.
     """
 
+    fixed_size = "each expert is a stream of the whole model, which crosses all others"
     per_row = False
     rowwise = False
 

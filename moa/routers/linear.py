@@ -5,6 +5,7 @@ Shazeer et al. 2017 (noisy top-k), Fedus et al. 2021 (Switch), Jiang et al. 2024
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +49,7 @@ class LinearRouter(BalancedRouter):
         ConfigError: bad k, a negative rate, or options that exclude each other.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"weight": 0, "noise_weight": 0, "selection_bias": 0, "counts": 0}
     fused_gate: ClassVar[bool] = True
     weight: nn.Parameter
 

@@ -33,6 +33,7 @@ class LocalizedRouter(LinearRouter):
         released code labels the halves so that its effect is the one described here.
     """
 
+    fixed_size = "each half of its experts is meant for one kind of task"
     kinds: Tensor
 
     def __init__(

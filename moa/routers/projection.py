@@ -55,6 +55,7 @@ class ProjectionRouter(BalancedRouter):
         The released fork cuts the gradient to x at A; here it is kept.
     """
 
+    fixed_size = "its experts are the ranks of one LoRA, drawn together"
     projection: Tensor
 
     def __init__(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,7 @@ class PrototypeRouter(Router):
     Differs: peft finds v by 15 power iterations from a random start; here it is exact, from an r × r eigenproblem.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"prototypes": 0}
     prototypes: Tensor
 
     def __init__(self, d_in: int, n_experts: int, k: int, *, temperature: float = 1.0) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ class Router(nn.Module):
         rowwise: the routing of a row is a function of that row alone: no task, no other row, no first pass. An engine
             that lays the rows of many requests side by side can run only such routers.
         needs_preview: it looks at `Context.preview`, a first pass of the frozen base.
+        per_expert: name of a parameter or buffer -> its axis of experts, E or a multiple of it, expert after expert.
+        made_anew: names of those that only say how many experts there are.
+        fixed_size: why no expert can be added or removed; None where one can.
         stochastic: samples in training; the recipe then trains it with several samples per step.
         samples: M, selections of the whole network per training step (1 unless stochastic).
         loss_weights: name in `LOSSES` of `moa.objective.losses` -> coefficient, added to the training loss.
@@ -44,6 +47,9 @@ class Router(nn.Module):
     rowwise: bool = True
     stochastic: bool = False
     needs_preview: bool = False
+    per_expert: ClassVar[Mapping[str, int]] = {}
+    made_anew: ClassVar[tuple[str, ...]] = ()
+    fixed_size: ClassVar[str | None] = None
 
     def __init__(self, d_in: int, n_experts: int, k: int) -> None:
         super().__init__()

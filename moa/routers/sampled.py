@@ -5,7 +5,8 @@ Qiu et al. 2026, arXiv 2603.10160.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class SampledRouter(Router):
     Differs: the paper does not say whether a choice is made per token or per sequence; both are here.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"weight": 0}
     stochastic = True
 
     def __init__(

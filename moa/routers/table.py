@@ -6,7 +6,8 @@ arXiv 2310.18339.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class TableRouter(TaskRouter):
     Source: arXiv 2202.13914, eq. 4-5; arXiv 2211.03831, §3; microsoft/mttl at mhr-camera-ready.
     """
 
+    per_expert: ClassVar[Mapping[str, int]] = {"table": 2}
+
     def __init__(
         self,
         d_in: int,
@@ -166,6 +169,8 @@ class TaskEmbeddingRouter(TaskRouter):
         ConfigError: n_tasks or d_embedding < 1.
     Source: arXiv 2310.18339, eq. 6-7.
     """
+
+    per_expert: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def __init__(
         self,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +39,8 @@ class ThresholdRouter(Router):
     Differs: the released balance loss takes p − τ and does not divide by the experts per row; here it is the
         library's, on p, with minimum 1 whatever the number of experts that pass.
     """
+
+    per_expert: ClassVar[Mapping[str, int]] = {"weight": 0}
 
     def __init__(
         self,
