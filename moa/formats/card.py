@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import MoaWarning
+from .atomic import replacing
+
+CARD = "README.md"
 
 
 def peft_version() -> str | None:
@@ -30,4 +41,71 @@ def model_card(base: str | None, what: str, task_type: str | None = None) -> str
     lines = ["---", *head, "---", "", "# LoRA adapter", "", what, ""]
     number = peft_version()
     lines += ["### Framework versions", "", f"- PEFT {number}", ""] if number else []
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, description: Mapping[str, Any]) -> None:
+    """Write README.md beside a checkpoint; of one that is there, the text stays and the metadata is completed.
+
+    Args:
+        folder: of the checkpoint, whose tensors may have any shape.
+        description: what the checkpoint says of itself.
+    """
+    from huggingface_hub import RepoCard
+
+    file, rows, base = folder / CARD, description["recipes"], description["base"]
+    try:
+        card = RepoCard(file.read_text(encoding="utf-8") if file.exists() else _mixture_text(folder, description))
+    except (ValueError, yaml.YAMLError) as error:
+        warnings.warn(
+            f"{file} was left as it is: its metadata cannot be read ({' '.join(str(error).split())}).",
+            MoaWarning,
+            stacklevel=3,
+        )
+        return
+    words = ["moa", "mixture-of-adapters", *(row[key] for row in rows for key in ("router", "expert"))]
+    card.data["library_name"] = "moa"
+    if base["name_or_path"]:
+        card.data["base_model"] = base["name_or_path"]
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), *words]))
+    with replacing(file) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def _mixture_text(folder: Path, description: Mapping[str, Any]) -> str:
+    """Return what a reader of a checkpoint wants to know first: on what it sits, what is in it, how it is loaded."""
+    base, rows = description["base"], description["recipes"]
+    name = base["name_or_path"]
+    given = json.dumps(folder.name) + ("" if name else ", base=model")
+    lines = [f"# Mixture of adapters on {name or 'a ' + base['class']}", ""]
+    lines += [
+        f"The base is a `{base['class']}`{f', {name}' if name else ' made in memory'}. It is frozen and not in this "
+        "folder, which holds what was trained beside it: routers, experts"
+        + (
+            ", and whole: " + ", ".join(f"`{module}`" for module in description["modules_to_save"]) + "."
+            if description["modules_to_save"]
+            else "."
+        ),
+        "",
+    ]
+    for row in rows:
+        options = {k: v for k, v in row.items() if k not in ("router", "expert", "sites") and v not in (None, (), [])}
+        lines += [
+            f"## Recipe `{row['router']}`, experts `{row['expert']}`, on {len(row['sites'])} layers",
+            "",
+            "| keyword | value |",
+            "|---|---|",
+            *(f"| `{key}` | `{json.dumps(value)}` |" for key, value in options.items()),
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import moa",
+        "",
+        f"model = moa.load({given})",
+        "```",
+        "",
+    ]
     return "\n".join(lines)

@@ -134,10 +134,17 @@ def _new_heads(model: nn.Module) -> list[str]:
     return [name for name, m in new if any(True for _ in m.parameters())]
 
 
-def load(path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any) -> MoAModel:
+def load(
+    path: str | Path,
+    base: nn.Module | None = None,
+    *,
+    check_base: bool = True,
+    is_trainable: bool = True,
+    **kwargs: Any,
+) -> MoAModel:
     """Return the model saved under a path or hub id; the same as `MoAModel.from_pretrained`.
 
     Args:
-        path, base, check_base, kwargs: see there.
+        path, base, check_base, is_trainable, kwargs: see there.
     """
-    return MoAModel.from_pretrained(path, base, check_base=check_base, **kwargs)
+    return MoAModel.from_pretrained(path, base, check_base=check_base, is_trainable=is_trainable, **kwargs)

@@ -27,13 +27,14 @@ def load_host(
     base: nn.Module | None = None,
     *,
     check_base: bool = True,
+    is_trainable: bool = True,
     **kwargs: Any,
 ) -> H:
     """Return the host of a saved mixture; see `MoAModel.from_pretrained`, whose arguments and errors it has.
 
     Args:
         around: makes a host of a base, (B, S) -> outputs.
-        path, base, check_base, kwargs: see there.
+        path, base, check_base, is_trainable, kwargs: see there.
     """
     if base is not None and kwargs:
         raise ConfigError(f"{', '.join(sorted(kwargs))}: keywords are for loading a base, and one was given as base=.")
@@ -43,8 +44,7 @@ def load_host(
         out = around(_foreign_base(found, kwargs) if base is None else base)
         with all_or_nothing(out.base):
             adopt(out, found)
-        out.eval()
-        return out
+        return _ready(out, is_trainable)
     description, tensors = checkpoint.read_mixture(folder)
     if base is None:
         base = load_base(description["base"], folder, kwargs)
@@ -60,8 +60,13 @@ def load_host(
             except ConfigError as error:
                 raise ConfigError(f"{folder}: its recipe {row['router']!r} cannot be built: {error}") from error
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
-    out.eval()
-    return out
+    return _ready(out, is_trainable)
+
+
+def _ready(out: H, is_trainable: bool) -> H:
+    if not is_trainable:
+        out.requires_grad_(False)
+    return out.eval()
 
 
 def base_from(path: str | Path, name: str, **kwargs: Any) -> nn.Module:

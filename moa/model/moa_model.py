@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError, ContextError
 from ..formats import checkpoint
+from ..formats.card import write_card
 from ..formats.sharded import is_sharded, whole, writes
 from ..mixture import Mixture
 from ..objective.objective import Objective
@@ -239,7 +240,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         """transformers sets this in `post_init`; here it is derived."""
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write config.json and model.safetensors: recipes, routers and experts, not the base.
+        """Write config.json and model.safetensors: recipes, routers and experts, not the base. README.md is their card.
 
         The write is atomic: a kill at any moment leaves the old or the new checkpoint. A model that FSDP2 has sharded
         gathers its tensors: every process must call this, and the first one writes.
@@ -266,6 +267,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         if not is_main_process or (shared_out and not writes()):
             return
         checkpoint.write(Path(save_directory), description, tensors)
+        write_card(Path(save_directory), description)
         if kwargs.get("push_to_hub"):
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name))
 
@@ -284,7 +286,13 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, base: nn.Module | None = None, *, check_base: bool = True, **kwargs: Any
+        cls,
+        path: str | Path,
+        base: nn.Module | None = None,
+        *,
+        check_base: bool = True,
+        is_trainable: bool = True,
+        **kwargs: Any,
     ) -> MoAModel:
         """Return the model saved under a path or hub id.
 
@@ -295,13 +303,14 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
             path: folder with model.safetensors, or with adapter_config.json; or a hub id.
             base: the model to put the mixtures into; None loads the one that the checkpoint names.
             check_base: refuse a base whose weights are not those the mixture was trained on.
+            is_trainable: False freezes routers, experts and what was trained whole, too. peft's default is False.
             kwargs: for the base's `from_pretrained` (dtype, device_map, …).
 
         Raises:
             CheckpointError: not such a folder, truncated, another base, or tensors that are missing, unexpected or of
                 another shape, grouped by kind; an option of another library that has no counterpart, named.
         """
-        return load_host(cls.around, path, base, check_base=check_base, **kwargs)
+        return load_host(cls.around, path, base, check_base=check_base, is_trainable=is_trainable, **kwargs)
 
 
 @functools.cache

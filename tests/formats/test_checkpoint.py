@@ -76,7 +76,7 @@ def test_several_recipes_and_whole_modules_come_back(tmp_path):
 def test_the_file_holds_adapters_alone_and_says_what_it_is(tmp_path):
     model = build("bert")
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", WEIGHTS]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "config.json", WEIGHTS]
     held = load_file(tmp_path / WEIGHTS)
     assert all(".branches." in key or key.startswith("base.classifier.") for key in held)
     description = json.loads((tmp_path / "config.json").read_text())

@@ -145,3 +145,14 @@ def test_keywords_of_a_base_beside_a_base_are_refused(tmp_path) -> None:  # type
     moa.build(models.llama(), "topk").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="chek_base"):
         moa.load(tmp_path, base=models.llama(), chek_base=False)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_model_is_loaded_frozen_as_in_peft(tmp_path: Path, is_trainable: bool) -> None:
+    model = moa.build(models.llama(), "topk", targets=["q_proj"], modules_to_save=["lm_head"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.save_pretrained(tmp_path)
+    again = moa.load(tmp_path, base=models.llama(), is_trainable=is_trainable)
+    assert {name for name, p in again.named_parameters() if p.requires_grad} == (trained if is_trainable else set())
+    batch = models.token_batch()
+    assert torch.equal(models.outputs_of(again, batch), models.outputs_of(model, batch))

@@ -1,0 +1,48 @@
+"""The card beside a checkpoint, read as the Hub reads it. Run: pytest tests/formats/test_card.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import moa
+from moa.errors import MoaWarning
+from tests import models
+
+
+def saved(folder: Path, router: str = "topk", **options: object) -> ModelCard:
+    moa.build(models.llama(name_or_path="org/base"), router, targets=["q_proj"], **options).save_pretrained(folder)
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.mark.parametrize("name", ["topk", "remix", "poly"])
+def test_the_hub_reads_base_library_and_tags(tmp_path: Path, name: str) -> None:
+    card = saved(tmp_path, name)
+    assert (card.data.library_name, card.data.base_model) == ("moa", "org/base")
+    assert card.data.tags == ["moa", "mixture-of-adapters", name, "lora"]
+    assert f"Recipe `{name}`" in card.text and "on 2 layers" in card.text
+
+
+def test_a_base_made_in_memory_is_not_named(tmp_path: Path) -> None:
+    moa.build(models.llama(), "topk", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None and "base=model" in card.text and "`lm_head`" in card.text
+
+
+def test_what_somebody_wrote_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\nMy words: 1 < 2\n")
+    for _ in range(2):
+        card = saved(tmp_path)
+        assert card.data.license == "mit" and card.text == "My words: 1 < 2\n"
+        assert card.data.tags == ["mine", "moa", "mixture-of-adapters", "topk", "lora"]
+
+
+@pytest.mark.parametrize("text", ["---\nmeta: [hello\n---\ntext\n", "---\n- a\n---\ntext\n"])
+def test_a_card_that_cannot_be_read_is_left_alone_and_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    with pytest.warns(MoaWarning, match=r"README\.md was left as it is"):
+        moa.build(models.llama(), "topk").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text
+    assert moa.load(tmp_path, base=models.llama()).mixtures()
