@@ -48,9 +48,10 @@ class RoutingMonitor(TrainerCallback):
     the recomputation of gradient checkpointing, nor evaluation. Under torch.distributed every process must run the
     monitor; the first one writes.
 
-    It writes TensorBoard events under `moa/`: `moa/layer/MEASURE/LAYER`, their `moa/mean` and `moa/worst` over layers,
-    `moa/losses/NAME`, `moa/router_grad_norm`, the images `moa/load` and `moa/load_by_task`, a custom-scalars layout,
-    collapse warnings as text; with `detailed`, `moa/load/LAYER/expert_N`. And `routing.jsonl`, a line per log step.
+    It writes TensorBoard events under `moa/`: `moa/mean` and `moa/worst` over layers, which it opens on,
+    `moa/objective/NAME`, `moa/router_grad_norm`, `moa_layers/MEASURE/LAYER`, the images `moa_load/all` and
+    `moa_load/by_task`, a custom-scalars layout, collapse warnings as text; with `detailed`, `moa_load/LAYER/expert_N`.
+    And `routing.jsonl`, a line per log step.
 
     Args:
         log_dir: where both go. Default, with Trainer only: `routing.jsonl` in `output_dir`, events in

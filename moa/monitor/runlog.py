@@ -68,17 +68,17 @@ class LogStep:
     def scalars(self, detailed: bool) -> dict[str, float]:
         """Return every TensorBoard scalar by its tag; detailed adds the load (E,) of each layer, expert by expert."""
         measures = {name: layer.measures() for name, layer in self.layers.items()}
-        out = {f"moa/losses/{name}": value for name, value in self.losses.items()}
+        out = {f"moa/objective/{name}": value for name, value in self.losses.items()}
         if self.router_grad_norm is not None:
             out["moa/router_grad_norm"] = self.router_grad_norm
         for what in SCALARS:
             values = [m[what] for m in measures.values()]
             out[f"moa/mean/{what}"] = sum(values) / len(values)
             out[f"moa/worst/{what}"] = max(values) if what in ("dead_fraction", "largest_share") else min(values)
-            out.update({f"moa/layer/{what}/{name}": m[what] for name, m in measures.items()})
+            out.update({f"moa_layers/{what}/{name}": m[what] for name, m in measures.items()})
         if detailed:
             for name, layer in self.layers.items():
-                out.update({f"moa/load/{name}/expert_{e}": share for e, share in enumerate(layer.load.tolist())})
+                out.update({f"moa_load/{name}/expert_{e}": share for e, share in enumerate(layer.load.tolist())})
         return out
 
 
@@ -212,8 +212,8 @@ class RunLog:
         """Return image tag -> panel title -> layer -> (E,) load."""
         if not self.images:
             return {}
-        images = {"moa/load": {"": {name: layer.load for name, layer in step.layers.items()}}}
-        return {**images, "moa/load_by_task": step.by_task} if step.by_task else images
+        images = {"moa_load/all": {"": {name: layer.load for name, layer in step.layers.items()}}}
+        return {**images, "moa_load/by_task": step.by_task} if step.by_task else images
 
     def _png(self, step: LogStep, panels: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, int, bytes]:
         """Return height, width and the encoded heat map."""
@@ -237,10 +237,10 @@ class RunLog:
 
 def layout(names: list[str], detailed: bool) -> dict[str, dict[str, list[Any]]]:
     """Return TensorBoard's custom-scalars layout: a chart per measure with all layers in it, loads (E,) if detailed."""
-    charts: dict[str, list[Any]] = {w.replace("_", " "): ["Multiline", [rf"moa/layer/{w}/.*"]] for w in SCALARS}
-    charts["losses"] = ["Multiline", [r"moa/losses/.*"]]
+    charts: dict[str, list[Any]] = {w.replace("_", " "): ["Multiline", [rf"moa_layers/{w}/.*"]] for w in SCALARS}
+    charts["losses"] = ["Multiline", [r"moa/objective/.*"]]
     charts["router gradient norm"] = ["Multiline", [r"moa/router_grad_norm"]]
     out = {"moa: routing": charts}
     if detailed:
-        out["moa: load per expert"] = {name: ["Multiline", [rf"moa/load/{name}/expert_.*"]] for name in names}
+        out["moa: load per expert"] = {name: ["Multiline", [rf"moa_load/{name}/expert_.*"]] for name in names}
     return out

@@ -138,21 +138,21 @@ def test_event_files_hold_what_was_measured(tmp_path: Path) -> None:
         torch.testing.assert_close(last[name].load, layer.load, rtol=0, atol=0)
         for what, value in layer.measures().items():
             if what != "max_violation":
-                logged = found.Scalars(f"moa/layer/{what}/{name}")
+                logged = found.Scalars(f"moa_layers/{what}/{name}")
                 assert [e.step for e in logged] == [1, 2]
                 assert logged[1].value == pytest.approx(value, rel=1e-6, abs=1e-6)
         for expert, share in enumerate(layer.load.tolist()):
-            assert found.Scalars(f"moa/load/{name}/expert_{expert}")[1].value == pytest.approx(share, rel=1e-6)
+            assert found.Scalars(f"moa_load/{name}/expert_{expert}")[1].value == pytest.approx(share, rel=1e-6)
     fractions = [layer.measures()["effective_fraction"] for layer in last.values()]
     assert found.Scalars("moa/mean/effective_fraction")[1].value == pytest.approx(sum(fractions) / len(fractions))
     assert found.Scalars("moa/worst/effective_fraction")[1].value == pytest.approx(min(fractions))
     assert found.Scalars("moa/router_grad_norm")[1].value == pytest.approx(float(grads.norm()), rel=1e-5)
     assert set(losses[0]) == {"task", "balance", "z"}
     for name in losses[0]:
-        got = [e.value for e in found.Scalars(f"moa/losses/{name}")]
+        got = [e.value for e in found.Scalars(f"moa/objective/{name}")]
         assert got == pytest.approx([row[name] for row in losses], rel=1e-6)
 
-    for tag in ("moa/load", "moa/load_by_task"):
+    for tag in ("moa_load/all", "moa_load/by_task"):
         images = found.Images(tag)
         assert [image.step for image in images] == [1, 2]
         picture = Image.open(io.BytesIO(images[1].encoded_image_string)).convert("RGB")
@@ -160,7 +160,7 @@ def test_event_files_hold_what_was_measured(tmp_path: Path) -> None:
         assert len(picture.getcolors(1 << 24) or []) > 20
     assert "custom_scalars__config__" in found.Tags()["tensors"]
     layout = found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"moa/layer/effective_experts/.*" in layout and b"moa/load/bert.pooler.dense/expert_.*" in layout
+    assert b"moa_layers/effective_experts/.*" in layout and b"moa_load/bert.pooler.dense/expert_.*" in layout
 
     second = lines(tmp_path)[1]
     assert second["step"] == 2
@@ -273,7 +273,7 @@ def test_no_tasks_no_task_images(tmp_path: Path) -> None:
     model(**data)
     monitor.step(1)
     monitor.close()
-    assert events(tmp_path).Tags()["images"] == ["moa/load"]
+    assert events(tmp_path).Tags()["images"] == ["moa_load/all"]
     assert lines(tmp_path)[0]["by_task"] == {}
     assert lines(tmp_path)[0]["router_grad_norm"] is None
 
@@ -519,7 +519,7 @@ def test_stock_trainer_end_to_end(tmp_path: Path, make: Any, monkeypatch: pytest
     assert total == real_tokens(batch(32))  # one epoch
     found = events(tmp_path / "runs" / "moa")
     assert [e.step for e in found.Scalars("moa/mean/effective_experts")] == [2, 4]
-    assert [e.step for e in found.Images("moa/load_by_task")] == [2, 4]
+    assert [e.step for e in found.Images("moa_load/by_task")] == [2, 4]
     others = [p for p in (tmp_path / "runs").iterdir() if p.name != "moa"]
     assert len(others) == 1 and "train/loss" in events(others[0]).Tags()["scalars"]
 

@@ -86,3 +86,12 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match="line 1 is not a log step"):
             read_log(path)
+
+
+def test_tensorboard_opens_on_the_means() -> None:
+    """It shows groups, the part before the first slash, and the tags in each in the order of their names."""
+    tags = log_step(1).scalars(detailed=True)
+    tags |= {"train/loss": 0.0, "eval/loss": 0.0}
+    order = sorted(tags, key=lambda tag: (tag.split("/")[0], tag))
+    assert [tag.split("/")[0] for tag in order][:1] == ["eval"]  # Trainer's own, in a run beside ours
+    assert next(tag for tag in order if tag.startswith("moa")).startswith("moa/mean/")

@@ -68,7 +68,7 @@ def test_tensorboard_events_hold_loss_and_routing(classified: RunResult) -> None
         events = EventAccumulator(str(file.parent))
         events.Reload()
         tags |= set(events.Tags()["scalars"]) | set(events.Tags()["images"])
-    assert {"train/loss", "moa/mean/effective_experts", "moa/load"} <= tags
+    assert {"train/loss", "moa/mean/effective_experts", "moa_load/all"} <= tags
 
 
 def test_scores_are_of_every_model_and_the_mixture_learned(classified: RunResult) -> None:
