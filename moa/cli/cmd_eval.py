@@ -20,9 +20,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from ..runs.preflight import check_scored
 
     check_scored(arguments.checkpoint, arguments.config, arguments.overrides)
+    from ..runs.processes import say
     from ..runs.progress import one_bar
     from ..runs.summary import score_table
     from ..runs.train import evaluate
 
     one_bar()
-    print(score_table(evaluate(arguments.checkpoint, arguments.config, arguments.overrides)))
+    say(score_table(evaluate(arguments.checkpoint, arguments.config, arguments.overrides)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ..errors import plain_text
+
 
 def is_first() -> bool:
     """Tell whether this is the first of the run's processes, or the only one."""
@@ -11,9 +13,9 @@ def is_first() -> bool:
 
 
 def say(text: str) -> None:
-    """Print a line, in the first process only."""
+    """Print lines, in the first process only; escape codes in names are text."""
     if is_first():
-        print(text, flush=True)
+        print(plain_text(text, kept="\n"), flush=True)
 
 
 def meet() -> None:
