@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "folding": LAYERS | {"objective", "formats", "merge"},
     "model": LAYERS | {"recipes", "objective", "formats", "folding"},
     "training": MODEL,
-    "monitor": {"errors", "types", "rows", "objective", "model"},
+    "monitor": {"errors", "types", "delta", "rows", "objective", "model"},
     "serving": MODEL,
     "runs": MODEL | {"training", "monitor", "serving", "__init__"},
     "cli": MODEL | {"training", "monitor", "runs", "serving", "__init__"},
