@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -107,7 +106,7 @@ class ExpertBank(nn.Module):
 
     # ---------------------------------------------------------------- what follows from it
 
-    @cached_property
+    @property
     def fused(self) -> Fused:
         """What the kernels offer for this family, on rows (*rows, i); by default its parts, one after the other."""
         return Fused(self)

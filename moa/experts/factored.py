@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import ClassVar, cast
 
 import torch
@@ -47,7 +46,7 @@ class FactoredBank(ExpertBank):
             x = F.dropout(x, self.dropout, self.training)
         return low_rank_mixture(x, down, up, routing.weights, routing.indices, scaling=self.scaling, engine=self.engine)
 
-    @cached_property
+    @property
     def fused(self) -> FusedFactors:
         """Base, gate and slots in one step with the experts, on rows (*rows, i)."""
         return FusedFactors(self)

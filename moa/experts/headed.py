@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -135,7 +134,7 @@ class HeadedLoRABank(ExpertBank):
         out = torch.einsum("...r,...he,erhd->...hd", hidden, weights, up)  # (*rows, H, o / H)
         return rearrange(out, "... h d -> ... (h d)") * self.scaling
 
-    @cached_property
+    @property
     def fused(self) -> FusedHeads:
         """The base and one mixed expert per example in one step, on rows (B, S, i)."""
         return FusedHeads(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -73,7 +72,7 @@ class StructuredBank(ExpertBank):
             return super().forward(x, routing)
         return change_mixture(x, routing.weights, routing.indices, self.changes(x))
 
-    @cached_property
+    @property
     def fused(self) -> FusedChanges:
         """The base in one step with the experts, on rows (*rows, i)."""
         return FusedChanges(self)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class VectorBank(ExpertBank):
         y = self.spread(x, routing) @ self.up.to(x.dtype)  # rows of the routing: they may be fewer than x's
         return y.expand(*x.shape[:-1], self.d_out)
 
-    @cached_property
+    @property
     def fused(self) -> FusedVectors:
         """The second product added onto the base's, on rows (*rows, i)."""
         return FusedVectors(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -94,7 +93,7 @@ class InputScaleBank(OutputScaleBank):
         """Return W0 ((Σ_e w_e v_e) ⊙ x), (*rows, o), of x (*rows, i)."""
         return F.linear(super().forward(x, routing), self.site.weight().detach().to(x.dtype))
 
-    @cached_property
+    @property
     def fused(self) -> FusedScale:
         """Base and experts as one product, on rows (*rows, i)."""
         return FusedScale(self)
