@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shared_options import Command, add_out, check_out, check_task, load_checkpoint, say_dry
+from .shared_options import Command, add_import, add_out, check_out, check_task, load_checkpoint, say_dry
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -26,6 +26,7 @@ def add(command: Command) -> None:
     distill.add_argument("--objective", default="kl", help="what the steps lower: kl (default) or mse of the logits")
     distill.add_argument("--task", type=int, metavar="ID", help="stand for only this task's inputs")
     add_out(distill)
+    add_import(distill)
 
 
 def _distill(arguments: argparse.Namespace) -> None:

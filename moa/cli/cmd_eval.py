@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .shared_options import Command, add_set
+from .shared_options import Command, add_import, add_set
 
 
 def add(command: Command) -> None:
@@ -13,6 +13,7 @@ def add(command: Command) -> None:
     evaluate.add_argument("checkpoint", help="folder of a checkpoint, or of a run")
     evaluate.add_argument("--config", help="YAML file with the tasks; default: config.yaml of the run")
     add_set(evaluate)
+    add_import(evaluate)
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shared_options import Command, add_out, check_out, load_checkpoint, say_dry
+from .shared_options import Command, add_import, add_out, check_out, load_checkpoint, say_dry
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -30,6 +30,7 @@ def add(command: Command) -> None:
     )
     export.add_argument("--expert", type=int, help="only this one, with --to peft")
     add_out(export)
+    add_import(export)
 
 
 def _export(arguments: argparse.Namespace) -> None:

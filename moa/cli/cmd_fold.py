@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .shared_options import Command, add_out, check_out, check_task, load_checkpoint, say_dry
+from .shared_options import Command, add_import, add_out, check_out, check_task, load_checkpoint, say_dry
 
 
 def add(command: Command) -> None:
@@ -15,6 +15,7 @@ def add(command: Command) -> None:
     fold.add_argument("--task", type=int, metavar="ID", help="fold what this task's inputs get")
     fold.add_argument("--shard-size", default="5GB", help="above which a new file begins (5GB)")
     add_out(fold)
+    add_import(fold)
 
 
 def _fold(arguments: argparse.Namespace) -> None:

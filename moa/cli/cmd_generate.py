@@ -84,7 +84,7 @@ def _written(
 
     from ..runs.generate import continuations, framed
 
-    model, tokenizer = applied.loaded(arguments.imports)
+    model, tokenizer = applied.loaded()
     where = str(applied.folder)
     texts, templated = framed([text for _, text in prompts], task, tokenizer, where)
     torch.manual_seed(arguments.seed)

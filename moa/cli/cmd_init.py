@@ -17,6 +17,7 @@ training:                        # keywords of transformers.TrainingArguments
   save_strategy: epoch
   load_best_model_at_end: true
 
+# score_before: false            # do not score the evaluation rows before training
 # patience: 3                    # stop after so many evaluations without a lower loss
 # compare: {}                    # train a LoRA of the same size beside it
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .shared_options import Command
+from .shared_options import Command, add_import
 
 
 def add(command: Command) -> None:
@@ -14,6 +14,7 @@ def add(command: Command) -> None:
     look.add_argument("--tokens", type=int, default=1024, help="rows per forward the engine is chosen for (1024)")
     look.add_argument("--dtype", default="float32", help="of the activations (float32)")
     look.add_argument("--device", default="cpu", help="where it would run (cpu)")
+    add_import(look)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

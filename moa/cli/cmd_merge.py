@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shared_options import check_out
+from .shared_options import add_import, check_out
 
 if TYPE_CHECKING:
     from ..merge.jobs import Plan
@@ -50,6 +50,7 @@ def add(command: Callable[..., argparse.ArgumentParser], help_asked: bool) -> No
         metavar="OPTION=VALUE",
         help="one option of the method, e.g. --set density=0.2; may be repeated",
     )
+    add_import(merge)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

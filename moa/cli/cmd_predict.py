@@ -40,7 +40,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from ..runs.progress import one_bar
 
     one_bar()
-    model, tokenizer = applied.loaded(arguments.imports)
+    model, tokenizer = applied.loaded()
     usual = 128 if applied.config is None else applied.config.max_length
     found = predict(
         model,

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import textwrap
 
-from .shared_options import Command
+from .shared_options import Command, add_import
 
 WIDTH = 110
 
@@ -16,7 +16,7 @@ def add(command: Command) -> None:
     """Add the command to a parser."""
     recipes = command("recipes", _recipes, "list the recipes, or every keyword of one")
     recipes.add_argument("name", nargs="?", help="of a recipe, or of an adapter family")
-    recipes.add_argument("--import", dest="imports", action="append", default=[], help="module or .py file of your own")
+    add_import(recipes)
 
 
 def _recipes(arguments: argparse.Namespace) -> None:
@@ -24,10 +24,7 @@ def _recipes(arguments: argparse.Namespace) -> None:
     from ..errors import ConfigError, unknown_name
     from ..experts import FAMILIES
     from ..recipes import RECIPES
-    from ..runs.config import import_module
 
-    for module in arguments.imports:
-        import_module(module)
     if arguments.name is None:
         print("recipes (recipe.router, or moa.build(model, router=…)):")
         _table(RECIPES)

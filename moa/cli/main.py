@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(words).parse_args(words)
     try:
         with _plain_warnings(arguments.command):
+            _import(getattr(arguments, "imports", ()))
             arguments.run(arguments)
     except MoaError as error:
         print(f"moa {arguments.command}: {plain_text(error)}", file=sys.stderr)
@@ -66,6 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"moa {arguments.command}: {room}", file=sys.stderr)
         return 2
     return 0
+
+
+def _import(names: Sequence[str]) -> None:
+    """Import what --import names; nothing heavy is imported for none."""
+    if names:
+        from ..runs.config import import_module
+
+        for name in names:
+            import_module(name)
 
 
 def _no_room(error: BaseException) -> str | None:

@@ -34,14 +34,14 @@ def add_out(sub: argparse.ArgumentParser) -> None:
 
 
 def add_import(sub: argparse.ArgumentParser) -> None:
-    """Add --import MODULE."""
+    """Add --import MODULE; `main` imports it before the command runs."""
     sub.add_argument(
         "--import",
         dest="imports",
         action="append",
         default=[],
         metavar="MODULE",
-        help="module or .py file that registers the checkpoint's recipe or family, if it is not moa's; may be repeated",
+        help="module or .py file that registers a recipe, family or merging method of your own; may be repeated",
     )
 
 

@@ -18,6 +18,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "base": (dict,),
     "recipes": (list,),
     "modules_to_save": (list,),
+    "origins": (dict, type(None)),
     "base.class": (str,),
     "base.name_or_path": (str,),
     "base.config": (dict, type(None)),
@@ -44,6 +45,8 @@ def check_description(description: Mapping[str, Any], file: Path) -> None:
         check(value, types, field)
     for name in description["modules_to_save"]:
         check(name, (str,), "each of modules_to_save")
+    for name, module in (description.get("origins") or {}).items():
+        check(module, (str,), f"origins.{shown(name)}")
     for number, recipe in enumerate(description["recipes"]):
         check(recipe, (dict,), f"recipes[{number}]")
         check(recipe.get("router"), (str,), f"recipes[{number}].router")

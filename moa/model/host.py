@@ -27,6 +27,7 @@ from ..mixture.preview import Preview
 from ..mixture.streams import Streams
 from ..objective.trace import Trace
 from ..recipes import Recipe
+from ..recipes.origins import origins
 from .adapt import adapted, optimizer_groups
 from .chosen import common_names
 from .entries import close_entries, open_entries
@@ -277,6 +278,7 @@ class Host(Switched):
             },
             "recipes": [{**recipe.to_dict(), "sites": names} for recipe, names in self.recipes],
             "modules_to_save": self.modules_to_save,
+            "origins": {name: module for recipe, _ in self.recipes for name, module in origins(recipe).items()},
         }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..formats import checkpoint, foreign
 from ..formats.adopters import adopt
-from ..recipes import make_recipe
+from ..recipes.origins import rebuilt
 from .heads import load_base
 from .host import Host
 from .rollback import all_or_nothing
@@ -54,11 +54,8 @@ def load_host(
         out = around(base)
         out.train_whole(description["modules_to_save"])
         for row in description["recipes"]:
-            options = {key: value for key, value in row.items() if key not in ("router", "sites")}
-            try:
-                out.add_recipe(make_recipe(row["router"], **options), row["sites"])
-            except ConfigError as error:
-                raise ConfigError(f"{folder}: its recipe {row['router']!r} cannot be built: {error}") from error
+            options = {key: value for key, value in row.items() if key != "sites"}
+            out.add_recipe(rebuilt(options, description.get("origins") or {}, str(folder)), row["sites"])
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     return _ready(out, is_trainable)
 

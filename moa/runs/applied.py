@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError, unknown_name
 from ..formats.atomic import replacing, said_of
-from .config import TrainConfig, import_module, read_config
+from .config import TrainConfig, read_config
 from .run_folder import CONFIG, MODEL, check_writable
 from .tasks import Task
 from .yaml_values import is_folder
@@ -43,18 +43,13 @@ class Applied:
         number = task_id(given, list(self.config.tasks), str(self.folder))
         return None if number is None else list(self.config.tasks.values())[number]
 
-    def loaded(self, imports: Sequence[str] = ()) -> tuple[Any, Any]:
+    def loaded(self) -> tuple[Any, Any]:
         """Return the model, in evaluation mode on an accelerator where there is one, and its tokenizer.
-
-        Args:
-            imports: modules or .py files to import before.
 
         Raises:
             CheckpointError: no checkpoint there, or its base cannot be loaded.
             ConfigError: neither the checkpoint nor its base has a tokenizer.
         """
-        for name in imports:
-            import_module(name)
         import torch
 
         from ..model.build import load

@@ -101,6 +101,7 @@ class TrainConfig:
         patience: stop after so many evaluations without a lower loss, and keep the best model; evaluates every epoch
             unless training.eval_strategy says otherwise.
         imports: written `import:`; modules or .py files that register your own routers, recipes or families.
+        score_before: score the evaluation rows before training too; training.disable_tqdm: true leaves out the bars.
         compare: baselines; null for none.
         generate: answers at the end of a generation run; null for none.
 
@@ -122,6 +123,7 @@ class TrainConfig:
     dtype: str | None = None
     patience: int | None = None
     imports: Sequence[str] = ()
+    score_before: bool = True
     compare: Compare | None = None
     generate: Generate | None = None
 

@@ -18,11 +18,12 @@ def one_bar() -> None:
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for training with the last loss beside it; nothing else is printed."""
+    """One bar for training with the last loss beside it, and one for each scoring, which then goes away."""
 
     def __init__(self, title: str) -> None:
         self.title = title
         self.bar: Any = None
+        self.scoring: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar."""
@@ -40,6 +41,23 @@ class ProgressBar(TrainerCallback):
         """Show the loss."""
         if self.bar is not None and logs is not None and "loss" in logs:
             self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        """Open the bar of a scoring, and move it."""
+        if state.is_world_process_zero and self.scoring is None:
+            total = len(eval_dataloader) if hasattr(eval_dataloader, "__len__") else None
+            title = self.title if self.bar is None else "evaluation"
+            self.scoring = tqdm(total=total, desc=title, unit="batch", dynamic_ncols=True, leave=False)
+        if self.scoring is not None:
+            self.scoring.update(1)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close it."""
+        if self.scoring is not None:
+            self.scoring.close()
+            self.scoring = None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close it."""

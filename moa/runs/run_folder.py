@@ -26,7 +26,7 @@ OWN = (RESULTS, FIGURE, CONFIG, MODEL, DATA, "routing.jsonl", "report.html", "ru
 HEADER = "# Written by moa train.\n"
 LONGEST_NAME = 240  # bytes; file systems take 255, and what stands beside it has a longer one
 # what may differ when a run is resumed: nothing of it changes a step that was or will be done, except how many
-FREE = {"output", "overwrite", "compare", "generate", "patience", "import"}
+FREE = {"output", "overwrite", "score_before", "compare", "generate", "patience", "import"}
 FREE_TRAINING = re.compile(
     r"(logging|log|eval|save|dataloader|disable|report|run|hub|push)_\w+|use_cpu|max_steps|num_train_epochs|"
     r"per_device_eval_batch_size|load_best_model_at_end|metric_for_best_model|greater_is_better|project"

@@ -169,7 +169,11 @@ class Run:
             raise ConfigError(f"training: no optimizer and schedule can be made: {one_line(error)}.") from error
 
     def evaluate(
-        self, model: MoAModel, statistics: RoutingStatistics | None = None, rows: Sequence[Any] | None = None
+        self,
+        model: MoAModel,
+        statistics: RoutingStatistics | None = None,
+        rows: Sequence[Any] | None = None,
+        title: str = "scoring",
     ) -> Scores:
         """Return the measures of each task.
 
@@ -177,9 +181,10 @@ class Run:
             model: in evaluation mode throughout.
             statistics: counts the routings, where given.
             rows: a data set per task; None takes the tasks' evaluation rows.
+            title: of the progress bar.
         """
         arguments = self._quiet({})
-        trainer = self.trainer(model, arguments)
+        trainer = self.trainer(model, arguments, title=title)
         if statistics is not None:
             model.context.trace = _EvaluationTrace(model, statistics)
         try:

@@ -109,19 +109,21 @@ def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tup
     """Return the results of training and scoring, and the routing as a table; model and figure are written."""
     config, folder, tasks, tokenizer = checked.config, checked.folder, run.tasks, run.tokenizer
     run.check(model, arguments)  # Trainer makes its folder, which a refusal here takes away again
-    say("before training")
-    before = run.evaluate(model)
+    before = {}
+    if config.score_before:
+        say("before training")
+        before = run.evaluate(model, title="before training")
     seconds = run.fit(model, arguments, monitored=True, checkpoint=folder.checkpoint)
     if is_first():
         model.save_pretrained(folder.work / MODEL)
         tokenizer.save_pretrained(folder.work / MODEL)
-    say("after training")
     statistics = RoutingStatistics(n_tasks=len(tasks))
-    after = run.evaluate(model, statistics)
-    for task, scores in after.items():
-        if not scores["loss"] < WORSE * before[task]["loss"]:
+    say("after training")
+    after = run.evaluate(model, statistics, title="after training")
+    for task, scores in before.items():
+        if not after[task]["loss"] < WORSE * scores["loss"]:
             say(
-                f"note: {task}: the loss rose from {before[task]['loss']:.3g} to {scores['loss']:.3g}: is the learning "
+                f"note: {task}: the loss rose from {scores['loss']:.3g} to {after[task]['loss']:.3g}: is the learning "
                 f"rate of {arguments.learning_rate:g} too high?"
             )
     layers = statistics.summary()
@@ -130,7 +132,7 @@ def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tup
 
     results = _describe(config, model, tasks, layers)
     results["seconds"] = {"training": seconds}
-    results["scores"] = {"before": before, "mixture": after}
+    results["scores"] = {**({"before": before} if before else {}), "mixture": after}
     if config.compare is not None:
         _compare(run, model, results)
     if config.generate is not None and tasks[0].writes:
@@ -250,7 +252,7 @@ def _compare(run: Run, model: MoAModel, results: dict[str, Any]) -> None:
                 compare.validation_fraction,
                 run.config.seed,
             )
-        elif all(branch.bank.zero_at_init for _, branch in model.branches()):
+        elif "before" in results["scores"] and all(branch.bank.zero_at_init for _, branch in model.branches()):
             scores = results["scores"]["before"]
             about = {"what": "the base as it is, not trained (experts that start at zero: the same as before)"}
         else:

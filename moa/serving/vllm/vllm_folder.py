@@ -18,6 +18,7 @@ from ...formats.atomic import staged
 from ...formats.checkpoint import original_name, plain_config
 from ...formats.tensor_writing import copy_rest
 from ...model.host import Host
+from ...recipes.origins import origins
 from ..servable import check_servable
 from . import ARCHITECTURE, MODEL_TYPE
 
@@ -71,7 +72,10 @@ def _write(model: Host, base: Any, out: Path) -> None:
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
         "base_config": config,
-        "moa": {"recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in model.recipes]},
+        "moa": {
+            "recipes": [{**recipe.to_dict(), "layers": names} for recipe, names in model.recipes],
+            "origins": {name: module for recipe, _ in model.recipes for name, module in origins(recipe).items()},
+        },
     }
     (out / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
