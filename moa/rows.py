@@ -24,6 +24,18 @@ def repeat_to(values: Tensor, n_rows: int, what: str) -> Tensor:
     return values.repeat_interleave(n_rows // values.shape[0], 0)
 
 
+def example_rows(values: Tensor, x: Tensor, what: str) -> Tensor:
+    """Return values (1,) or (B,) of examples, shaped to broadcast against the rows of x: (1,) or (B, 1, …).
+
+    Raises:
+        ShapeError: the rows of x (*rows, i) are not a multiple of B.
+    """
+    values, rows = values.to(x.device, non_blocking=True), x.shape[:-1]
+    if values.numel() == 1 or not rows:
+        return values[:1]
+    return repeat_to(values, rows[0], what).reshape(rows[0], *([1] * (len(rows) - 1)))
+
+
 def in_streams(values: Tensor, n: int) -> Tensor:
     """Return values (B, …) as n streams of the batch have them, one stream after the other, (n · B, …)."""
     return values.repeat(n, *([1] * (values.ndim - 1)))

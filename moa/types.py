@@ -7,7 +7,7 @@ per row · H heads · r rank · i/o in/out features · M routing samples · n st
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ContextError
-from .rows import check_task_ids, each_tensor, in_streams, of_one_stream, repeat_to
+from .rows import check_task_ids, each_tensor, example_rows, in_streams, of_one_stream, repeat_to
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,9 +36,12 @@ class Routing:
         scores: (*rows, E) fp32 after the score function; None where there are none.
         log_prob: (*rows,) log-probability of the sampled choice in nats; None where nothing was sampled.
         usage: (*rows, E) fp32 differentiable share of each expert that a balance loss counts; mostly None.
+
+    Attributes:
+        ranks: (*rows, K) or (*rows, 1) int64, how many components of an elastic expert act; None leaves it to it.
     """
 
-    __slots__ = ("_log_prob", "_scores", "indices", "logits", "n_experts", "usage", "weights")
+    __slots__ = ("_log_prob", "_scores", "indices", "logits", "n_experts", "ranks", "usage", "weights")
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class Routing:
     ) -> None:
         self.weights, self.indices, self.n_experts = weights, indices, n_experts
         self.logits, self.usage, self._scores, self._log_prob = logits, usage, scores, log_prob
+        self.ranks: Tensor | None = None
 
     @property
     def scores(self) -> Tensor | None:
@@ -72,6 +76,12 @@ class Routing:
     def given(self) -> tuple[Any, ...]:
         """The arguments that it was made of, tensors (*rows, …) and others, in order."""
         return self.weights, self.indices, self.n_experts, self.logits, self._scores, self._log_prob, self.usage
+
+    def at(self, ranks: Tensor) -> Routing:
+        """Return this routing with ranks (*rows, K) or (*rows, 1) of its elastic experts."""
+        found = Routing(*self.given)
+        found.ranks = ranks
+        return found
 
     @property
     def k(self) -> int:
@@ -149,11 +159,7 @@ class Pinned:
         Raises:
             ShapeError: the rows of x are not a multiple of the number of examples.
         """
-        experts, rows = self.experts.to(x.device, non_blocking=True), x.shape[:-1]
-        if experts.numel() == 1 or not rows:
-            return experts[:1]
-        experts = repeat_to(experts, rows[0], "adapter_ids")
-        return experts.reshape(experts.shape[0], *([1] * (len(rows) - 1)))
+        return example_rows(self.experts, x, "adapter_ids")
 
     def keep_base(self, y: Tensor, y0: Tensor) -> Tensor:
         """Return y (*rows, …) with the rows of y0, which broadcasts against it, in the examples that have no expert."""
@@ -198,6 +204,7 @@ class Context:
         n_streams: n; with more than one, each tensor above has the rows of n streams, one after the other, (n · B, …).
         enabled: False makes every mixture its base layer.
         pinned: the only experts that mixtures use, in place of their routers; None lets routers decide.
+        ranks: (1,) or (B,) of elastic experts; None leaves it to routers and experts.
     """
 
     task_ids: Tensor | None = None
@@ -215,6 +222,7 @@ class Context:
     n_streams: int = 1
     enabled: bool = True
     pinned: Pinned | None = None
+    ranks: Tensor | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _known: range | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -226,22 +234,8 @@ class Context:
         self, masks: Sequence[Tensor], routing_masks: Sequence[Tensor], source: tuple[Tensor, Sequence[Tensor]] | None
     ) -> Context:
         """Return the context of a part of the model in the same forward, with masks (B, S) of its own."""
-        return Context(
-            task_ids=self.task_ids,
-            masks=masks,
-            routing_masks=routing_masks,
-            source=source,
-            trace=self.trace,
-            draws=self.draws,
-            frozen_routings=self.frozen_routings,
-            preview=self.preview,
-            batch=self.batch,
-            handed_on=self.handed_on,
-            rows=self.rows,
-            n_streams=self.n_streams,
-            enabled=self.enabled,
-            pinned=self.pinned,
-        )
+        own: dict[str, Any] = {"masks": masks, "routing_masks": routing_masks, "source": source, "decisions": {}}
+        return replace(self, **own)
 
     def run_in(self, n_streams: int) -> None:
         """Take the rows (n · B, …) of n streams, or with n = 1 the batch's own (B, …), from now on."""
@@ -257,7 +251,7 @@ class Context:
             return in_streams(of_one_stream(values, before), n)
 
         context = self.within(*each_tensor((self.masks, self.routing_masks, self.source), change))
-        for name in ("task_ids", "preview", "batch", "pinned"):
+        for name in ("task_ids", "preview", "batch", "pinned", "ranks"):
             setattr(context, name, each_tensor(getattr(self, name), change))
         context.rows = None if self.rows is None else (self.rows[0] // before * n, self.rows[1])
         context.decisions, context.n_streams = self.decisions, n

@@ -55,6 +55,7 @@ ROUTER_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "deep": {"depth": 2, "width": 16},
     },
     "TaskEmbeddingRouter": {"default": {"d_embedding": 5}},
+    "RankedRouter": {"default": {"ranks": (1, 3)}},
 }
 # classes that no router law is run on, and why; a recipe's laws must reach them
 FOLLOWING = {"FollowRouter": "it decides nothing: it gives the routing of its block's first layer"}
@@ -69,6 +70,7 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
     "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
     "conformer": {"default": {"kernel": 5}},
+    "dylora": {"default": {"seed": 1}, "last": {"seed": 2, "update": "last"}},
 }
 # what a family's sizes must be multiples of
 CUTS: dict[tuple[str, str], int] = {
@@ -79,6 +81,7 @@ CUTS: dict[tuple[str, str], int] = {
     ("boft", "butterfly"): 4,
 }
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "topk": {"default": {}, "ranks": {"expert": "dylora", "ranks": (1, 2)}},
     "poly": {"default": {"alpha": 8.0}, "mu": {"mode": "mu", "alpha": 8.0, "n_tasks": 1}},
     "mhr": {"default": {"n_heads": 4, "alpha": 8.0}},
     "hydra": {

@@ -89,10 +89,11 @@ class FusedFactors(Fused):
         alike = [other.bank for other in others if isinstance(other, FusedFactors) and other.bank.engine == bank.engine]
         if len(alike) < len(others) or not has_slots(bank.engine):
             return []
-        down = torch.cat([other.factors()[0] for other in alike], 1)  # (E, Σ r, i)
+        downs = [other.factors()[0] for other in alike]
+        down = torch.cat(downs, 1)  # (E, Σ r, i)
         # (*rows, K, Σ r)
         hidden = grouped_linear(F.dropout(x, bank.dropout, bank.training), down, indices, engine=bank.engine)
-        return list(hidden.split([other.rank for other in alike], -1))
+        return list(hidden.split([one.shape[1] for one in downs], -1))
 
     def open_slots(self, x: Tensor, indices: Tensor, onto: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Return onto + E_{e_k}(x) for each slot k, (*rows, K, o), by the grouped kernels."""

@@ -28,6 +28,7 @@ class Family:
             whose output is, or begins with, a tensor (B, S, d), or at an attention or feed-forward sub-layer of a
             block: "sequential", on its output, or "parallel", on its input.
         usual_scale: alpha / rank where alpha is not given.
+        elastic: its experts act at any rank up to r, which a routing may choose row by row.
         uses: which of a recipe's keywords rank, alpha, dropout and engine it looks at; without alpha its scale is 1.
 
     Raises:
@@ -38,6 +39,7 @@ class Family:
     paper: ClassVar[str] = ""
     places: ClassVar[tuple[str, ...]] = LAYERS
     usual_scale: ClassVar[float] = 2.0
+    elastic: ClassVar[bool] = False
     uses: ClassVar[tuple[str, ...]] = COMMON
 
     def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
@@ -64,7 +66,7 @@ class Family:
         """Return what all layers of one recipe share, e.g. random bases (r, d), or None.
 
         The model owns it. Its parameters and persistent buffers are saved once; what a seed makes again is a buffer
-        that is not persistent.
+        that is not persistent. Its method `step()`, if it has one, is called after each optimizer step.
 
         Args:
             sites: all layers of the recipe, in order.

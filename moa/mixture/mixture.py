@@ -13,6 +13,7 @@ from ..errors import ConfigError, ShapeError
 from ..experts import ExpertBank
 from ..layers import as_weight, is_conv1d, is_dense, matrix, patches
 from ..routers import Router
+from ..rows import example_rows
 from ..types import Context, Routing, Scope
 from .uncalled import shown
 
@@ -98,13 +99,14 @@ class Mixture(nn.Module):
 
     def route(self, branch: Branch, x: Tensor, context: Context) -> Routing:
         """Return the branch's routing of x (*rows, i), and record it if a trace is open."""
+        routing: Routing
         if context.pinned is not None:
-            only: Routing = branch.router.pinned(x, context.pinned)
-            return only
-        routing: Routing = branch.router(x, context)
-        if context.trace is not None:
-            self._record(routing, x, branch.router, context)
-        return routing
+            routing = branch.router.pinned(x, context.pinned)
+        else:
+            routing = branch.router(x, context)
+            if context.trace is not None:
+                self._record(routing, x, branch.router, context)
+        return routing if context.ranks is None else routing.at(example_rows(context.ranks, x, "ranks").unsqueeze(-1))
 
     def _record(self, routing: Routing, x: Tensor, router: Router, context: Context) -> None:
         assert context.trace is not None
@@ -142,7 +144,8 @@ class Mixture(nn.Module):
         """Return base and branch together (*rows, o), with the routing in the same step where both sides can."""
         router: Any = branch._modules["router"]
         bank: Any = branch._modules["bank"]
-        gate, fused = None if context.pinned is not None else router.gate(), bank.fused
+        told = context.pinned is not None or context.ranks is not None
+        gate, fused = None if told else router.gate(), bank.fused
         found = None if gate is None else fused.add_gated(x, gate, weight, bias)
         if found is None:
             routing = self.route(branch, x, context)

@@ -162,6 +162,10 @@ class Host(Switched):
         super().optimizer_step_done()
         for _, branch in self.branches():
             branch.router.step()
+        for shared in self.shared_by_experts.values():
+            step: Any = getattr(shared, "step", None)
+            if step is not None:
+                step()
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[Trace]:

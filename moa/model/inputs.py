@@ -87,6 +87,7 @@ def outermost(around: Context, batch: Batch) -> Context:
     """Return the context of a forward that begins, given that outside of it; its masks (B, S) are the batch's."""
     context = around.within(batch.attention, batch.routing, None)
     context.task_ids = around.task_ids if batch.task_ids is None else batch.task_ids
+    context.ranks = around.ranks
     context.pinned = around.pinned if batch.pinned is None else batch.pinned
     context.batch, context.handed_on, context.preview = batch, True, None
     return context

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import ConfigError
 from ..mixture import Branch, Site
-from ..routers import FixedRouter, LinearRouter, LocalizedRouter, TaskEmbeddingRouter, ThresholdRouter
+from ..routers import (
+    FixedRouter,
+    LinearRouter,
+    LocalizedRouter,
+    RankedRouter,
+    TaskEmbeddingRouter,
+    ThresholdRouter,
+)
 from ..routers.balanced import check_bias_rate
 from ..routers.linear import check_jitter
 from ..routers.localized import check_kinds
+from ..routers.ranked import check_ranks
 from ..routers.table import check_size, check_tasks
 from ..routers.threshold import check_threshold
 from .balance import BalancedRecipe, LossRecipe
@@ -24,6 +33,11 @@ class TopK(TopKRecipe, BalancedRecipe):
     Args:
         z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
         jitter: in training only, the gate sees x times a draw from 1 - jitter to 1 + jitter.
+        ranks: among which a second gate chooses for each row, where experts are elastic (expert="dylora"); none leaves
+            all rows at one rank.
+
+    Raises:
+        ConfigError: ranks that the experts do not have.
     """
 
     softmax_gate = True
@@ -31,10 +45,19 @@ class TopK(TopKRecipe, BalancedRecipe):
 
     z_loss: float = 0.001
     jitter: float = 0.0
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_jitter(self.jitter)
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        if self.ranks:
+            check_ranks(self.ranks, self.rank)
+            if not self.family.elastic or "moe-experts" in self.targets:
+                raise ConfigError(
+                    f"ranks={self.ranks} needs experts that act at any rank, expert='dylora', on layers and not on the "
+                    "base's own fused experts."
+                )
 
     def losses(self) -> dict[str, float]:
         """Return the coefficients of the balance and the z-loss; no tensors."""
@@ -43,6 +66,8 @@ class TopK(TopKRecipe, BalancedRecipe):
     def build(self, site: Site) -> list[Branch]:
         """Return one branch: a linear gate on x (*rows, i)."""
         router = LinearRouter(site.d_in, self.n_experts, self.k, jitter=self.jitter)
+        if self.ranks:
+            router = RankedRouter(site.d_in, self.n_experts, self.k, self.ranks, jitter=self.jitter)
         return [Branch(self.learning(router), self.bank(site))]
 
 

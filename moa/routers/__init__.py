@@ -8,6 +8,7 @@ from .linear import LinearRouter
 from .localized import LocalizedRouter
 from .projection import ProjectionRouter
 from .prototype import PrototypeRouter
+from .ranked import RankedRouter
 from .router import Router
 from .sampled import SampledRouter
 from .table import TableRouter, TaskEmbeddingRouter
@@ -17,6 +18,7 @@ ROUTERS: dict[str, type[Router]] = {
     "linear": LinearRouter,
     "sampled": SampledRouter,
     "fixed": FixedRouter,
+    "ranked": RankedRouter,
     "projection": ProjectionRouter,
     "prototype": PrototypeRouter,
     "localized": LocalizedRouter,
@@ -37,6 +39,7 @@ __all__ = [
     "PreviewRouter",
     "ProjectionRouter",
     "PrototypeRouter",
+    "RankedRouter",
     "Router",
     "SampledRouter",
     "SoftRouter",

@@ -130,9 +130,10 @@ def _keeps_examples_apart(bank: ExpertBank, x: Tensor, k: int) -> None:
 
 
 def bank_delta_is_expert(bank: ExpertBank, x: Tensor) -> None:
-    """`delta` is the expert as one weight change, where the family has one."""
+    """`delta` is the expert as one weight change, where the family has one, as it is in evaluation."""
     if type(bank).delta is ExpertBank.delta:
         return
+    bank.eval()
     for expert in range(bank.n_experts):
         change = bank.delta(expert).dense().to(x.dtype)  # (o, i)
         expected = bank.expert_forward(x, expert)
@@ -256,13 +257,14 @@ def bank_drops_once(bank: ExpertBank, x: Tensor, k: int) -> None:
     bank.eval()
     if bank.mixes == "outputs":
         assert_close(bank(x, routing), definition(x, routing), what="evaluation")
+    bank.train()
+    dropout, bank.dropout = bank.dropout, 0.0  # the experts of this training step, on what was dropped before
     if bank.carries_input:
         dense = seeded(lambda: F.dropout(routing.dense(), 0.5))
         expected = definition(x, Routing(dense, None, bank.n_experts))
     else:
         expected = definition(seeded(lambda: F.dropout(x, 0.5)), routing)
-    base = x @ weight.T
-    bank.train()
+    base, bank.dropout = x @ weight.T, dropout
     assert_close(seeded(lambda: bank(x, routing)), expected, what="forward")
     assert_close(seeded(lambda: bank.fused.add_linear(x, routing, weight, None)), base + expected, what="with its base")
     found = seeded(lambda: bank.fused.add_gated(x, Gate(gate, k), weight, None))  # type: ignore[arg-type, return-value]

@@ -25,7 +25,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "boft": {"block_size": 4, "n_factors": 2},
     "ia3": {"feedforward": ("down_proj",)},
 }
-NEW = ["ia3", "vera", "shira", "core", "paca", "lokr", "loha", "randlora", "dora", "oft", "boft"]
+NEW = ["ia3", "vera", "shira", "core", "paca", "dylora", "lokr", "loha", "randlora", "dora", "oft", "boft"]
 WHOLE = ["dora", "oft", "boft"]
 # trainable numbers of one expert on a layer i -> o at rank r, by the paper's closed formula
 FORMULAS: dict[str, Any] = {
@@ -33,6 +33,7 @@ FORMULAS: dict[str, Any] = {
     "vera": lambda i, o, r, name: r + o,
     "shira": lambda i, o, r, name: int(0.1 * i * o),
     "core": lambda i, o, r, name: r * r,
+    "dylora": lambda i, o, r, name: r * (i + o),
     "paca": lambda i, o, r, name: r * o,
     "loha": lambda i, o, r, name: 2 * r * (i + o),
     "randlora": lambda i, o, r, name: -(-min(i, o) // r) * (r + min(i, o)),

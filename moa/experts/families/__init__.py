@@ -5,6 +5,7 @@ from .bottleneck import Bottleneck, BottleneckBank
 from .convolved import Conformer, ConformerBank, Convpass, ConvpassBank
 from .core import Core, CoreBank
 from .dora import DoRA, DoRABank
+from .dylora import DyLoRA, DyLoRABank
 from .ia3 import IA3, InputScaleBank, OutputScaleBank
 from .loha import LoHa, LoHaBank
 from .lokr import LoKr, LoKrBank
@@ -29,6 +30,8 @@ __all__ = [
     "CoreBank",
     "DoRA",
     "DoRABank",
+    "DyLoRA",
+    "DyLoRABank",
     "InputScaleBank",
     "LoHa",
     "LoHaBank",
