@@ -11,10 +11,11 @@ from torch import nn
 
 from ..delta import Delta, Dense, LowRank
 from ..errors import CheckpointError, ConfigError
-from ..mixture import Branch, Mixture
+from ..mixture import Branch, ExpertsMixture, Mixture
 from .foreign import Foreign, read_foreign
 from .named_deltas import Deltas, check_finite, deltas
 from .peft_folder import Lora
+from .peft_parameters import matrices_of, unstacked
 from .peft_start import Base, base_of_model
 
 LOW_RANK = "an expert is a low-rank change of linear layers; moa.merge.read_peft with base= reads it for merging"
@@ -38,7 +39,7 @@ def read_adapters(paths: Sequence[str | Path], model: nn.Module) -> list[Deltas]
     if not paths:
         raise ConfigError("experts=[] names no adapter folder.")
     base = base_of_model(model)
-    return [expert_changes(read_foreign(Path(path)), base) for path in paths]
+    return [expert_changes(unstacked(read_foreign(Path(path)), model), base) for path in paths]
 
 
 def expert_changes(found: Foreign, base: Base | None) -> Deltas:
@@ -100,7 +101,11 @@ def load_experts(
         CheckpointError: a factor of another shape than its layer: an adapter for another base.
     """
     for name in names:
-        branch = mixtures[name].branches[0]
+        mixture = mixtures[name]
+        if isinstance(mixture, ExpertsMixture):
+            _load_matrices(mixture, adapters, first)
+            continue
+        branch = mixture.branches[0]
         assert isinstance(branch, Branch)
         bank = branch.bank
         if bank.mixes != "outputs" or bank.factors() is None:
@@ -122,3 +127,21 @@ def load_experts(
                     f"{bank.d_out}: this adapter was made for another base."
                 )
             bank.read(e, delta)
+
+
+def _load_matrices(mixture: ExpertsMixture, adapters: Sequence[Deltas], first: int) -> None:
+    """Make adapter e expert e on each matrix (o, i) of fused experts."""
+    branches: list[Branch] = list(mixture.branches)  # type: ignore[arg-type]
+    n_experts = branches[0].router.n_experts
+    bank, fits = branches[0].bank, len(branches) == 2 and n_experts == first + len(adapters)
+    if not fits or bank.mixes != "outputs" or bank.factors() is None:
+        raise ConfigError(
+            f"{mixture.name} has {n_experts} expert(s) of {type(bank).__name__} in this recipe, and "
+            f"{len(adapters)} adapters were given: choose another, e.g. 'topk', 'dense' or 'remix'."
+        )
+    for branch in branches:
+        for parameter in branch.bank.parameters():
+            parameter.view(-1, n_experts, *parameter.shape[1:])[:, first:] = 0  # what an adapter does not change
+    for e, adapter in enumerate(adapters, first):
+        for name, (half, n) in matrices_of(mixture, adapter).items():
+            branches[half].bank.read(n * n_experts + e, adapter[name])

@@ -22,6 +22,7 @@ from .peft_experts import largest_rank, load_experts, read_adapters
 from .peft_folder import PREFIX
 from .peft_kinds import KINDS, Kind
 from .peft_options import INITS, check_known, check_options, init_of, is_set, scale_of
+from .peft_parameters import layers_of
 
 Mixtures = Mapping[str, Mixture]
 VERSION = "0.21.2"  # of PEFT, whose layout is written: it reads rotations by it
@@ -70,7 +71,7 @@ def read_given(paths: Sequence[str | Path], model: nn.Module, expert: str | None
             )
         adapters = read_adapters(paths, model)
         keywords: dict[str, Any] = {"n_experts": len(adapters), "rank": largest_rank(adapters)}
-        layers = sorted({name for adapter in adapters for name in adapter})
+        layers = sorted(set(layers_of({name for adapter in adapters for name in adapter}, model).values()))
         return Given(keywords, layers, functools.partial(load_experts, adapters=adapters))
     kind = kinds[0]
     read = [NativeAdapter(f, kind) for f in found]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import moa
-from moa.errors import ConfigError, FoldError, UnadaptedWarning
+from moa.errors import CheckpointError, ConfigError, FoldError, UnadaptedWarning
 from moa.mixture import fused_experts
 from tests import models
 from tests.model.test_bases import FUSED, base
@@ -265,3 +267,60 @@ def test_something_else_that_runs_the_module_is_an_error():
     next(iter(model.mixtures().values())).base.register_forward_hook(lambda *a: None)
     with pytest.raises(ConfigError, match="something else runs this MixtralExperts"):
         models.outputs_of(model, models.token_batch(2, 6))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for the old name
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_pefts_target_parameters_become_experts(kind, both, tmp_path):
+    """Folders that peft writes: each expert by itself gives peft's logits, on one tensor or on both, beside a layer."""
+    batch, folders, want = models.token_batch(2, 6), [], []
+    name, mixture = next(iter(adapted(kind, "fixed").mixtures().items()))
+    tensors = [mixture.layout.up, mixture.layout.down] if both else [mixture.layout.down]
+    for number in range(2):
+        config = peft.LoraConfig(
+            r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False,
+            target_parameters=[f"{name.rpartition('.')[2]}.{tensor}" for tensor in tensors],
+        )  # fmt: skip
+        theirs = peft.get_peft_model(base(kind), config).eval()
+        rng = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for key, parameter in theirs.named_parameters():
+                if "lora_" in key:
+                    parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.2)
+        want.append(models.outputs_of(theirs, batch))
+        folders.append(tmp_path / f"adapter{number}")
+        theirs.save_pretrained(folders[-1])
+    model = moa.build(base(kind), "topk", experts=folders, k=1).eval()
+    assert name in model.mixtures() and any("q_proj" in layer for layer in model.mixtures())
+    for number in range(2):
+        with model.pin_expert(number):
+            assert torch.allclose(models.outputs_of(model, batch), want[number], atol=1e-5)
+    assert not torch.allclose(want[0], want[1], atol=1e-3)
+    less = moa.build(base(kind), "topk", experts=folders[:1], k=1).eval()
+    less.add_expert(folders[1])
+    with less.pin_expert(1):
+        assert torch.allclose(models.outputs_of(less, batch), want[1], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+def test_folders_on_fused_weights_that_do_not_fit_are_refused(tmp_path):
+    model = adapted("Qwen3Moe", "topk")
+    moa.export_expert(model, 1, tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    said, tensors = json.loads(config.read_text()), load_file(weights)
+    config.write_text(json.dumps({**said, "rank_pattern": {"experts": 2}}))
+    with pytest.raises(CheckpointError, match="rank_pattern beside target_parameters"):
+        moa.build(base("Qwen3Moe"), "topk", experts=[tmp_path])
+    config.write_text(json.dumps(said))
+    key = next(key for key in tensors if "lora_A" in key and "experts" in key)
+    save_file({**tensors, key: tensors[key][:-1].contiguous()}, weights)
+    with pytest.raises(CheckpointError, match="made for another base"):
+        moa.build(base("Qwen3Moe"), "topk", experts=[tmp_path])
+    save_file({name: value for name, value in tensors.items() if name != key}, weights)
+    with pytest.raises(CheckpointError, match="only one factor of"):
+        moa.build(base("Qwen3Moe"), "topk", experts=[tmp_path])
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match="target_parameters"):
+        moa.build(models.llama(), "topk", experts=[tmp_path])
