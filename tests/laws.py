@@ -70,6 +70,7 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
     "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
     "conformer": {"default": {"kernel": 5}},
+    "compacter": {"default": {"n": 2}, "glorot": {"n": 2, "start": "glorot"}},
     "dylora": {"default": {"seed": 1}, "last": {"seed": 2, "update": "last"}},
 }
 # what a family's sizes must be multiples of
@@ -79,6 +80,8 @@ CUTS: dict[tuple[str, str], int] = {
     ("oft", "exact"): 2,
     ("boft", "default"): 3,
     ("boft", "butterfly"): 4,
+    ("compacter", "default"): 2,
+    ("compacter", "glorot"): 2,
 }
 RECIPE_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "topk": {"default": {}, "ranks": {"expert": "dylora", "ranks": (1, 2)}},
@@ -204,6 +207,8 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     d_in, d_out = d_in * cut, d_out * cut
     if name in ("core", "paca"):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
+    if name == "compacter":
+        options["rank"] = 2 * rank
     if name == "conformer":  # norms over its features and its channels
         d_in, options["rank"] = max(d_in, 4), max(rank, 2)
     family = make_family(name, own)

@@ -112,7 +112,7 @@ def test_bank_is_the_same_under_every_engine(name: str, variant: str, engine: st
         return
     dtype, tolerance = (torch.float32, 1e-5) if engine == "grouped_mm" else (torch.float64, laws.TOLERANCE)
     bank = laws.make_bank(name, variant, 16, 24, 4, 8, engine=engine).to(dtype)
-    x = torch.randn(2, 5, 16, dtype=dtype)
+    x = torch.randn(2, 5, bank.d_in, dtype=dtype)
     bank_laws.bank_fast_is_generic(bank, x, 2, dense, tolerance)
     bank_laws.bank_gated_is_apart(bank, x, 2, tolerance)
 

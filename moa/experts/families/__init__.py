@@ -2,6 +2,7 @@
 
 from .boft import BOFT, BOFTBank
 from .bottleneck import Bottleneck, BottleneckBank
+from .compacter import Compacter, CompacterBank
 from .convolved import Conformer, ConformerBank, Convpass, ConvpassBank
 from .core import Core, CoreBank
 from .dora import DoRA, DoRABank
@@ -22,6 +23,8 @@ __all__ = [
     "BOFTBank",
     "Bottleneck",
     "BottleneckBank",
+    "Compacter",
+    "CompacterBank",
     "Conformer",
     "ConformerBank",
     "Convpass",

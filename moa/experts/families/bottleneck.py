@@ -90,6 +90,10 @@ class BottleneckBank(ExpertBank):
         nn.init.zeros_(self.down_bias)
         nn.init.zeros_(self.up_bias)
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return down (E, r, i) and up (E, r, o)."""
+        return self.down, self.up
+
     def act(self, x: Tensor) -> Tensor:
         """Return f(x), of any shape."""
         return ACTIVATIONS[self.activation](x)
@@ -108,19 +112,20 @@ class BottleneckBank(ExpertBank):
         x = F.dropout(x, self.dropout, self.training)
         if routing.indices is None or not has_slots(self.engine):
             return self._by_all(x, routing.dense())
-        indices = routing.indices.expand(*x.shape[:-1], routing.k)
-        hidden = grouped_linear(x, self.down, indices, engine=self.engine)  # (*rows, K, r)
+        indices, (down, up) = routing.indices.expand(*x.shape[:-1], routing.k), self.matrices()
+        hidden = grouped_linear(x, down, indices, engine=self.engine)  # (*rows, K, r)
         hidden = self.act(hidden + self.down_bias[indices].to(hidden.dtype))
         weighted = hidden * (routing.weights * self.scaling).to(hidden.dtype).unsqueeze(-1)
-        return grouped_sum(weighted, self.up, indices, engine=self.engine)
+        return grouped_sum(weighted, up, indices, engine=self.engine)
 
     def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
         """Return the mixture (*rows, o) of x (*rows, i) by all experts' products at once, of weights (*rows, E)."""
-        down, bias = self.down.flatten(0, 1), self.down_bias.flatten()  # (E r, i), (E r,)
+        downs, ups = self.matrices()
+        down, bias = downs.flatten(0, 1), self.down_bias.flatten()  # (E r, i), (E r,)
         hidden = self.act(F.linear(x, down.to(x.dtype), bias.to(x.dtype))).unflatten(-1, (self.n_experts, self.rank))
         scaled = (weights * self.scaling).to(hidden.dtype).unsqueeze(-1)  # (*rows, E, 1)
         weighted = torch.where(scaled != 0, hidden * scaled, 0).flatten(-2)  # (*rows, E r)
-        return weighted @ self.up.flatten(0, 1).to(weighted.dtype)
+        return weighted @ ups.flatten(0, 1).to(weighted.dtype)
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
