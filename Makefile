@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills peft-suite clean
 
 setup: .venv/.done
 
@@ -58,6 +58,10 @@ fuzz: setup
 
 kills: setup
 	$(BIN)/python -m experiments.kills --out experiments/results/kills.json
+
+# PEFT's own tests with moa in its place; PEFT is a checkout of its repository, which is not part of this one
+peft-suite: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.peft_suite --peft $(PEFT) --out experiments/results/peft_suite.json
 
 clean:
 	rm -rf .venv .envs runs
