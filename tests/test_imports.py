@@ -41,8 +41,9 @@ ALLOWED: dict[str, set[str]] = {
     "training": MODEL,
     "monitor": {"errors", "types", "delta", "rows", "objective", "model"},
     "serving": MODEL,
-    "runs": MODEL | {"training", "monitor", "serving", "__init__"},
-    "cli": MODEL | {"training", "monitor", "runs", "serving", "__init__"},
+    "federated": MODEL,
+    "runs": MODEL | {"training", "monitor", "serving", "federated", "__init__"},
+    "cli": MODEL | {"training", "monitor", "runs", "serving", "federated", "__init__"},
     "__main__": {"cli"},
     "__init__": MODEL | {"training", "monitor"},
 }
