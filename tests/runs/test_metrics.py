@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.nn import functional as F
 
 from moa.runs.metrics import ERROR, Answers, Classes, Numbers, Z, wilson
 from moa.runs.summary import score_table
-
-stats = pytest.importorskip("scipy.stats", reason="scipy, the oracle of the intervals, is not installed")
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (1, 1), (7, 12), (12, 12), (480, 1000)])
