@@ -34,6 +34,10 @@ class Preview:
     def __init__(self, base: nn.Module, scope: Scope) -> None:
         hidden_width(base)
         self.base, self.scope = base, scope
+        self.body: Any = getattr(base, "base_model", base)
+        # read once: compiled code has no signatures
+        self._places = _parameters(base, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._known = _parameters(self.body, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
     @contextlib.contextmanager
     def before_each_forward(self) -> Iterator[None]:
@@ -66,29 +70,19 @@ class Preview:
         if not context.enabled or context.pinned is not None:
             return args, kwargs
         args, kwargs = (_with_followers(args), _with_followers(kwargs))
-        bound = inspect.signature(self.base.forward).bind_partial(*args, **kwargs)
-        inputs = {**bound.arguments}
-        for extra in [p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD]:
-            inputs.update(inputs.pop(extra, {}))
-        context.preview = self._hidden(inputs)
+        context.preview = self._hidden({**dict(zip(self._places, args, strict=False)), **kwargs})
         return args, kwargs
 
     @property
     def switches_modes(self) -> bool:
         """Whether a pass sets modules to evaluation while it runs, as all threads see: it has to run alone then."""
-        return any(module.training for module in self._body.modules())
+        return any(module.training for module in self.body.modules())
 
-    @property
-    def _body(self) -> Any:
-        return getattr(self.base, "base_model", self.base)
-
-    @torch.no_grad()
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
-        body = self._body
-        names = inspect.signature(body.forward).parameters
-        inputs = {name: value for name, value in inputs.items() if name in names and name != "labels"}
+        body, known = self.body, self._known
+        inputs = {name: value for name, value in inputs.items() if name in known and name != "labels"}
         cache = inputs.get("past_key_values")
-        if "use_cache" in names:
+        if "use_cache" in known:
             inputs["use_cache"] = cache is not None
         if cache is not None:
             inputs["past_key_values"] = cache.follower
@@ -98,13 +92,19 @@ class Preview:
         try:
             for m in training:
                 m.training = False
-            hidden = body(**inputs).last_hidden_state
+            with torch.no_grad():
+                hidden = body(**inputs).last_hidden_state
         finally:
             context.enabled = True
             for m in training:
                 m.training = True
         assert isinstance(hidden, Tensor)
         return hidden
+
+
+def _parameters(module: nn.Module, *kinds: Any) -> tuple[str, ...]:
+    """Return the names of the inputs (B, …) of a module's forward that are of some kinds, in order."""
+    return tuple(p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in kinds)
 
 
 def _with_followers(inputs: Any) -> Any:

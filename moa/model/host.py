@@ -48,6 +48,7 @@ class Host(Switched):
         shared_by_experts: what the families of recipes share over their layers, by the recipe's number.
         streams: in which the base runs, for recipes that have several; None for one.
         samples: M, forwards per training step, the most that any recipe asks for.
+        preview: what runs only the base first, (B, S, d), where a router looks at that.
     """
 
     recipes: list[tuple[Recipe, list[str]]]
@@ -55,9 +56,8 @@ class Host(Switched):
     shared_by_experts: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
+    preview: Preview | None = None
     _entered_inside: Callable[[Any, Trace], None]
-    _preview: Preview | None = None
-    _needs_preview: bool = False
 
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
         """Put a recipe's mixtures into the base and return their names.
@@ -122,7 +122,8 @@ class Host(Switched):
         self.scope.names = common_names([recipe.names for recipe, _ in self.recipes])
         routers = [branch.router for _, branch in self.branches()]
         self.samples = max([1, *(router.samples for router in routers)])
-        self._needs_preview = any(router.needs_preview for router in routers)
+        looking = any(router.needs_preview for router in routers)
+        self.preview = Preview(self.base, self.scope) if looking else None
 
     def mixtures(self) -> dict[str, Mixture]:
         """Return the mixtures by the name of their layer, each (*rows, i) -> (*rows, o), in order."""
@@ -147,15 +148,6 @@ class Host(Switched):
         mixtures = self.mixtures()
         for recipe, names in self.recipes:
             recipe.experts_changed([mixtures[name] for name in names])
-
-    @property
-    def preview(self) -> Preview | None:
-        """What runs only the base first, (B, S, d), where a router looks at that."""
-        if not self._needs_preview:
-            return None
-        if self._preview is None:
-            self._preview = Preview(self.base, self.scope)
-        return self._preview
 
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called after each step of an optimizer that trains this model."""
