@@ -25,7 +25,7 @@ def folded_change(mixture: Mixture, task: int | None = None) -> dict[str, Tensor
     Raises:
         FoldError: the routing depends on the input, the experts are not a weight change, or the base holds no dense
             weight, or a place for what they add to every row.
-        NumericsError: an expert holds NaN or infinity.
+        NumericsError: an expert holds NaN or infinity; the layer and the tensor are named.
     """
     if mixture.why_not_fold is not None:
         raise FoldError(f"{mixture.name}: {mixture.why_not_fold}, so no weight of one layer equals it.")
@@ -43,9 +43,10 @@ def folded_change(mixture: Mixture, task: int | None = None) -> dict[str, Tensor
         changes = [layer_change(layer, static) for layer in part.layers]
         found |= mixture.stored(part, [(change.dense(), shift) for change, shift in changes])
     if not all(all_finite(change) for change in found.values()):
+        wrong = [key for key, value in mixture.branches.state_dict().items() if not all_finite(value)]
         raise NumericsError(
-            f"{mixture.name}: its experts hold NaN or infinity, and folding would put that into the base: training "
-            "diverged."
+            f"{mixture.name}: {', '.join(wrong) or 'what its experts add'} holds NaN or infinity, and folding "
+            "would put that into the base: training diverged."
         )
     return found
 

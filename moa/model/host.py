@@ -32,11 +32,12 @@ from .adapt import adapted, optimizer_groups
 from .chosen import common_names
 from .entries import close_entries, open_entries
 from .running import hold_still
+from .sound import Sound
 from .switched import Switched
 from .whole import Whole, whole_names
 
 
-class Host(Switched):
+class Host(Switched, Sound):
     """What `MoAModel` does with the mixtures in its base, whatever the base is.
 
     Attributes:
@@ -119,6 +120,7 @@ class Host(Switched):
 
     def routers_changed(self) -> None:
         """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
+        super().routers_changed()
         self.scope.names = common_names([recipe.names for recipe, _ in self.recipes])
         routers = [branch.router for _, branch in self.branches()]
         self.samples = max([1, *(router.samples for router in routers)])
@@ -135,6 +137,10 @@ class Host(Switched):
             for branch in mixture.branches:
                 assert isinstance(branch, Branch)
                 yield name, branch
+
+    def named_routers(self) -> list[tuple[str, nn.Module]]:
+        """Return the routers, of weights (E, i) and the like, by the name of their layer."""
+        return [(name, branch.router) for name, branch in self.branches()]
 
     def experts_changed(self) -> None:
         """Tell the routers that route by their experts to look at them again, down (E, r, i) and up (E, r, o).

@@ -142,7 +142,7 @@ class Learned(Host):
 
     def _add_up(self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace], labels: Any) -> Tensor:
         total, self.last_losses = self.objective.total(losses, examples, traces)
-        self.objective.diagnose(total, traces, labels, self._kind() == "decoder")
+        self.objective.diagnose(total, traces, labels, self._kind() == "decoder", self.branches(), self.steps_done + 1)
         self._notice(traces)
         return total
 

@@ -75,7 +75,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
         base.requires_grad_(False)
         hold_still(base, ())
-        watch(self)
+        self._begin()
 
     def forward(
         self,
@@ -108,7 +108,8 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         Raises:
             ContextError: task ids out of range; an unknown expert, or not one for each example; in training, labels
                 that leave no token.
-            NumericsError: a router produced NaN or infinity (its layer is named).
+            NumericsError: a router holds or produced NaN or infinity, or experts that made the training loss so (the
+                layer is named, and in training the step).
         """
         self.settle()
         pinned = self._chosen(adapter_ids, args, kwargs)
@@ -226,7 +227,11 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._begin()
+
+    def _begin(self) -> None:
         watch(self)
+        self.scope.before = self.check_routers
 
     # ---------------------------------------------------------------- saving
 

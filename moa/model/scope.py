@@ -6,7 +6,7 @@ import bisect
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,10 @@ class ModelScope:
 
     Attributes:
         names: of the model's experts, by which a batch chooses them.
+        before: called with the context in which a forward is about to begin.
     """
+
+    before: Callable[[Context], None] | None = None
 
     def __init__(self, draws: Draws | None = None, names: tuple[str, ...] = ()) -> None:
         self.draws, self.names = draws, names
@@ -67,6 +70,8 @@ class ModelScope:
         here = self._here
         if not here.inside:
             here.counted = not torch.compiler.is_compiling()
+            if here.counted and self.before is not None:
+                self.before(context)
             if here.counted:
                 self.turns.begin()
             here.graph = None if torch.compiler.is_compiling() or not torch.is_grad_enabled() else _Graph()

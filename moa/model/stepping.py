@@ -17,7 +17,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
 class Stepped(nn.Module):
-    """A model whose routers want to know of optimizer steps."""
+    """A model whose routers want to know of optimizer steps.
+
+    Attributes:
+        steps_done: optimizer steps since it was built, or of the run that it goes on with where a monitor knows them.
+    """
+
+    steps_done: int = 0
 
     _counted: bool = False  # a training forward since the last step
     _held: bool = False  # an optimizer holds its parameters themselves
@@ -26,6 +32,7 @@ class Stepped(nn.Module):
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called after each step of an optimizer that trains this model."""
         self._counted, self._before = False, None
+        self.steps_done += 1
 
     def settle(self) -> None:
         """Take the step of an optimizer that holds copies of the parameters, if these have moved since."""

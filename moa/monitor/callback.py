@@ -212,7 +212,7 @@ class RoutingMonitor(TrainerCallback):
         if self._window is not None and self._window.model is not found:
             raise ConfigError("this RoutingMonitor is attached to another model: close() it, or make a second one.")
         self.close()
-        self._step = self._logged = start_step
+        self._step = self._logged = found.steps_done = start_step
         self._collapsed.clear()
         self._window = Window(found, len(self.tasks), self.dead_share)
         if _rank() == 0:

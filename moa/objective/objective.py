@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ContextError, NumericsError
 from ..types import Routing
@@ -102,23 +102,46 @@ class Objective:
         return (counted != -100).sum() / num_items
 
     @staticmethod
-    def diagnose(total: Tensor, traces: list[Trace], labels: Any, shifts: bool) -> None:
-        """Say why a training loss () is not finite, where the routers or the labels are to blame.
+    def diagnose(
+        total: Tensor,
+        traces: list[Trace],
+        labels: Any,
+        shifts: bool,
+        layers: Iterable[tuple[str, nn.Module]],
+        step: int,
+    ) -> None:
+        """Say why a training loss () is not finite, where the routers, the experts or the labels are to blame.
+
+        Args:
+            total: the loss.
+            traces: M traces.
+            labels: (B,) or (B, S) class ids.
+            shifts: True where the first position of a row is never predicted.
+            layers: what was added to each, by its name, with parameters such as down (E, r, i).
+            step: the optimizer step that this loss is for, from 1.
 
         Raises:
             ContextError: no label is left.
-            NumericsError: a router's logits are not finite; its layer is named.
+            NumericsError: a router or a layer's experts are not finite; the layer and the step are named.
         """
         if torch.compiler.is_compiling() or bool(torch.isfinite(total)):
             return
+        for name, layer in layers:
+            for key, parameter in layer.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    part = "router" if key.startswith("router.") else "experts"
+                    raise NumericsError(
+                        f"in training step {step} the loss is not finite: the {part} of {name}, {key}, holds NaN or "
+                        "infinity. Training diverged; go on from an earlier checkpoint with a lower learning rate."
+                    )
         for trace in traces:
             for record in trace:
                 logits = record.routing.logits
                 if logits is not None and not bool(torch.isfinite(logits).all()):
                     kind = "NaN" if bool(torch.isnan(logits).any()) else "infinite"
                     raise NumericsError(
-                        f"the router of {record.name} gives {kind} logits: its input or its weights are not finite. "
-                        "Lower the learning rate, or look for NaN in the data."
+                        f"in training step {step} the router of {record.name} gives {kind} logits: its input is not "
+                        "finite. Lower the learning rate, or look for NaN in the data."
                     )
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             counted = labels[..., 1:] if shifts and labels.ndim > 1 else labels

@@ -261,7 +261,33 @@ def test_a_router_that_is_not_finite_is_named(name, value):
         trained[0].fill_(value)
     # layers that share a classifier break with it: the first of them is named
     first = next(n for n, b in model.branches() if any(p is trained[0] for p in b.router.parameters()))
-    with pytest.raises(NumericsError, match=f"router of {first}"):
+    with pytest.raises(NumericsError, match=f"in training step 1 .*the router of {first},"):
+        model(**models.lm_batch())
+    batch = {name: value for name, value in models.lm_batch().items() if name != "labels"}
+    calls = [model.eval(), model.base, model.base.model]
+    if all(branch.router.causal for _, branch in model.branches()):
+        calls.append(lambda **prompt: model.generate(**prompt, max_new_tokens=2))
+    for call in calls:
+        with torch.no_grad(), pytest.raises(NumericsError, match=f"router of {first}: .* holds NaN or infinity"):
+            call(**batch)
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch)  # no router is asked
+    with torch.no_grad():
+        trained[0].fill_(0.1)
+        model(**batch)
+
+
+def test_diverged_experts_are_named_with_the_step():
+    model = build("topk")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model.train()
+    for _ in range(2):
+        model(**models.lm_batch()).loss.backward()
+        optimizer.step()
+    name, branch = list(model.branches())[1]
+    with torch.no_grad():
+        branch.bank.up.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=rf"in training step 3 .*the experts of {name}, bank.up, holds NaN"):
         model(**models.lm_batch())
 
 
