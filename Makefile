@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills peft-suite clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills soak peft-suite clean
 
 setup: .venv/.done
 
@@ -62,6 +62,9 @@ kills: setup
 # PEFT's own tests with moa in its place; PEFT is a checkout of its repository, which is not part of this one
 peft-suite: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.peft_suite --peft $(PEFT) --out experiments/results/peft_suite.json
+
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.soak --out experiments/results/soak.json
 
 clean:
 	rm -rf .venv .envs runs

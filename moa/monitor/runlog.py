@@ -19,6 +19,7 @@ from .figures import RoutingHeatmap
 from .statistics import LayerLoad
 
 FILE = "routing.jsonl"
+IMAGES_APART = 1.1  # from one heat map to the next the step grows by this factor: they are most of an event file
 SCALARS = ("load_entropy", "effective_experts", "effective_fraction", "dead_fraction", "largest_share")
 
 
@@ -63,7 +64,7 @@ class LogStep:
             "router_grad_norm": _finite(self.router_grad_norm),
             "warnings": self.warnings,
         }
-        return json.dumps(row, allow_nan=False)
+        return json.dumps(row, allow_nan=False, separators=(",", ":"))
 
     def scalars(self, detailed: bool) -> dict[str, float]:
         """Return every TensorBoard scalar by its tag; detailed adds the load (E,) of each layer, expert by expert."""
@@ -162,7 +163,7 @@ class RunLog:
         start_step: optimizer steps done; what either holds of later ones is dropped.
         names: layers.
         detailed: one scalar per layer and expert.
-        images: heat maps.
+        images: heat maps, at log steps ever further apart: about 110 in 100,000 steps.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class RunLog:
 
         self.detailed, self.images = detailed, images
         self._heatmaps: dict[tuple[Any, ...], RoutingHeatmap] = {}
+        self._next_images = 0
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE
         kept = [line for line, step in _lines(path) if step.step <= start_step] if start_step and path.exists() else []
@@ -210,8 +212,9 @@ class RunLog:
 
     def _panels(self, step: LogStep) -> dict[str, dict[str, dict[str, Tensor]]]:
         """Return image tag -> panel title -> layer -> (E,) load."""
-        if not self.images:
+        if not self.images or step.step < self._next_images:
             return {}
+        self._next_images = max(step.step + 1, math.ceil(step.step * IMAGES_APART))
         images = {"moa_load/all": {"": {name: layer.load for name, layer in step.layers.items()}}}
         return {**images, "moa_load/by_task": step.by_task} if step.by_task else images
 

@@ -52,6 +52,20 @@ def test_lines_hold_every_measure_for_other_readers(tmp_path: Path) -> None:
     assert row["layers"]["a.1"]["dead_fraction"] == 0.5
 
 
+def test_heat_maps_come_ever_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(RunLog, "_png", lambda self, step, panels: drawn.append(step.step) or (1, 1, b""))
+    log = RunLog(tmp_path, tmp_path, 0, ["a.0", "a.1"], detailed=False, images=True)
+    for number in range(1, 1001):
+        log.write(log_step(number))
+    log.close()
+    steps = sorted(set(drawn))  # one image of all tasks together, one of each
+    assert steps[:3] == [1, 2, 3] and steps[-1] > 900
+    assert len(steps) < 70, f"{len(steps)} in 1000 steps"
+    half = sum(step <= 500 for step in steps)
+    assert len(steps) - half <= 8, "in the second half as many as one for each tenth more steps"
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     log = RunLog(tmp_path, tmp_path, 0, [], detailed=False, images=False)
     log.write(log_step(1, loss=math.nan, grad_norm=math.inf))
