@@ -112,8 +112,8 @@ def test_two_savers_at_once(way: str, tmp_path: Path) -> None:
     """What is there at any end is one of the two, whole; a saver that lost says so."""
     savers = [mixture(1.0), mixture(2.0)]
     for number, model in enumerate(savers):
-        WAYS[way](model, tmp_path / "apart" / str(number))
-    whole = [content(tmp_path / "apart" / str(number)) for number in range(2)]
+        WAYS[way](model, tmp_path / "apart" / str(number) / "out")
+    whole = [content(tmp_path / "apart" / str(number) / "out") for number in range(2)]
     assert not same(*whole)
 
     def save(model: Any) -> str:
