@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import moa
-from moa.experts import FAMILIES, ExpertBank, LoRABank, SlotBank, VectorBank, make_family
+from moa.experts import (
+    FAMILIES,
+    AffineLoRABank,
+    ExpertBank,
+    LoRABank,
+    MixedBank,
+    MixedFactorsBank,
+    SlotBank,
+    VectorBank,
+    make_family,
+)
 from moa.experts.families import OutputScaleBank
 from moa.layers import Site
 from moa.recipes import RECIPES, Recipe, make_recipe
@@ -137,11 +147,33 @@ def _output_scales(d_in: int, d_out: int, n_experts: int, **options: Any) -> Exp
     return OutputScaleBank(d_out, d_out, n_experts, **options)  # of the family "ia3", on an output
 
 
+def _mixed(d_in: int, d_out: int, n_experts: int, *, rank: int, **options: Any) -> ExpertBank:
+    """Return experts of two kinds in turn, the first of which are numbered last in their member bank's order."""
+    own = {name: options[name] for name in ("dropout", "engine") if name in options}
+    first = LoRABank(d_in, d_out, (n_experts + 1) // 2, rank=rank, scaling=options["scaling"])
+    if n_experts == 1:
+        return MixedBank([first], [0], **own)
+    site = Site("layer", nn.Linear(d_in, d_out), d_in, d_out)
+    second = make_family("loha").build(site, n_experts // 2, None, rank=rank, scaling=0.3)
+    numbers = [e // 2 + (0 if e % 2 == 0 else first.n_experts) for e in range(n_experts)]
+    return MixedBank([first, second], numbers, **own)
+
+
+def _mixed_ranks(d_in: int, d_out: int, n_experts: int, *, rank: int, **options: Any) -> ExpertBank:
+    own = {name: options[name] for name in ("dropout", "engine") if name in options}
+    first = LoRABank(d_in, d_out, (n_experts + 1) // 2, rank=rank, scaling=options["scaling"])
+    second = AffineLoRABank(d_in, d_out, n_experts // 2, rank=2 * rank, scaling=0.3)
+    numbers = [e // 2 + (0 if e % 2 == 0 else first.n_experts) for e in range(n_experts)]
+    return MixedFactorsBank([first, second] if n_experts > 1 else [first], numbers, **own)
+
+
 # banks that no family makes on the input of a layer
 OTHER_BANKS: dict[str, Callable[..., ExpertBank]] = {
     "slots": _slots,
     "vector": _vectors,
     "output-scales": _output_scales,
+    "mixed": _mixed,
+    "mixed-ranks": _mixed_ranks,
 }
 
 

@@ -8,6 +8,8 @@ from .family import FAMILIES, Family, family_class, make_family, register_expert
 from .fused import Fused
 from .headed import Headed, HeadedLoRABank
 from .lora import LoRA, LoRABank
+from .mixed import Mixed
+from .mixed_bank import MixedBank, MixedFactorsBank
 from .shared import Shared, SharedLoRABank
 from .slots import SlotBank
 from .structured import StructuredBank
@@ -25,6 +27,9 @@ __all__ = [
     "HeadedLoRABank",
     "LoRA",
     "LoRABank",
+    "Mixed",
+    "MixedBank",
+    "MixedFactorsBank",
     "Shared",
     "SharedLoRABank",
     "SlotBank",

@@ -36,6 +36,7 @@ class ExpertBank(nn.Module):
         whole: an expert is a whole weight of its layer, so the rows of an example must share one routing.
         rowwise: an expert's output on a row is a function of that row alone; False where it looks at the rows around
             it, which are then (B, S, i), those of padding zero.
+        fixed_size: why it has as many experts as it was built for; None where another number makes another bank.
         carries_input: the routing's weight of an expert already holds its product with x; the expert is a vector.
 
     Raises:
@@ -49,6 +50,7 @@ class ExpertBank(nn.Module):
     whole: ClassVar[bool] = False
     rowwise: ClassVar[bool] = True
     carries_input: ClassVar[bool] = False
+    fixed_size: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -114,6 +116,10 @@ class ExpertBank(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return the experts' factors down (E, r, i) and up (E, r, o) where each is s · up_e^T down_e, else None."""
         return None
+
+    def own(self, expert: int) -> tuple[ExpertBank, int]:
+        """Return the bank, (*rows, i) -> (*rows, o), that holds an expert, and its number there."""
+        return self, expert
 
     def mixed_delta(self, weights: Tensor) -> Delta:
         """Return the weight change (o, i) of a routing that is the same on every row.

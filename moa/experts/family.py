@@ -74,6 +74,14 @@ class Family:
         """
         return None
 
+    def of(self, expert: int) -> Family:
+        """Return the family of one expert: this one, in a bank that has one; no tensors, so no shapes."""
+        return self
+
+    def described(self) -> Any:
+        """Return what `expert` is in a configuration or a checkpoint: the name; no tensors, so no shapes."""
+        return self.name
+
     def keywords(self) -> dict[str, Any]:
         """Return the family's own keywords as plain values; no tensors, so no shapes."""
         return dataclasses.asdict(self)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import MoaWarning
+from ..experts.mixed import names_in
 from .atomic import replacing
 
 CARD = "README.md"
@@ -63,7 +64,11 @@ def write_card(folder: Path, description: Mapping[str, Any]) -> None:
             stacklevel=3,
         )
         return
-    words = ["moa", "mixture-of-adapters", *(row[key] for row in rows for key in ("router", "expert"))]
+    words = [
+        "moa",
+        "mixture-of-adapters",
+        *(name for row in rows for name in (row["router"], *names_in(row["expert"]))),
+    ]
     card.data["library_name"] = "moa"
     if base["name_or_path"]:
         card.data["base_model"] = base["name_or_path"]
@@ -89,9 +94,11 @@ def _mixture_text(folder: Path, description: Mapping[str, Any]) -> str:
         "",
     ]
     for row in rows:
-        options = {k: v for k, v in row.items() if k not in ("router", "expert", "sites") and v not in (None, (), [])}
+        kind = ["expert"] if isinstance(row["expert"], str) else []  # of several families it is in the table
+        options = {k: v for k, v in row.items() if k not in ("router", *kind, "sites") and v not in (None, (), [])}
+        names = " + ".join(names_in(row["expert"]))
         lines += [
-            f"## Recipe `{row['router']}`, experts `{row['expert']}`, on {len(row['sites'])} layers",
+            f"## Recipe `{row['router']}`, experts `{names}`, on {len(row['sites'])} layers",
             "",
             "| keyword | value |",
             "|---|---|",

@@ -82,7 +82,11 @@ def check_claims(description: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         sizes = {
             key: value for key, value in recipe.items() if isinstance(value, int) and re.fullmatch(SIZE_NAMES, key)
         }
-        n_experts, rank = sizes.get("n_experts", 0), sizes.get("rank", 0)
+        ranks = recipe.get("rank")
+        if isinstance(ranks, list):  # one for each expert
+            sizes["rank"] = max([r for r in ranks if isinstance(r, int)], default=0)
+            sizes["Σ rank"] = sum(r for r in ranks if isinstance(r, int))
+        n_experts, rank = sizes.get("n_experts", 0), 1 if isinstance(ranks, list) else sizes.get("rank", 0)
         sizes["n_experts · rank"] = n_experts * rank if n_experts != rank else rank
         for key, value in sizes.items():
             if value > max(held, HARMLESS):

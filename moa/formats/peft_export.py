@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..delta import Delta, LowRank
 from ..errors import ConfigError, FoldError
+from ..experts import ExpertBank
 from ..layers import as_factors, is_conv1d
 from ..mixture import Branch, ExpertsMixture, Mixture
 from ..mixture.change import Change, factor_change, mixed, single
@@ -53,7 +54,7 @@ def export_expert(
             peft's are not; the layer is named.
     """
     said = f"Expert {expert} of a mixture of adapters made by moa."
-    kind = None if as_lora else _kind_of(model)
+    kind = None if as_lora else _kind_of(model, expert)
     return _export(model, lambda mixture: _of_expert(mixture, expert), folder, said, overwrite, expert, kind)
 
 
@@ -127,7 +128,7 @@ def _export(
         if prefix and name == full:
             raise FoldError(f"{full} lies outside {prefix}, which is what a LoRA folder of this model is for.")
         if kind is not None and expert is not None:
-            own = write_native(_only_bank(mixture, kind, expert), kind, expert)
+            own = write_native(*_only_bank(mixture, kind, expert), kind)
             tensors |= {f"base_model.model.{name}.{ending}": value for ending, value in own.items()}
             ranks[name], transposed = 0, transposed or is_conv1d(mixture.base)
             continue
@@ -177,10 +178,10 @@ def _export(
         "target_modules": "|".join(map(re.escape, names)) if alike else names,
         "modules_to_save": None if prefix else list(model.modules_to_save) or None,
         "inference_mode": True,
-        **(lora if kind is None else native_config(model, kind, transposed)),
+        **(lora if kind is None or expert is None else native_config(model, kind, transposed, expert)),
     }
-    if kind is not None:
-        tensors |= shared_tensors(model, kind)
+    if kind is not None and expert is not None:
+        tensors |= shared_tensors(model, kind, expert)
     with staged(target, overwrite=overwrite) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if prefix and heads:
@@ -190,13 +191,13 @@ def _export(
     return target
 
 
-def _kind_of(model: Any) -> Kind | None:
-    """Return the kind of adapter that peft has for the family of a model's experts, or None.
+def _kind_of(model: Any, expert: int) -> Kind | None:
+    """Return the kind of adapter that peft has for the family of a model's expert, or None.
 
     Raises:
         FoldError: some layers have experts of such a family and others do not.
     """
-    families = {recipe.family.name for recipe, _ in model.recipes}
+    families = {recipe.family.of(expert if expert < recipe.n_experts else 0).name for recipe, _ in model.recipes}
     kinds = {KINDS[name].peft_type for name in families if name in KINDS}
     if kinds and len(families) > 1:
         raise FoldError(
@@ -206,8 +207,8 @@ def _kind_of(model: Any) -> Kind | None:
     return KINDS[families.pop()] if kinds else None
 
 
-def _only_bank(mixture: Mixture, kind: Kind, expert: int) -> Any:
-    """Return the bank (*rows, i) -> (*rows, o) of a layer that peft's kind of adapter can stand for.
+def _only_bank(mixture: Mixture, kind: Kind, expert: int) -> tuple[ExpertBank, int]:
+    """Return the bank (*rows, i) -> (*rows, o) of a layer that peft's kind of adapter can stand for, and its expert.
 
     Raises:
         FoldError: it has several, or one at another place.
@@ -222,7 +223,7 @@ def _only_bank(mixture: Mixture, kind: Kind, expert: int) -> Any:
             "and these experts do not."
         )
     single(branch.bank, expert)
-    return branch.bank
+    return branch.bank.own(expert)
 
 
 def _of_expert(mixture: Mixture, expert: int) -> Delta:

@@ -29,7 +29,7 @@ class Kind:
         keywords: configuration and the tensors (of any shape) by layer -> keywords of the family and of the recipe.
         read: parts of one layer, the bank, the configuration -> the expert's tensors, by name.
         write: bank and expert -> tensors by their ending.
-        config: bank -> the options that say what the tensors are.
+        config: bank, model and expert -> the options that say what the tensors are.
         scaled: the tensor that takes up what an adapter's own scale is over the bank's; "" where there is no scale.
         alpha: name of the option that is the scale times r.
         bases: ending of a random matrix that all layers share -> its name in `Frozen`.
@@ -40,7 +40,7 @@ class Kind:
     options: Mapping[str, Option]
     parts: Mapping[str, str]
     keywords: Callable[[Config, Mapping[str, Parts]], dict[str, Any]]
-    config: Callable[[ExpertBank, Any], dict[str, Any]]
+    config: Callable[[ExpertBank, Any, int], dict[str, Any]]
     read: Callable[[Parts, ExpertBank], dict[str, Tensor]]
     write: Callable[[ExpertBank, int], dict[str, Tensor]]
     scaled: str = ""
@@ -140,10 +140,10 @@ KINDS: dict[str, Kind] = {
                 harmless=f"{_DROPS} rank_dropout_scale",
             ),
             keywords=lambda config, layers: {"rank": config["r"], "factor": config.get("decompose_factor", -1)},
-            config=lambda bank, model: {
+            config=lambda bank, model, expert: {
                 "r": bank.rank,
                 "alpha": bank.scaling * bank.rank,
-                "decompose_factor": model.recipes[0][0].family.factor,
+                "decompose_factor": model.recipes[0][0].family.of(expert).factor,
             },
             read=peft_tensors.lokr_read,
             write=peft_tensors.LOKR_WRITE,
@@ -225,7 +225,7 @@ KINDS: dict[str, Kind] = {
             "lora_magnitude_vector=magnitude",
             options=OPTIONS,
             keywords=peft_tensors.rank,
-            config=lambda bank, model: {
+            config=lambda bank, model, expert: {
                 "r": bank.rank,
                 "lora_alpha": bank.scaling * bank.rank,
                 "use_dora": True,

@@ -226,23 +226,25 @@ def _copy(target: Tensor, value: Tensor, what: str) -> None:
     target.copy_(value)
 
 
-def write_native(bank: Any, kind: Kind, expert: int) -> dict[str, Tensor]:
+def write_native(bank: Any, expert: int, kind: Kind) -> dict[str, Tensor]:
     """Return one expert's tensors as peft stores them, by the ending of their name, of any shape."""
     return {ending: value.cpu().contiguous() for ending, value in kind.write(bank, expert).items()}
 
 
-def native_config(model: Any, kind: Kind, transposed: bool) -> dict[str, Any]:
+def native_config(model: Any, kind: Kind, transposed: bool, expert: int) -> dict[str, Any]:
     """Return the options that say what the tensors of a model's experts are; plain values.
 
     Args:
-        model: a `MoAModel`, all of whose experts are of the kind's family.
+        model: a `MoAModel`, whose expert is of the kind's family.
         kind: of the folder.
         transposed: some of the base's layers store their weights (i, o).
+        expert: which one is written.
 
     Raises:
         FoldError: the layers differ in an option, of which a folder has one.
     """
-    found = [kind.config(branch.bank, model) for _, branch in model.branches()]
+    family = model.recipes[0][0].family.of(expert)
+    found = [kind.config(branch.bank.own(expert)[0], model, expert) for _, branch in model.branches()]
     for (name, _), one in zip(model.branches(), found, strict=True):
         if one != found[0]:
             raise FoldError(
@@ -250,15 +252,14 @@ def native_config(model: Any, kind: Kind, transposed: bool) -> dict[str, Any]:
             )
     options = {"fan_in_fan_out": transposed} if "fan_in_fan_out" in kind.options else {}
     if kind.bases:
-        family = model.recipes[0][0].family
         flags = {name: getattr(family, name) for name in ("sparse", "very_sparse") if hasattr(family, name)}
         options |= {"projection_prng_key": family.seed, "save_projection": family.save_bases, **flags}
     return {"peft_version": VERSION, **options, **found[0]}
 
 
-def shared_tensors(model: Any, kind: Kind) -> dict[str, Tensor]:
+def shared_tensors(model: Any, kind: Kind, expert: int) -> dict[str, Tensor]:
     """Return the random matrices, of any shape, by peft's names, where they are stored and not drawn from the seed."""
-    if not kind.bases or not model.recipes[0][0].family.save_bases:
+    if not kind.bases or not model.recipes[0][0].family.of(expert).save_bases:
         return {}
-    bank: Any = next(branch.bank for _, branch in model.branches())
+    bank: Any = next(branch.bank.own(expert)[0] for _, branch in model.branches())
     return {f"base_model.{theirs}": getattr(bank.bases, ours).cpu().contiguous() for theirs, ours in kind.bases.items()}

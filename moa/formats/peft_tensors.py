@@ -60,9 +60,9 @@ def ia3_write(bank: ExpertBank, expert: int) -> dict[str, Tensor]:
     return {"ia3_l": scale.unsqueeze(0) if hasattr(bank, "site") else scale.unsqueeze(1)}
 
 
-def ia3_config(bank: ExpertBank, model: Any) -> dict[str, Any]:
+def ia3_config(bank: ExpertBank, model: Any, expert: int) -> dict[str, Any]:
     """Return the names of the layers (i -> o) that are scaled on their input."""
-    return {"feedforward_modules": [n for n, branch in model.branches() if hasattr(branch.bank, "site")]}
+    return {"feedforward_modules": [n for n, branch in model.branches() if hasattr(branch.bank.own(expert)[0], "site")]}
 
 
 # ------------------------------------------------------------------------------------------------ SHiRA
@@ -90,7 +90,7 @@ def shira_write(bank: Any, expert: int) -> dict[str, Tensor]:
     return {"shira_weight": values, "shira_indices": indices}
 
 
-def shira_config(bank: Any, model: Any) -> dict[str, Any]:
+def shira_config(bank: Any, model: Any, expert: int) -> dict[str, Any]:
     """Return r of n = r (o + i) entries; a plain number."""
     return {"r": bank.values.shape[1] // (bank.d_in + bank.d_out), "mask_type": "random"}
 
@@ -125,7 +125,7 @@ def oft_keywords(config: Config, layers: Mapping[str, Parts]) -> dict[str, Any]:
     return {"block_size": sizes.pop(), "terms": terms, "share": bool(config.get("block_share"))}
 
 
-def oft_config(bank: Any, model: Any) -> dict[str, Any]:
+def oft_config(bank: Any, model: Any, expert: int) -> dict[str, Any]:
     """Return the options of a bank's rotations (i / b, b (b - 1) / 2)."""
     share = bank.rotation.shape[1] == 1 and bank.d_in > bank.block_size
     terms = {"use_cayley_neumann": bank.terms > 0, "num_cayley_neumann_terms": bank.terms or 5}
@@ -148,7 +148,7 @@ def boft_write(bank: Any, expert: int) -> dict[str, Tensor]:
     return {"boft_R": bank.rotation[expert].detach(), "boft_s": bank.scale[expert].detach().unsqueeze(1)}
 
 
-def boft_config(bank: Any, model: Any) -> dict[str, Any]:
+def boft_config(bank: Any, model: Any, expert: int) -> dict[str, Any]:
     """Return the options of a bank's rotations (m, i / b, b, b)."""
     return {"boft_block_size": bank.block_size, "boft_block_num": 0, "boft_n_butterfly_factor": len(bank.orders)}
 
@@ -172,9 +172,9 @@ def rank(config: Config, layers: Mapping[str, Parts]) -> dict[str, Any]:
     return {"rank": config["r"]}
 
 
-def rank_and_alpha(name: str) -> Callable[[ExpertBank, Any], dict[str, Any]]:
+def rank_and_alpha(name: str) -> Callable[[ExpertBank, Any, int], dict[str, Any]]:
     """Return what gives r and alpha = s r of a bank, alpha under a name of its own; plain numbers."""
-    return lambda bank, model: {"r": bank.rank, name: bank.scaling * bank.rank}
+    return lambda bank, model, expert: {"r": bank.rank, name: bank.scaling * bank.rank}
 
 
 def seeded(config: Config, layers: Mapping[str, Parts]) -> dict[str, Any]:
@@ -183,6 +183,6 @@ def seeded(config: Config, layers: Mapping[str, Parts]) -> dict[str, Any]:
     return {"rank": config["r"], "seed": config.get("projection_prng_key", 0), **flags}
 
 
-def vera_config(bank: ExpertBank, model: Any) -> dict[str, Any]:
+def vera_config(bank: ExpertBank, model: Any, expert: int) -> dict[str, Any]:
     """Return the rank r; a plain number."""
     return {"r": bank.rank}

@@ -68,15 +68,15 @@ def change_mixture(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    rows, units = x.shape[:-1], _units(x, weights)
+    rows, units = x.shape[:-1], routed_units(x, weights)
     split = cast(x, dtype).reshape(units.numel(), rows[len(units) :].numel(), x.shape[-1])  # (N, L, i)
-    spread = [None if t is None else _spread(t, units, len(rows)) for t in (weights, indices)]
+    spread = [None if t is None else spread_over(t, units, len(rows)) for t in (weights, indices)]
     tensors = (*changes.own.values(), *changes.shared.values())
     y: Tensor = _Mixed.apply(split, *spread, base, bias, changes, *tensors)
     return y.reshape(*rows, changes.d_out)
 
 
-def _units(x: Tensor, weights: Tensor) -> torch.Size:
+def routed_units(x: Tensor, weights: Tensor) -> torch.Size:
     """Return the leading rows of x (*rows, i) over which a routing (*wrows, K) changes: behind them it is constant."""
     rows = x.shape[:-1]
     routed = (1,) * (len(rows) - weights.ndim + 1) + tuple(weights.shape[:-1])
@@ -86,8 +86,14 @@ def _units(x: Tensor, weights: Tensor) -> torch.Size:
     return rows[:cut]
 
 
-def _spread(value: Tensor, units: torch.Size, n_axes: int) -> Tensor:
-    """Return weights or indices (*wrows, K) for each unit, (N, K)."""
+def spread_over(value: Tensor, units: torch.Size, n_axes: int) -> Tensor:
+    """Return weights or indices (*wrows, K) for each unit, (N, K).
+
+    Args:
+        value: of a routing.
+        units: the leading rows over which it changes; N is their number.
+        n_axes: of x's rows.
+    """
     missing = n_axes - value.ndim + 1
     full = value.reshape(*(1,) * missing, *value.shape)
     head = full.reshape(*full.shape[: len(units)], full.shape[-1])  # the axes behind the units have one place each

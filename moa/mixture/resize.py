@@ -30,10 +30,10 @@ def site_of(mixture: Mixture, shared: nn.Module | None) -> Site:
 def why_fixed(mixture: Mixture) -> str | None:
     """Return why no expert of a layer, (*rows, i) -> (*rows, o), can be added or removed, or None."""
     for branch in _branches(mixture):
-        if branch.router.fixed_size is not None:
-            return f"{mixture.name}: {type(branch.router).__name__} has as many experts as it was built for: " + (
-                branch.router.fixed_size
-            )
+        for part in (branch.router, branch.bank):
+            if part.fixed_size is not None:
+                kind = type(part).__name__
+                return f"{mixture.name}: {kind} has as many experts as it was built for: {part.fixed_size}"
     return None
 
 

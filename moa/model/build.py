@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError, UnadaptedWarning
+from ..experts.mixed import Kinds
 from ..formats.peft_experts import names_of
 from ..formats.peft_native import read_given
 from ..mixture import GROUPS, backbone_prefix, fused_experts
@@ -27,8 +28,8 @@ def build(
     n_experts: int | None = None,
     k: int | None = None,
     *,
-    expert: str | None = None,
-    rank: int | None = None,
+    expert: Kinds | None = None,
+    rank: int | Sequence[int] | None = None,
     alpha: float | None = None,
     targets: str | Sequence[str] | None = None,
     experts: Sequence[str | Path] | None = None,
@@ -42,8 +43,8 @@ def build(
         router: name of a recipe (`moa.RECIPES`), a recipe, or a list of recipes for different layers.
         n_experts: E, experts per layer; the recipe's default is 8.
         k: K, active experts per row; the recipe's default is 2 in most.
-        expert: adapter family, "lora".
-        rank: r of each expert, default 8.
+        expert: adapter family, "lora"; several in one bank: ["lora", "shira"], in turn, or {"lora": 6, "shira": 2}.
+        rank: r of each expert, default 8; a list is gone through in turn, [4, 8, 16, 32].
         alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
         targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
         experts: folders of PEFT adapters of one kind (LoRA, or that of a family) that become the experts, on the layers
@@ -77,8 +78,11 @@ def build(
     options = {**given, **options}
     if experts is not None and not isinstance(router, str):
         raise ConfigError("experts=[…] needs router as a name: their number and rank come from the adapters.")
-    base = model.base if isinstance(model, MoAModel) else model
-    given_experts = read_given(experts, base, expert) if experts is not None else None
+    base, given_experts = model.base if isinstance(model, MoAModel) else model, None
+    if experts is not None:
+        if not isinstance(expert, str | None):
+            raise ConfigError(f"adapters that exist already are of one kind: expert={expert!r} must be its name.")
+        given_experts = read_given(experts, base, expert)
     if given_experts is not None:
         for name, value in given_experts.keywords.items():
             if options.setdefault(name, value) != value:

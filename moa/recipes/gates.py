@@ -52,7 +52,7 @@ class TopK(TopKRecipe, BalancedRecipe):
         check_jitter(self.jitter)
         object.__setattr__(self, "ranks", tuple(self.ranks))
         if self.ranks:
-            check_ranks(self.ranks, self.rank)
+            check_ranks(self.ranks, self.largest_rank)
             if not self.family.elastic or "moe-experts" in self.targets:
                 raise ConfigError(
                     f"ranks={self.ranks} needs experts that act at any rank, expert='dylora', on layers and not on the "
@@ -204,7 +204,7 @@ class AdaMoLE(BalancedRecipe):
     Source: arXiv 2405.00361, eq. 4-7; see `ThresholdRouter` for what differs.
     """
 
-    rank: int = 32
+    rank: int | tuple[int, ...] = 32
     targets: str | tuple[str, ...] = "attention"
     max_threshold: float | None = None
     balance: float = 0.001
@@ -230,7 +230,7 @@ class HydraLoRA(Dense):
 
     n_experts: int = 4
     expert: str = "shared"
-    rank: int = 4
+    rank: int | tuple[int, ...] = 4
     alpha: float | None = 32.0
     targets: str | tuple[str, ...] = "ffn"
 
@@ -253,7 +253,7 @@ class LoRAMoE(LossRecipe):
     softmax_gate = True
     coefficients = ("localized",)
 
-    rank: int = 4
+    rank: int | tuple[int, ...] = 4
     alpha: float | None = 32.0
     targets: str | tuple[str, ...] = "ffn"
     task_kinds: tuple[int, ...] = ()
@@ -293,7 +293,7 @@ class MOELoRA(Recipe):
     """
 
     n_tasks: int = 1
-    rank: int = 2
+    rank: int | tuple[int, ...] = 2
     d_embedding: int = 64
     unknown_tasks: Literal["error", "uniform"] = "error"
 

@@ -63,8 +63,8 @@ class Hydra(TopKRecipe, BalancedRecipe):
 
     def build(self, site: Site) -> list[Branch]:
         """Return two branches: on the layer's input (*rows, i) and on its output (*rows, o)."""
-        second = self.rank if self.sequential_rank is None else self.sequential_rank
-        parallel = Branch(self._router(site.d_in), self._bank(site, self.rank))
+        second = self.largest_rank if self.sequential_rank is None else self.sequential_rank
+        parallel = Branch(self._router(site.d_in), self._bank(site, self.largest_rank))
         after = dataclasses.replace(site, d_in=site.d_out)
         sequential = Branch(self._router(site.d_out), self._bank(after, second), "output")
         return [parallel, sequential]

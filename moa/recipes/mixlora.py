@@ -40,7 +40,7 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
     places = ("input",)
     coefficients = ("balance", "z_loss")
 
-    rank: int = 16
+    rank: int | tuple[int, ...] = 16
     dropout: float = 0.05
     balance: float = 0.002
     z_loss: float = 0.0

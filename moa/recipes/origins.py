@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..experts import FAMILIES
+from ..experts.mixed import names_in
 from .recipe import RECIPES, Recipe, make_recipe
 
 OURS = __name__.partition(".")[0]
@@ -16,7 +17,8 @@ GROUPS = ("moa.recipes", "moa.experts")
 
 def origins(recipe: Recipe) -> dict[str, str]:
     """Return name -> module of a recipe and its family, where moa does not have them; no tensors."""
-    rows: tuple[Any, ...] = (type(recipe), type(recipe.family))
+    families = (type(recipe.family.of(expert)) for expert in range(recipe.n_experts))
+    rows: tuple[Any, ...] = (type(recipe), *dict.fromkeys(families))
     return {row.name: row.__module__ for row in rows if row.__module__.partition(".")[0] != OURS}
 
 
@@ -32,7 +34,7 @@ def rebuilt(row: Mapping[str, Any], modules: Mapping[str, str], where: str) -> R
         ConfigError: a recipe or family whose module is not imported, or keywords that it does not take.
     """
     missing = unregistered(
-        {name: module for name, module in modules.items() if name in (row["router"], row.get("expert"))}
+        {name: module for name, module in modules.items() if name in (row["router"], *names_in(row.get("expert")))}
     )
     if missing is not None:
         raise ConfigError(f"{where}: {missing}")

@@ -70,7 +70,7 @@ class Poly(Recipe):
 
     def scaling(self) -> float:
         """Return alpha / rank, with alpha = 1 unless given."""
-        return (1.0 if self.alpha is None else self.alpha) / self.rank
+        return (1.0 if self.alpha is None else self.alpha) / self.largest_rank
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o), frozen in mode "z".

@@ -15,14 +15,16 @@ from torch import nn
 
 from .. import tables
 from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
-from ..experts import ExpertBank, Family, family_class, make_family
+from ..experts import ExpertBank, Family, Mixed
 from ..experts.family import COMMON, PLACES
+from ..experts.mixed import Kinds
 from ..kernels import engines
 from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mixture_on, parallel_layers
 from ..mixture.streams import Streams
 from ..routers.router import check_experts
 from ..types import Scope
 from .keywords import check_names, unknown_keyword
+from .kinds import family_of, take_kinds
 from .targets import Targets
 
 Folds = Literal["always", "by task", "never"]
@@ -35,10 +37,12 @@ class Recipe(Targets):
     Args:
         n_experts: E.
         expert: adapter family: a name in `moa.experts.FAMILIES`, or a `Family`. In `moa.build` the family's own
-            keywords stand beside the recipe's.
+            keywords stand beside the recipe's. Several families in one bank: a list that the experts take in turn,
+            ["lora", "shira"], whose entries may also be {"family": name, keyword: value}, or how many experts each
+            has, {"lora": 6, "shira": 2}.
         place: where the experts sit: on a layer's "input" or "output", after a "block", or at the sub-layers of blocks
             that targets names, "sequential" or "parallel"; None is the family's usual place.
-        rank: r of each expert.
+        rank: r of each expert, or a list that the experts take in turn, [4, 8, 16, 32].
         alpha: the experts' output is scaled by alpha / rank; None is the recipe's own rule, 2 · rank in most.
         dropout: probability on the experts' input in training.
         engine: kernel engine by name; None lets the dispatcher choose.
@@ -72,9 +76,9 @@ class Recipe(Targets):
     scales: ClassVar[tuple[str, ...]] = ("alpha",)
 
     n_experts: int = 8
-    expert: str | Family = "lora"
+    expert: Kinds = "lora"
     place: str | None = None
-    rank: int = 8
+    rank: int | tuple[int, ...] = 8
     alpha: float | None = None
     dropout: float = 0.0
     engine: str | None = None
@@ -86,9 +90,9 @@ class Recipe(Targets):
         object.__setattr__(self, "expert_names", tuple(self.expert_names))
         check_experts(self.n_experts, 1)
         check_names(self.expert_names, self.n_experts)
-        self._check_family()
-        if self.rank < 1:
-            raise ConfigError(f"rank must be at least 1, got {self.rank}.")
+        family, rank = family_of(self)
+        object.__setattr__(self, "expert", family)
+        object.__setattr__(self, "rank", rank)
         tables.check_numbers(self, self.coefficients)
         if self.alpha is not None and self.alpha <= 0:
             raise ConfigError(f"alpha must be positive, got {self.alpha}: the experts would do nothing, or harm.")
@@ -96,30 +100,6 @@ class Recipe(Targets):
             raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.engine is not None and self.engine not in engines():
             raise ConfigError(unknown_name("engine", self.engine, engines()))
-
-    def _check_family(self) -> None:
-        family = make_family(self.expert) if isinstance(self.expert, str) else self.expert
-        object.__setattr__(self, "expert", family)
-        if self.families is not None and family.name not in self.families:
-            raise ConfigError(
-                f"the recipe {self.name!r} has experts of its own kind ({', '.join(self.families)}): "
-                f"expert={family.name!r} cannot be chosen."
-            )
-        usual = next((place for place in family.places if place in self.places), None)
-        if usual is None or (self.place is not None and self.place not in family.places):
-            raise ConfigError(
-                f"experts of the family {family.name!r} sit on {' or '.join(family.places)}: "
-                + (
-                    f"place={self.place!r} does not fit."
-                    if self.place is not None and self.place not in family.places
-                    else f"the recipe {self.name!r} has no such place."
-                )
-            )
-        if self.place is not None and self.place not in self.places:
-            raise ConfigError(
-                f"the recipe {self.name!r} puts experts on {' or '.join(self.places)}: "
-                f"place={self.place!r} does not fit."
-            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -237,16 +217,28 @@ class Recipe(Targets):
 
         It is 2 in most families, alpha = 2 · rank.
         """
-        return self.family.usual_scale if self.alpha is None else self.alpha / self.rank
+        return self.family.usual_scale if self.alpha is None else self.alpha / self.largest_rank
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
         return self.family.build(site, self.n_experts, site.shared, **self.bank_options())
 
+    @property
+    def largest_rank(self) -> int:
+        """The largest r of the experts: that of each, where it is not a list."""
+        return self.rank if isinstance(self.rank, int) else max(self.rank)
+
+    def like(self, expert: int) -> Recipe:
+        """Return the recipe whose experts are all what one of them is, (*rows, i) -> (*rows, o)."""
+        rank = self.rank if isinstance(self.rank, int) else self.rank[expert]
+        return dataclasses.replace(self, expert=self.family.of(expert), rank=rank, place=self.where)
+
     def bank_options(self) -> dict[str, Any]:
-        """Return the keywords of every bank: rank, scaling, dropout, engine; plain values."""
+        """Return the keywords of every bank: rank, scaling, dropout, engine, or those of each expert; plain values."""
+        if isinstance(self.family, Mixed):
+            return {"each": [self.like(expert).bank_options() for expert in range(self.n_experts)]}
         scaling = self.scaling() if "alpha" in self.family.uses else 1.0
-        return {"rank": self.rank, "scaling": scaling, "dropout": self.dropout, "engine": self.engine}
+        return {"rank": self.largest_rank, "scaling": scaling, "dropout": self.dropout, "engine": self.engine}
 
     def adapted(self, new_task: int, mode: str, collapse: bool = False) -> Recipe:
         """Return the recipe that learns one new task from what this one has learned; see `MoAModel.adapt`.
@@ -266,7 +258,7 @@ class Recipe(Targets):
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         unused = {name for name in COMMON if name not in self.family.uses}
         kept = {name: value for name, value in own.items() if name not in unused}
-        return {"router": self.name, **kept, "expert": self.family.name, **self.family.keywords()}
+        return {"router": self.name, **kept, "expert": self.family.described(), **self.family.keywords()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,14 +314,9 @@ def make_recipe(router: str, **options: Any) -> Recipe:
     """
     cls = recipe_class(router)
     known = [field.name for field in dataclasses.fields(cls)]
-    family = options.get("expert", next(f.default for f in dataclasses.fields(cls) if f.name == "expert"))
-    if isinstance(family, str):
-        theirs = [field.name for field in dataclasses.fields(family_class(family)) if field.name not in known]
-        own = {key: options.pop(key) for key in theirs if key in options}
-        if own or "expert" in options:
-            options["expert"] = make_family(family, own)
-    else:
-        theirs = []
+    usual = next(f.default for f in dataclasses.fields(cls) if f.name == "expert")
+    family = options.get("expert", usual)
+    theirs = take_kinds(options, usual, known)
     for key in [key for key in options if key not in known]:
         value = options.pop(key)
         if key in cls.refused:

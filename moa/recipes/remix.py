@@ -41,7 +41,7 @@ class ReMix(TopKRecipe):
 
     def scaling(self) -> float:
         """Return ω."""
-        active = self.k * self.rank
+        active = self.k * self.largest_rank
         return (2.0 if self.alpha is None else self.alpha) / (active if self.scale == "lora" else active**0.5)
 
     def build(self, site: Site) -> list[Branch]:

@@ -156,16 +156,18 @@ class TrainConfig:
         """
         for name in self.imports:
             import_module(name)
-        from ..experts import family_class
+        from ..experts.mixed import families_of
         from ..recipes import make_recipe, recipe_class
 
         options = {"router": "topk", **self.recipe}
         options.pop("experts", None)
         router = typed(options["router"], str, "recipe: router")
         recipe = recipe_class(router)
-        expert = options.get("expert", next(f.default for f in dataclasses.fields(recipe) if f.name == "expert"))
-        family = family_class(expert) if isinstance(expert, str) else type(expert)
-        hints = typing.get_type_hints(family) | typing.get_type_hints(recipe) | {"expert": str}
+        usual = next(f.default for f in dataclasses.fields(recipe) if f.name == "expert")
+        hints: dict[str, Any] = {}
+        for family in families_of(options.get("expert", usual)):
+            hints |= typing.get_type_hints(family)
+        hints |= typing.get_type_hints(recipe) | {"expert": Any}
         checked = {key: typed(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
         make_recipe(**checked)
 

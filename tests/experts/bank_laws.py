@@ -77,7 +77,12 @@ def expert_tensors(bank: ExpertBank) -> list[Tensor]:
 
 
 def bank_relabels(bank: ExpertBank, x: Tensor, k: int) -> None:
-    """Numbering the experts otherwise, in the bank and in the routing, changes nothing."""
+    """Numbering the experts otherwise, in the bank and in the routing, changes nothing.
+
+    Experts of several kinds have no tensors stacked over all of them.
+    """
+    if bank.fixed_size is not None:
+        return
     routing = random_routing(x.shape[:-1], bank.n_experts, k)
     assert routing.indices is not None
     before = bank(x, routing)
@@ -213,7 +218,7 @@ def bank_starts_as_declared(bank: ExpertBank, x: Tensor) -> None:
     assert any(bool(grad.any()) for grad in gradients(bank)), "a dead start: no parameter gets a gradient"
     bank.zero_grad()
     before = [p.detach().clone() for p in bank.parameters()]
-    if bank.n_experts > 1:
+    if bank.n_experts > 1 and bank.fixed_size is None:
         trained = {id(p) for p in bank.parameters()}
         stacked = [tensor for tensor in expert_tensors(bank) if id(tensor) in trained or not bank.carries_input]
         different = any(bool((tensor[0] != tensor[1]).any()) for tensor in stacked)

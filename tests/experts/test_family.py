@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,8 @@ class Bases(nn.Module):
 
 
 @pytest.fixture
-def basis(monkeypatch: pytest.MonkeyPatch) -> None:
+def basis() -> Iterator[None]:
     """Register a family with shared tensors for one test."""
-    monkeypatch.setattr(moa.experts.family, "FAMILIES", dict(FAMILIES))
 
     @moa.register_expert("basis", "a paper")
     @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,9 @@ def basis(monkeypatch: pytest.MonkeyPatch) -> None:
         def build(self, site: moa.Site, n_experts: int, shared: nn.Module | None, **options: Any) -> moa.ExpertBank:
             assert shared is not None
             return BasisBank(site, n_experts, shared, **options)
+
+    yield
+    del FAMILIES["basis"]
 
 
 def built(**options: Any) -> Any:
