@@ -22,17 +22,13 @@ from .host_adapters import HostAdapter, put_on_host
 
 
 @dataclass(frozen=True)
-class _Group:
-    """The examples of a batch that have one adapter."""
-
-    resident: Resident
-    examples: Tensor  # (n,)
-
-
-@dataclass(frozen=True)
 class _Batch:
-    groups: list[_Group]
+    """Which adapter each example has: those of one adapter lie side by side once the examples are sorted."""
+
     size: int
+    residents: list[Resident]
+    counts: list[int]  # examples of each
+    order: Tensor | None  # (n,) the examples that have one, sorted; None where they are in order and all there
 
 
 class AdapterPool:
@@ -190,11 +186,15 @@ class AdapterPool:
         before = getattr(self._here, "batch", None)
         pinned: list[Resident] = []
         try:
-            groups = []
-            for name, examples in by_name.items():
+            for name in by_name:
                 pinned.append(self.cache.pin(hosts[name]))
-                groups.append(_Group(pinned[-1], torch.tensor(examples, device=self.cache.device)))
-            self._here.batch = _Batch(groups, len(ids))
+            order = [example for examples in by_name.values() for example in examples]
+            self._here.batch = _Batch(
+                len(ids),
+                list(pinned),
+                [len(examples) for examples in by_name.values()],
+                None if order == list(range(len(ids))) else torch.tensor(order, device=self.cache.device),
+            )
             yield
         finally:
             self._here.batch = before
@@ -204,24 +204,28 @@ class AdapterPool:
     def _add(self, layer: str, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         """Add what each example's adapter gives to a layer's output (*rows, o) for x (*rows, i)."""
         batch: _Batch | None = getattr(self._here, "batch", None)
-        if batch is None or not batch.groups:
+        if batch is None or not batch.residents:
             return None
         x: Tensor = args[0]
         n_rows = x.shape[:-1].numel()
         if n_rows % batch.size:
             raise ShapeError(f"{layer} sees {n_rows} rows, no multiple of the {batch.size} adapter_ids of the batch.")
-        by_example = x.reshape(batch.size, -1, x.shape[-1])  # (B, rows, i)
-        total = out.reshape(batch.size, -1, out.shape[-1])  # (B, rows, o), a view
-        for group in batch.groups:
-            found = group.resident.factors.get(layer)
-            if found is None:
-                continue
-            down, up = found
-            if batch.size == 1:
-                own = by_example[0].to(down.dtype)
-                total[0].add_((own @ down.T @ up).to(out.dtype))
-                continue
-            own = by_example.index_select(0, group.examples).flatten(0, 1).to(down.dtype)  # (n · rows, i)
-            added = (own @ down.T @ up).to(out.dtype).view(-1, *total.shape[1:])
-            total.index_add_(0, group.examples, added)
+        rows, order = n_rows // batch.size, batch.order
+        total = out.reshape(batch.size, rows, -1)  # (B, rows, o), a view
+        own = x.reshape(batch.size, rows, -1)
+        own = own if order is None else own.index_select(0, order)  # (n, rows, i)
+        factors = [resident.factors.get(layer) for resident in batch.residents]
+        dtype = next((pair[0].dtype for pair in factors if pair is not None), None)
+        if dtype is None:
+            return None  # no adapter of the batch has this layer
+        parts = own.flatten(0, 1).to(dtype).split([count * rows for count in batch.counts])
+        added = [
+            part.new_zeros(len(part), total.shape[-1]) if pair is None else part.mm(pair[0].T).mm(pair[1])
+            for part, pair in zip(parts, factors, strict=True)
+        ]
+        change = torch.cat(added).to(out.dtype).view(-1, *total.shape[1:])  # (n, rows, o)
+        if order is None:
+            total.add_(change)
+        else:
+            total.index_add_(0, order, change)
         return total.view_as(out)
