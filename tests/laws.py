@@ -80,6 +80,7 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
     "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
     "conformer": {"default": {"kernel": 5}},
+    "comp_lora": {"default": {"protected": 2}, "input": {"protected": 1, "sides": "input"}},
     "compacter": {"default": {"n": 2}, "glorot": {"n": 2, "start": "glorot"}},
     "dylora": {"default": {"seed": 1}, "last": {"seed": 2, "update": "last"}},
 }
@@ -239,6 +240,8 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     d_in, d_out = d_in * cut, d_out * cut
     if name in ("core", "paca"):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
+    if name == "comp_lora":  # something beside the directions that it protects
+        d_in, d_out = max(d_in, 2), max(d_out, 2)
     if name == "compacter":
         options["rank"] = 2 * rank
     if name == "conformer":  # norms over its features and its channels

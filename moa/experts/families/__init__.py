@@ -2,6 +2,7 @@
 
 from .boft import BOFT, BOFTBank
 from .bottleneck import Bottleneck, BottleneckBank
+from .comp_lora import CompLoRA, CompLoRABank
 from .compacter import Compacter, CompacterBank
 from .convolved import Conformer, ConformerBank, Convpass, ConvpassBank
 from .core import Core, CoreBank
@@ -23,6 +24,8 @@ __all__ = [
     "BOFTBank",
     "Bottleneck",
     "BottleneckBank",
+    "CompLoRA",
+    "CompLoRABank",
     "Compacter",
     "CompacterBank",
     "Conformer",
