@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..tables import own_words
+from ..training.strategies import Strategy, check_strategy
 from .arguments import check_training
 from .tasks import Task
 from .yaml_values import is_file, one_line, read_dataclass, read_values, set_override, typed
@@ -90,6 +91,7 @@ class TrainConfig:
             folders of PEFT LoRA adapters, in place of n_experts.
         training: keywords of `transformers.TrainingArguments`, except output_dir and seed. With eval_strategy the
             evaluation rows of all tasks are evaluated while training.
+        strategy: name, and the keywords of that way to train the mixture (docs/strategies.md); null is Trainer's own.
         seed: of everything that is drawn, from 0 to 2**32 - 1.
         max_length: tokens per row at most.
         long_rows: what becomes of longer rows: "truncate" (a text or chat loses its end, a prompt its beginning),
@@ -115,6 +117,7 @@ class TrainConfig:
     overwrite: bool = False
     recipe: Mapping[str, Any] = field(default_factory=lambda: {"router": "topk"})
     training: Mapping[str, Any] = field(default_factory=dict)
+    strategy: Mapping[str, Any] | None = None
     seed: int = 0
     max_length: int = 128
     long_rows: Literal["truncate", "skip", "refuse"] = "truncate"
@@ -141,6 +144,15 @@ class TrainConfig:
         if not self.base or not self.output:
             raise ConfigError(f"{'output' if self.base else 'base'} is empty: name a folder.")
         check_training(self.training)
+        self.made_strategy()
+
+    def made_strategy(self) -> Strategy | None:
+        """Return the strategy that is asked for, None for Trainer's own way.
+
+        Raises:
+            ConfigError: a name or keyword that does not exist, or training arguments that contradict it.
+        """
+        return None if self.strategy is None else check_strategy(self.strategy, self.training)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values from which `parse` makes an equal configuration."""

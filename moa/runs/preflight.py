@@ -17,7 +17,7 @@ from .tasks import MEASURES, measured_together
 from .yaml_values import is_folder
 
 # of a configuration, what scoring does not look at
-UNSCORED = ("recipe", "output", "overwrite", "packing", "score_before", "compare", "generate", "patience")
+UNSCORED = ("recipe", "strategy", "output", "overwrite", "packing", "score_before", "compare", "generate", "patience")
 SCORED_TRAINING = re.compile(
     r"(dataloader|disable|eval|report|log|logging|torch_compile|torch|include|remove|label)_\w+|use_cpu|"
     r"per_device_eval_batch_size|batch_eval_metrics|bf16\w*|fp16\w*|tf32|full_determinism|accelerator_config"

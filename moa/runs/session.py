@@ -25,6 +25,7 @@ from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from ..monitor.statistics import RoutingStatistics
 from ..objective.trace import Record
+from ..training.strategies import Strategy
 from ..types import Routing
 from . import baselines
 from .arguments import SHARES, unknown_argument
@@ -89,7 +90,12 @@ class Run:
         self.collator = Collator(tokenizer)
 
     def trainer(
-        self, model: nn.Module, arguments: TrainingArguments, rows: Any = None, title: str = "training"
+        self,
+        model: MoAModel,
+        arguments: TrainingArguments,
+        rows: Any = None,
+        title: str = "training",
+        strategy: Strategy | None = None,
     ) -> Trainer:
         """Return a stock Trainer with a quiet progress bar; it evaluates while training where that was asked for."""
         asked = rows is not None and arguments.eval_strategy != "no"
@@ -100,6 +106,8 @@ class Run:
             data_collator=self.collator,
             train_dataset=rows,
             eval_dataset=concatenate_datasets([task.eval for task in self.tasks]) if asked else None,
+            callbacks=None if strategy is None else strategy.callbacks(),
+            optimizers=(None if strategy is None else strategy.optimizer(model, arguments), None),
         )
         if measures is not None:
             _measure(trainer, measures)
@@ -132,13 +140,14 @@ class Run:
             arguments: for Trainer.
             rows: a data set per task; None takes the tasks' training rows.
             title: of the progress bar.
-            monitored: watch the routing, and leave Trainer's state behind.
+            monitored: this is the run itself: by its strategy, with its routing watched and Trainer's state kept.
             checkpoint: folder of a checkpoint to go on from.
         """
         together = concatenate_datasets(list(rows or [task.train for task in self.tasks]))
         if self.config.packing:
             together = packed(together, self.config.max_length)
-        trainer = self.trainer(model, arguments, together, title)
+        strategy = self.config.made_strategy() if monitored else None
+        trainer = self.trainer(model, arguments, together, title, strategy)
         if monitored:
             from ..monitor.callback import RoutingMonitor
 
@@ -162,7 +171,8 @@ class Run:
         """
         if arguments.deepspeed or arguments.fsdp:
             return  # made by another engine
-        trainer = self.trainer(model, arguments, concatenate_datasets([task.train for task in self.tasks]))
+        rows = concatenate_datasets([task.train for task in self.tasks])
+        trainer = self.trainer(model, arguments, rows, strategy=self.config.made_strategy())
         try:
             trainer.create_optimizer_and_scheduler(max(1, arguments.max_steps))
         except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:

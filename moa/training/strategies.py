@@ -1,0 +1,144 @@
+"""The table of strategies: how a mixture is trained, by the name and the keywords of a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from ..errors import ConfigError, unknown_name
+from ..tables import check_numbers, check_types, put
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ..model.moa_model import MoAModel
+
+STRATEGIES: dict[str, type[Strategy]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a model is trained, where Trainer's own way is not wanted; its fields are the user's keywords.
+
+    Attributes:
+        brings: it makes the optimizer, so that `optim` of TrainingArguments is not looked at.
+    """
+
+    brings: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+
+    def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer | None:
+        """Return the optimizer of a model; None leaves it to Trainer.
+
+        Args:
+            model: whose trained parameters, of any shape, it steps.
+            arguments: TrainingArguments; learning_rate, weight_decay and those of Adam are read.
+        """
+        return None
+
+    def callbacks(self) -> list[Any]:
+        """Return fresh callbacks for Trainer."""
+        return []
+
+
+Row = TypeVar("Row", bound=type[Any])
+
+
+def register_strategy(name: str) -> Callable[[Row], Row]:
+    """Return a decorator that puts a class into the table.
+
+    Args:
+        name: by which a configuration asks for it.
+    """
+
+    def decorate(cls: Row) -> Row:
+        put(STRATEGIES, name, cls, "strategy")
+        return cls
+
+    return decorate
+
+
+def make_strategy(name: str, **options: Any) -> Strategy:
+    """Return a strategy, every keyword of it checked; nothing heavy is imported.
+
+    Args:
+        name: of the table.
+        options: its keywords.
+
+    Raises:
+        ConfigError: a name or keyword that does not exist, with the nearest one, or a value that is not fit for it.
+    """
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise ConfigError(unknown_name("strategy", name, STRATEGIES))
+    cls = STRATEGIES[name]
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in options:
+        if key not in known:
+            raise ConfigError(unknown_name("keyword", key, known, f"strategy {name!r}"))
+    check_types(cls, options)
+    return cls(**options)
+
+
+def check_strategy(values: Mapping[str, Any], training: Mapping[str, Any]) -> Strategy:
+    """Return the strategy that a configuration asks for.
+
+    Args:
+        values: `name` and keywords.
+        training: keywords of TrainingArguments beside it.
+
+    Raises:
+        ConfigError: as `make_strategy`, values without a name, or training arguments that contradict it.
+    """
+    if "name" not in values:
+        raise ConfigError(f"strategy has no name: choose one of {', '.join(STRATEGIES)}.")
+    try:
+        made = make_strategy(**values)
+    except ConfigError as error:
+        raise ConfigError(f"strategy: {error}") from error
+    name = values["name"]
+    if made.brings and "optim" in training:
+        raise ConfigError(f"training.optim has no effect under strategy {name!r}, which is an optimizer: leave it out.")
+    for engine in ("fsdp", "deepspeed"):
+        if training.get(engine):
+            raise ConfigError(
+                f"strategy {name!r} steps whole parameters, and training.{engine} shards them: leave one out."
+            )
+    return made
+
+
+@register_strategy("lora-pro")
+@dataclass(frozen=True, kw_only=True)
+class LoRAProStrategy(Strategy):
+    """LoRA-Pro, `moa.training.lora_pro`.
+
+    Args:
+        mode: "sgd", or "adam" with moments of each expert's whole weight.
+    """
+
+    mode: Literal["sgd", "adam"] = "sgd"
+
+    brings = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("sgd", "adam"):
+            raise ConfigError(unknown_name("mode", self.mode, ("sgd", "adam"), "strategy 'lora-pro'"))
+
+    def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer:
+        """Return LoRA-Pro over the experts' pairs (r, i), (r, o), and AdamW over the rest."""
+        from .lora_pro import LoRAPro
+
+        return LoRAPro(model, mode=self.mode, **adam_options(arguments))
+
+
+def adam_options(arguments: Any) -> dict[str, Any]:
+    """Return lr, betas, eps and weight_decay, scalars, as TrainingArguments give them."""
+    return {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "weight_decay": arguments.weight_decay,
+    }

@@ -1,0 +1,116 @@
+"""The table of strategies, its keywords, and runs of `moa train` by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from moa.errors import ConfigError
+from moa.runs.config import parse
+from moa.runs.session import Run
+from moa.runs.train import train
+from moa.training.strategies import STRATEGIES, make_strategy
+from tests.tiny_run import config_values, encoder_folder
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "training", "message"),
+    [
+        ({"name": "lora-prp"}, {}, r"strategy: unknown strategy 'lora-prp'.*Did you mean 'lora-pro'"),
+        ({"mode": "sgd"}, {}, r"strategy has no name: choose one of lora-pro"),
+        ({"name": "lora-pro", "mod": "sgd"}, {}, r"unknown keyword 'mod'.*strategy 'lora-pro'.*Did you mean 'mode'"),
+        ({"name": "lora-pro", "mode": "sdg"}, {}, r"unknown mode 'sdg'.*Did you mean 'sgd'"),
+        ({"name": "lora-pro", "mode": True}, {}, r"strategy: unknown mode True|mode must be"),
+        ({"name": 3}, {}, r"unknown strategy 3"),
+        ({"name": "lora-pro"}, {"optim": "sgd"}, r"training.optim has no effect under strategy 'lora-pro'"),
+        ({"name": "lora-pro"}, {"fsdp": "full_shard"}, r"training.fsdp shards them: leave one out"),
+    ],
+)
+def test_bad_strategies_are_named_before_anything_starts(
+    strategy: dict[str, Any], training: dict[str, Any], message: str
+) -> None:
+    values = {"base": "b", "output": "o", "tasks": {"a": {"train": "a.jsonl"}}}
+    with pytest.raises(ConfigError, match=message):
+        parse({**values, "strategy": strategy, "training": training}, recipe=False)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_keyword_refuses_what_it_cannot_use(name: str) -> None:
+    for field in dataclasses.fields(STRATEGIES[name]):
+        for value in ("text", [], {"a": 1}, float("nan"), 10**30, -1):
+            with pytest.raises(ConfigError):
+                make_strategy(name, **{field.name: value})
+        with pytest.raises(ConfigError, match=f"Did you mean '{field.name}'"):
+            make_strategy(name, **{f"{field.name}x": 1})
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_page_lists_every_strategy_with_its_keywords(name: str) -> None:
+    row = re.search(rf"^\| `{name}` \|.*$", PAGE, re.MULTILINE)
+    assert row is not None
+    for field in dataclasses.fields(STRATEGIES[name]):
+        assert f"`{field.name}" in row[0], field.name
+
+
+def test_the_page_s_keys_are_taken() -> None:
+    texts = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    found = {yaml.safe_load(text)["strategy"]["name"] for text in texts}
+    assert found == set(STRATEGIES)
+    for text in texts:
+        made = yaml.safe_load(text)["strategy"]
+        assert isinstance(make_strategy(**made), STRATEGIES[made["name"]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return encoder_folder(tmp_path_factory.mktemp("base"))
+
+
+def run_values(tmp_path: Path, base: Path, strategy: dict[str, Any], **recipe: Any) -> dict[str, Any]:
+    made = config_values(tmp_path, base)
+    made["recipe"] |= recipe
+    made["training"] |= {"max_steps": 4, "num_train_epochs": 1}
+    return {**made, "strategy": strategy, "score_before": False}
+
+
+def test_a_run_steps_by_its_strategy_and_goes_on_where_it_stopped(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    whole = Run.trainer
+
+    def seen(self: Run, *args: Any, **options: Any) -> Any:
+        trainer = whole(self, *args, **options)
+        used.append(type(trainer.optimizer).__name__)
+        return trainer
+
+    monkeypatch.setattr(Run, "trainer", seen)
+    made = run_values(tmp_path, base, {"name": "lora-pro", "mode": "adam"}, targets=["query"])
+    made["training"] |= {"save_steps": 2, "lr_scheduler_type": "constant"}
+    results = train(parse(made)).results
+    assert "LoRAPro" in used
+    again = {**made, "training": {**made["training"], "max_steps": 6}}
+    further = train(parse(again), resume=True).results
+    straight = {**again, "output": str(tmp_path / "straight")}
+    expected = train(parse(straight)).results
+    assert further["scores"]["mixture"]["first"]["loss"] == pytest.approx(
+        expected["scores"]["mixture"]["first"]["loss"], abs=1e-6
+    )
+    assert further["scores"]["mixture"]["first"]["loss"] != results["scores"]["mixture"]["first"]["loss"]
+
+
+def test_a_strategy_that_does_not_fit_the_recipe_stops_before_anything_is_written(tmp_path: Path, base: Path) -> None:
+    made = run_values(tmp_path, base, {"name": "lora-pro"}, expert="ia3")
+    made["recipe"].pop("rank")
+    with pytest.raises(ConfigError, match="experts hold no two factors that are trained"):
+        train(parse(made))
+    assert not (tmp_path / "run").exists()
