@@ -55,6 +55,7 @@ ONLY_IN = {
         "model/moa_model.py",
         "model/heads.py",
         "monitor/callback.py",
+        "training/lisa_callback.py",
         "runs/*.py",
         "cli/main.py",
         "serving/vllm/registration.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import ConfigError, unknown_name
 from ..tables import check_numbers, check_types, put
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ..model.moa_model import MoAModel
-
-STRATEGIES: dict[str, type[Strategy]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +43,17 @@ class Strategy:
         return []
 
 
-Row = TypeVar("Row", bound=type[Any])
+STRATEGIES: dict[str, type[Strategy]] = {}
 
 
-def register_strategy(name: str) -> Callable[[Row], Row]:
+def register_strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:
     """Return a decorator that puts a class into the table.
 
     Args:
         name: by which a configuration asks for it.
     """
 
-    def decorate(cls: Row) -> Row:
+    def decorate(cls: type[Strategy]) -> type[Strategy]:
         put(STRATEGIES, name, cls, "strategy")
         return cls
 
@@ -132,6 +130,38 @@ class LoRAProStrategy(Strategy):
         from .lora_pro import LoRAPro
 
         return LoRAPro(model, mode=self.mode, **adam_options(arguments))
+
+
+@register_strategy("lisa")
+@dataclass(frozen=True, kw_only=True)
+class LisaStrategy(Strategy):
+    """LISA, `moa.training.lisa`.
+
+    Args:
+        n_active: layers' blocks, or experts, that train at a time.
+        every: optimizer steps in an interval.
+        over: "layers" or "experts".
+        state: of the optimizer for what stops training, "keep" or "drop".
+        seed: of the choice.
+    """
+
+    n_active: int = 2
+    every: int = 20
+    over: Literal["layers", "experts"] = "layers"
+    state: Literal["keep", "drop"] = "keep"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("seed",))
+        from .lisa import check_lisa
+
+        check_lisa(self.n_active, self.every, self.over, self.state)
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `LisaCallback`."""
+        from .lisa_callback import LisaCallback
+
+        return [LisaCallback(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})]
 
 
 def adam_options(arguments: Any) -> dict[str, Any]:

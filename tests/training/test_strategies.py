@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingC
     ("strategy", "training", "message"),
     [
         ({"name": "lora-prp"}, {}, r"strategy: unknown strategy 'lora-prp'.*Did you mean 'lora-pro'"),
-        ({"mode": "sgd"}, {}, r"strategy has no name: choose one of lora-pro"),
+        ({"mode": "sgd"}, {}, r"strategy has no name: choose one of lora-pro, lisa"),
         ({"name": "lora-pro", "mod": "sgd"}, {}, r"unknown keyword 'mod'.*strategy 'lora-pro'.*Did you mean 'mode'"),
         ({"name": "lora-pro", "mode": "sdg"}, {}, r"unknown mode 'sdg'.*Did you mean 'sgd'"),
         ({"name": "lora-pro", "mode": True}, {}, r"strategy: unknown mode True|mode must be"),
