@@ -49,12 +49,16 @@ FORMULAS = {
     "loha": "2 * E * r * (i + o)",
     "lokr": "E * (root(i) * root(o) + i * o / (root(i) * root(o)))",
     "paca": "E * r * o",
+    "hypelora": "E * d",
     "randlora": "E * ceil(min(i, o) / r) * (r + min(i, o))",
     "vera": "E * (r + o)",
     "oft": "E * i * (b - 1) / 2",
     "boft": "E * (m * i * b + o)",
 }
-SHARED = {"compacter": "n**3"}  # what all layers have together, once
+SHARED = {
+    "compacter": "n**3",
+    "hypelora": "w * (d + 1) + (w + 1) * r * (i + o)",
+}  # what all layers of one size have together
 SIZES = ({"E": 3, "r": 4, "i": 24, "o": 36}, {"E": 2, "r": 6, "i": 36, "o": 24})
 # a recipe's keywords here, where they are not those that most take
 OPTIONS: dict[str, dict[str, Any]] = {"switch": {"k": 1}, "hydra": {"n_experts": 1, "k": 1}, "flylora": {"k": 2}}
@@ -86,7 +90,8 @@ def tables() -> str:
     return "\n".join(
         [
             "Parameters are those trained on a layer (i → o) by E experts of rank r. b is block_size, c kernel, m",
-            "n_factors, n the keyword n; other keywords are as by default. root(d) is the largest divisor up to √d.",
+            "n_factors, n the keyword n, d d_embedding, w width; other keywords are as by default. root(p) is the",
+            "largest divisor of p up to √p. What is shared is shared by all layers of one size.",
             "",
             "| family | parameters | shared by all layers | starts as zero | folds | PEFT |",
             "|---|---|---|---|---|---|",
@@ -110,13 +115,14 @@ def row(name: str) -> list[str]:
     return [*parameters(name, family), starts, folds(name), in_peft(name, built(family, SIZES[0])[0])]
 
 
-def built(family: Family, size: dict[str, int]) -> tuple[ExpertBank, Site]:
-    """Return a fresh bank, (*rows, i) -> (*rows, o), at the family's usual place of a layer."""
+def built(family: Family, size: dict[str, int]) -> tuple[ExpertBank, Site, nn.Module | None]:
+    """Return a fresh bank, (*rows, i) -> (*rows, o), at the usual place of a layer, and what all layers share."""
     d_in, d_out, place = size["i"], size["o"], family.places[0]
     layer = nn.Linear(d_in, d_out)
     site = Site("layer", layer, d_in if place == "input" else d_out, d_out, place=place)
     options = {"rank": size["r"], "scaling": 1.0, "dropout": 0.0, "engine": None}
-    return family.build(site, size["E"], family.shared([site], **options), **options), site
+    shared = family.shared([site], **options)
+    return family.build(site, size["E"], shared, **options), site, shared
 
 
 def parameters(name: str, family: Family) -> list[str]:
@@ -126,18 +132,17 @@ def parameters(name: str, family: Family) -> list[str]:
         AssertionError: a formula is wrong.
     """
     if name not in FORMULAS:
-        bank, _ = built(family, SIZES[0])
+        bank, *_ = built(family, SIZES[0])
         size = ", ".join(f"{letter} = {value}" for letter, value in SIZES[0].items())
         return [f"{sum(p.numel() for p in bank.parameters())} at {size}", ""]
-    words = {"block_size": "b", "kernel": "c", "n": "n", "n_factors": "m"}
+    words = {"block_size": "b", "kernel": "c", "n": "n", "n_factors": "m", "d_embedding": "d", "width": "w"}
     known = {words[key]: value for key, value in family.keywords().items() if key in words}
     for size in SIZES:
-        bank, site = built(family, size)
-        shared = family.shared([site], rank=size["r"], scaling=1.0, dropout=0.0, engine=None)
-        of_all = {n for n, _ in shared.named_parameters()} if shared is not None else set()
+        bank, site, shared = built(family, size)
+        of_all = set() if shared is None else {id(p) for p in shared.parameters()}
         counts = [0, 0]
-        for path, parameter in bank.named_parameters():
-            counts[path.rpartition(".")[2] in of_all and "." in path] += parameter.numel()
+        for parameter in bank.parameters():
+            counts[id(parameter) in of_all] += parameter.numel()
         names = {**size, **known, "root": root, "ceil": math.ceil, "min": min, "i": site.d_in}
         for count, formula in zip(counts, (FORMULAS[name], SHARED.get(name, "0")), strict=True):
             found = eval(formula, {"__builtins__": {}}, names)
@@ -152,7 +157,7 @@ def root(size: int) -> int:
 
 def starts_as_zero(family: Family) -> bool:
     """Return whether a fresh expert adds nothing, which the bank must say."""
-    bank, site = built(family, SIZES[0])
+    bank, site, _ = built(family, SIZES[0])
     x, weights = torch.randn(2, 3, site.d_in), torch.ones(bank.n_experts)
     zero = not bool(bank(x, Routing(weights, None, bank.n_experts)).any())
     assert zero == bank.zero_at_init, f"{family.name} says zero_at_init={bank.zero_at_init}"

@@ -82,6 +82,7 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "conformer": {"default": {"kernel": 5}},
     "comp_lora": {"default": {"protected": 2}, "input": {"protected": 1, "sides": "input"}},
     "compacter": {"default": {"n": 2}, "glorot": {"n": 2, "start": "glorot"}},
+    "hypelora": {"default": {"width": 8, "d_embedding": 5}, "frozen": {"width": 8, "depth": 4, "down": "frozen"}},
     "dylora": {"default": {"seed": 1}, "last": {"seed": 2, "update": "last"}},
 }
 # what a family's sizes must be multiples of

@@ -19,7 +19,8 @@ def generator(seed: int, *names: str) -> torch.Generator:
         seed: any whole number, one for a whole model.
         names: e.g. of a layer, so that each draws numbers of its own; none is the seed as it is.
     """
-    mixed = seed if not names else (seed << 32) ^ zlib.crc32("\0".join(names).encode())
+    # both in the lower 32 bits: on the CPU a generator looks at no others
+    mixed = seed if not names else zlib.crc32("\0".join((str(seed), *names)).encode())
     return torch.Generator().manual_seed(mixed)
 
 

@@ -47,8 +47,9 @@ class Stepped(nn.Module):
             self._before = self._sums()
 
     def _sums(self) -> Tensor:
-        """Return one number of each trainable parameter, (P,)."""
-        return torch.stack([p.detach().double().sum().cpu() for p in self.parameters() if p.requires_grad])
+        """Return one number of each trainable parameter, (P,); none of a model that was unloaded."""
+        sums = [p.detach().double().sum().cpu() for p in self.parameters() if p.requires_grad]
+        return torch.stack(sums) if sums else torch.zeros(0)
 
 
 _models: weakref.WeakSet[Stepped] = weakref.WeakSet()

@@ -316,3 +316,20 @@ def test_the_bank_of_a_family_is_what_the_recipe_builds() -> None:
     site = moa.Site("q", nn.Linear(3, 2), 3, 2)
     assert isinstance(moa.make_recipe("topk", rank=1).bank(site), LoRABank)
     assert laws.make_bank("lora", "default", 3, 2, 4, 1).scaling == 0.7
+
+
+@pytest.mark.parametrize("name", [name for name, cls in FAMILIES.items() if "seed" in cls.__dataclass_fields__])
+def test_another_seed_draws_other_numbers(name: str) -> None:
+    """And one seed the same again, another layer others where layers draw for themselves."""
+    if name == "dylora":  # its seed is of the ranks, one for each step
+        pytest.skip("it draws no tensors")
+
+    def drawn(seed: int) -> dict[str, Tensor]:
+        family = moa.experts.make_family(name, {"seed": seed, **({"down": "frozen"} if name == "hypelora" else {})})
+        site, options = moa.Site("layer", nn.Linear(12, 12), 12, 12), {"rank": 3, "scaling": 1.0}
+        bank = family.build(site, 2, family.shared([site], **options), **options)
+        return {key: value for key, value in bank.named_buffers() if value.numel() > 4}
+
+    one, again, other = drawn(1), drawn(1), drawn(2)
+    assert one and all(torch.equal(value, again[key]) for key, value in one.items())
+    assert any(not torch.equal(value, other[key]) for key, value in one.items())

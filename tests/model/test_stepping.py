@@ -124,3 +124,15 @@ def test_a_last_step_is_in_the_checkpoint(tmp_path) -> None:  # type: ignore[no-
     model.save_pretrained(tmp_path)
     again = moa.load(tmp_path, base=models.llama())
     assert all(branch.router.selection_bias.any() for _, branch in again.branches())  # type: ignore[operator, union-attr]
+
+
+def test_an_unloaded_model_that_is_still_held_leaves_other_optimizers_alone() -> None:
+    model = moa.build(models.llama(num_hidden_layers=1), "topk")
+    batch = models.lm_batch()
+    model.train()(**batch).loss.backward()
+    model.unload()
+    other = torch.nn.Linear(2, 2)
+    other(torch.ones(1, 2)).sum().backward()
+    before = other.weight.detach().clone()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    assert not torch.equal(other.weight, before)

@@ -8,6 +8,7 @@ from .convolved import Conformer, ConformerBank, Convpass, ConvpassBank
 from .core import Core, CoreBank
 from .dora import DoRA, DoRABank
 from .dylora import DyLoRA, DyLoRABank
+from .hypelora import HypeLoRA, HypeLoRABank, Hypernetwork
 from .ia3 import IA3, InputScaleBank, OutputScaleBank
 from .loha import LoHa, LoHaBank
 from .lokr import LoKr, LoKrBank
@@ -38,6 +39,9 @@ __all__ = [
     "DoRABank",
     "DyLoRA",
     "DyLoRABank",
+    "HypeLoRA",
+    "HypeLoRABank",
+    "Hypernetwork",
     "InputScaleBank",
     "LoHa",
     "LoHaBank",
