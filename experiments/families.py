@@ -44,6 +44,7 @@ FORMULAS = {
     "compacter": "E * (3 * r + i + 2 * o)",
     "shared": "r * i + E * r * o",
     "core": "E * r**2",
+    "comp_lora": "E * r * (i + o)",
     "dora": "E * (r * (i + o) + o)",
     "ia3": "E * o",
     "loha": "2 * E * r * (i + o)",
