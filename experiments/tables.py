@@ -261,6 +261,25 @@ def expert_parallel() -> str:
     )
 
 
+def demo() -> str:
+    """Mixtures beside LoRA on tasks that go together, and on tasks that contradict each other."""
+    found = result("demo")
+    rows = []
+    for name in found["settings"]["A"]:
+        cells = [f"`{name}`" if name.islower() else name]
+        for setting in ("A", "B"):
+            row = found["settings"][setting][name]
+            cells.append(f"{100 * row['mean']:.1f}")
+            for other in ("LoRA", "LoRA, told"):
+                one = row["minus"].get(other)
+                cells.append("" if one is None else f"{100 * one['mean']:z+.1f} ± {100 * one['half']:.1f}")
+        rows.append(cells)
+    header = ["accuracy, %"]
+    for setting in ("together", "opposed"):
+        header += [setting, f"{setting}: minus LoRA", f"{setting}: minus LoRA, told"]
+    return f"{table(header, rows)}\n\n{made_by('demo')}; rates: {made_by('demo_tuning')}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (

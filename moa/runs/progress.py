@@ -17,6 +17,12 @@ def one_bar() -> None:
     logging.disable_progress_bar()
 
 
+def quiet() -> None:
+    """Turn off all that loading says: it does not know that half of a model was asked for."""
+    one_bar()
+    logging.set_verbosity_error()
+
+
 class ProgressBar(TrainerCallback):
     """One bar for training with the last loss beside it, and one for each scoring, which then goes away."""
 

@@ -196,7 +196,7 @@ class Run:
         arguments = self._quiet({})
         trainer = self.trainer(model, arguments, title=title)
         if statistics is not None:
-            model.context.trace = _EvaluationTrace(model, statistics)
+            model.context.trace = EvaluationTrace(model, statistics)
         try:
             scores: Scores = {}
             scored: dict[str, float] = {}
@@ -313,7 +313,7 @@ def _measure(trainer: Trainer, measures: Measures, into: dict[str, float] | None
     trainer.compute_metrics = scores
 
 
-class _EvaluationTrace:
+class EvaluationTrace:
     """Counts routings as they are made, and keeps none of them."""
 
     def __init__(self, model: MoAModel, statistics: RoutingStatistics) -> None:

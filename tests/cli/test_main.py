@@ -132,6 +132,8 @@ def test_merge_writes_an_adapter_or_a_checkpoint(
         (["train", "nothing.yaml"], "there is no configuration nothing.yaml"),
         (["report", "nothing"], "there is no folder nothing"),
         (["demo", "--model", "minilmm"], "unknown model 'minilmm'"),
+        (["demo", "--set", "seed=1"], "--set changes a packaged configuration: say which one"),
+        (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["eval", "nothing"], "there is no folder nothing"),
         (["inspect", ".", "--dtype", "floaty"], "not a torch dtype"),
     ],
