@@ -236,6 +236,21 @@ def test_the_claim_is_in_the_results() -> None:
     assert f"`{step['command']}` at {step['environment']['commit']}" in text
 
 
+def test_what_readme_says_of_the_demo_is_in_its_result() -> None:
+    text = " ".join(
+        text_of("README.md").partition("The first three rows follow")[2].partition("[All recipes]")[0].split()
+    )
+    found = tables.result("demo")
+    assert f"--seeds {found['seeds']}`" in text
+    said = re.findall(r"[+-]\d+\.\d ± \d+\.\d", text)
+    order = [("A", arm, "LoRA") for arm in ("poly", "topk", "remix")]
+    order += [("B", "poly", "LoRA"), ("B", "poly", "LoRA, told"), ("B", "topk", "LoRA"), ("B", "remix", "LoRA")]
+    minus = [found["settings"][setting][arm]["minus"][other] for setting, arm, other in order]
+    assert said == [f"{100 * one['mean']:+.1f} ± {100 * one['half']:.1f}" for one in minus]
+    sides = [abs(one["mean"]) > one["half"] for one in minus]
+    assert sides == [False, False, False, True, False, False, False], "the words of the table no longer follow"
+
+
 PAGES = [
     "SECURITY.md",
     "README.md",

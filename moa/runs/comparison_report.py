@@ -121,7 +121,8 @@ def comparison_text(results: Mapping[str, Any]) -> str:
         f"Each arm's learning rate was picked beforehand, from the same grid ({grid}), with the same seeds, on rows "
         "that are not scored here: python -m experiments.demo_tuning\n"
         "±: half of a 95 % interval of the paired difference in points of accuracy, over "
-        + ("seeds and rows." if results["seeds"] > 1 else "rows; --seeds 3 would show how much a seed changes.")
+        + ("seeds and rows" if results["seeds"] > 1 else "rows; --seeds 3 would show how much a seed changes")
+        + ". One such interval in twenty misses."
     ]
     for setting in SETTINGS:
         figures = results["settings"][setting.name]
