@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
         granularity,
         merged_accuracy,
         expert_parallel,
+        demo,
     )
 }
 
