@@ -13,7 +13,6 @@ from moa.cli.main import main
 from moa.runs.train import evaluate
 from tests.tiny_run import config_values
 
-from .test_wrong_inputs import bases as bases
 from .test_wrong_inputs import written
 
 

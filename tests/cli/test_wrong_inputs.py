@@ -14,16 +14,10 @@ import yaml
 
 from moa.cli.main import main
 from moa.errors import LostLossWarning
-from tests.tiny_run import config_values, decoder_folder, encoder_folder, write_jsonl
+from tests.tiny_run import config_values, encoder_folder, write_jsonl
 
 Values = dict[str, Any]
 Change = Callable[[Path, Values], None]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {"encoder": encoder_folder(folder / "encoder"), "decoder": decoder_folder(folder / "decoder")}
 
 
 def sets(path: str, value: Any) -> Change:
