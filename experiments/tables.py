@@ -272,7 +272,7 @@ def demo() -> str:
             cells.append(f"{100 * row['mean']:.1f}")
             for other in ("LoRA", "LoRA, told"):
                 one = row["minus"].get(other)
-                cells.append("" if one is None else f"{100 * one['mean']:z+.1f} ± {100 * one['half']:.1f}")
+                cells.append("" if one is None else f"{100 * one['mean']:+z.1f} ± {100 * one['half']:.1f}")
         rows.append(cells)
     header = ["accuracy, %"]
     for setting in ("together", "opposed"):
