@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from einops import rearrange
@@ -111,7 +112,7 @@ class Site:
         module: a layer (*rows, i) -> (*rows, o), or a block whose output is, or begins with, (B, S, d).
         d_in: i; d for a block.
         d_out: o; d for a block.
-        shared: what the layers of one recipe share, where the family has that.
+        shared: what all layers of one recipe have together, by who calls it: "experts", "routers".
         place: of the experts: on the layer's "input" x, on its "output", after a "block", or at a sub-layer,
             "sequential" or "parallel"; on an output d_in is the layer's d_out, in parallel d_out is the last layer's.
     """
@@ -120,7 +121,7 @@ class Site:
     module: nn.Module
     d_in: int
     d_out: int
-    shared: nn.Module | None = None
+    shared: Mapping[str, nn.Module] = field(default_factory=dict)
     place: str = "input"
 
     def weight(self) -> Tensor:

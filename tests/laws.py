@@ -32,7 +32,7 @@ from moa.experts import (
 from moa.experts.families import OutputScaleBank
 from moa.layers import Site
 from moa.recipes import RECIPES, Recipe, make_recipe
-from moa.routers import Router
+from moa.routers import Classifier, Router
 from moa.types import Context, Routing
 
 M = TypeVar("M", bound=nn.Module)
@@ -224,8 +224,12 @@ RECIPE_CASES = variants(list(RECIPES), RECIPE_OPTIONS)
 def make_router(name: str, variant: str, d_in: int, n_experts: int, k: int) -> Router:
     """Return a router of a class in fp64 with every parameter, and the experts it looks at, drawn at random."""
     cls = ROUTER_CLASSES[name]
-    common = {"d_in": d_in, "n_experts": n_experts, "k": k, "n_tasks": N_TASKS, "d_hidden": d_in}
+    common: dict[str, Any] = {"d_in": d_in, "n_experts": n_experts, "k": k, "n_tasks": N_TASKS}
     own = ROUTER_OPTIONS.get(name, {}).get(variant, {})
+    if name == "PreviewRouter":
+        sizes = {key: own[key] for key in ("depth", "width") if key in own}
+        own = {key: value for key, value in own.items() if key not in sizes}
+        common["classifier"] = Classifier(d_in, n_experts, **sizes)
     router = randomised(cls(**accepted(cls, common), **own).double())
     router.experts_changed(*(torch.randn(n_experts, 2, d, dtype=torch.float64) for d in (d_in, 3)))
     return router

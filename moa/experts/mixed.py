@@ -122,7 +122,7 @@ class Mixed(Family):
         members, numbers = [], []
         for number, (family, own, experts) in enumerate(self._members(each)):
             inner = owned.get(str(number))
-            where = dataclasses.replace(site, shared=inner)
+            where = dataclasses.replace(site, shared={} if inner is None else {"experts": inner})
             members.append(family.build(where, len(experts), inner, **{**own, "dropout": 0.0}))
             numbers += experts
         order = sorted(range(n_experts), key=numbers.__getitem__)

@@ -205,10 +205,11 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path], stack: dic
     """Copy the checked layers of a classifier, weight (o, i) and bias (o,), into the routers."""
     config = found.config
     wanted = sorted(stack)
-    routers = [b.router for b in _branches(model) if b.router.needs_preview and list(b.router.parameters())]
+    deciding = [branch.router for branch in _branches(model) if branch.router.needs_preview]
+    classifiers = list({id(router.classifier): router.classifier for router in deciding}.values())
     n = len(folders)
-    for number, router in enumerate(routers):
-        for place, layer in zip(wanted, router.layers, strict=True):
+    for number, classifier in enumerate(classifiers):
+        for place, layer in zip(wanted, classifier.layers, strict=True):
             weight, bias = stack[place]["weight"], stack[place]["bias"]
             if place == wanted[-1] and config.get("layerwise_scalings"):
                 weight, bias = weight[number * n : number * n + n], bias[number * n : number * n + n]
@@ -221,7 +222,7 @@ def _fill_classifier(model: Any, found: Foreign, folders: list[Path], stack: dic
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
     last = stack[wanted[-1]]["bias"].shape[0]
-    expected = n * (len(routers) if config.get("layerwise_scalings") else 1)
+    expected = n * (len(classifiers) if config.get("layerwise_scalings") else 1)
     if last != expected:
         raise CheckpointError(f"{found.path}: the classifier scores {last} places, these adapters have {expected}.")
 

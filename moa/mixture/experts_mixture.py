@@ -200,7 +200,7 @@ def matrix_sites(site: Site) -> list[tuple[Site, int]]:
     layout = layout_of(site.module)
     if layout is None:
         return []
-    if site.shared is not None:
+    if "experts" in site.shared:
         raise ConfigError(
             f"{site.name}: fused experts cannot carry adapters that share tensors over their layers, as these do: "
             "choose another family, e.g. expert='lora'."

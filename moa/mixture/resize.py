@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .mixture import Branch, Mixture
 Order = Sequence[int | None]
 
 
-def site_of(mixture: Mixture, shared: nn.Module | None) -> Site:
+def site_of(mixture: Mixture) -> Site:
     """Return the site, (*rows, i) -> (*rows, o), on which a mixture was built."""
     if isinstance(mixture, ExpertsMixture):
         layout, base = mixture.layout, mixture.base
@@ -24,7 +25,7 @@ def site_of(mixture: Mixture, shared: nn.Module | None) -> Site:
     else:
         bank = _branches(mixture)[0].bank
         size = features(mixture.base) or (bank.d_in, bank.d_out)
-    return Site(mixture.name, mixture.base, *size, shared)
+    return Site(mixture.name, mixture.base, *size)
 
 
 def why_fixed(mixture: Mixture) -> str | None:
@@ -59,6 +60,21 @@ def move_experts(old: Mixture, new: Mixture, order: Order) -> None:
         _move(old.name, mine.bank, theirs.bank, banks, (), moved, mine.router.n_experts, by_matrix=True)
         names, anew = mine.router.per_expert, mine.router.made_anew
         _move(old.name, mine.router, theirs.router, names, anew, moved, mine.router.n_experts, by_matrix=False)
+
+
+def move_shared(old: nn.Module, new: nn.Module, order: Order, n_experts: int) -> nn.Module:
+    """Return what the routers of all layers share, (*rows, d) -> (*rows, E), made for another number of experts.
+
+    Args:
+        old: keeps what it has; its `per_expert` names the tensors with an axis of experts.
+        new: as it is built; it gets what the old one has learned.
+        order: for each expert of the new one, its number in the old one; None leaves it as it is built.
+        n_experts: E of the old one.
+    """
+    names: Any = getattr(old, "per_expert", {})
+    with torch.no_grad():
+        _move("what all layers share", old, new, names, (), order, n_experts, by_matrix=False)
+    return new.train(old.training)
 
 
 def become(old: Mixture, new: Mixture) -> None:

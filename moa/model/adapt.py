@@ -75,7 +75,7 @@ def optimizer_groups(
     for router in routers:
         if router.learning_rate is not None:
             group = own.setdefault(router.learning_rate, {})
-            group.update({id(p): p for p in router.parameters() if p.requires_grad})
+            group.update({id(p): p for p in router.learned() if p.requires_grad})
     taken = {key for group in own.values() for key in group}
     rest = [p for p in parameters if p.requires_grad and id(p) not in taken]
     groups: list[dict[str, Any]] = [{"params": rest, "lr": lr, "weight_decay": weight_decay}] if rest else []

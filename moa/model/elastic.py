@@ -61,9 +61,8 @@ def at_rank(model: Host, ranks: int | Sequence[int] | Tensor) -> Iterator[None]:
 def _elastic(model: Host, ranks: Sequence[int]) -> list[Elastic]:
     """Return what the experts of each recipe share, after a look at the ranks that are asked for."""
     found: list[Elastic] = []
-    owners = dict(model.shared_by_experts.items())
     for number, (recipe, _) in enumerate(model.recipes):
-        shared = owners.get(str(number))
+        shared = model.shared_of(number).get("experts")
         if not isinstance(shared, Elastic):
             raise ConfigError(
                 f"experts of the family {recipe.family.name!r} have one rank: build with expert='dylora' to choose it."

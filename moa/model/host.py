@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..mixture.preview import Preview
 from ..mixture.streams import Streams
 from ..objective.trace import Trace
 from ..recipes import Recipe
+from ..recipes.lent import mixtures_with
 from ..recipes.origins import origins
 from .adapt import adapted, optimizer_groups
 from .chosen import common_names
@@ -46,7 +46,7 @@ class Host(Switched, Sound):
         recipes: (recipe, names of its layers), in the order in which they were built.
         modules_to_save: names of the base's modules that are trained and saved whole.
         whole: those modules, and copies of them as they came.
-        shared_by_experts: what the families of recipes share over their layers, by the recipe's number.
+        shared_by_layers: what the layers of a recipe have together, by the recipe's number and who calls it.
         streams: in which the base runs, for recipes that have several; None for one.
         samples: M, forwards per training step, the most that any recipe asks for.
         preview: what runs only the base first, (B, S, d), where a router looks at that.
@@ -54,7 +54,7 @@ class Host(Switched, Sound):
 
     recipes: list[tuple[Recipe, list[str]]]
     modules_to_save: list[str]
-    shared_by_experts: nn.ModuleDict
+    shared_by_layers: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
     preview: Preview | None = None
@@ -75,12 +75,13 @@ class Host(Switched, Sound):
         chosen = recipe.sites(self.base) if sites is None else named_sites(self.base, free(self.base), sites)
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
         shared = recipe.shared(chosen)
-        if shared is not None:
-            shared = shared.to(*placement(chosen[0].module)).train(self.training)
-            chosen = [dataclasses.replace(s, shared=shared) for s in chosen]
-            self.shared_by_experts[str(len(self.recipes))] = shared.requires_grad_(recipe.train_experts)
-        mixtures = recipe.mixtures(chosen, self.scope)
+        if shared:
+            owned = nn.ModuleDict(shared).to(*placement(chosen[0].module)).train(self.training)
+            self.shared_by_layers[str(len(self.recipes))] = owned
+        mixtures = mixtures_with(recipe, chosen, shared, self.scope)
         if not recipe.train_experts:
+            if "experts" in shared:
+                shared["experts"].requires_grad_(False)
             for branch in (branch for mixture in mixtures for branch in mixture.branches):
                 branch.bank.requires_grad_(False)
         inject(self.base, chosen, mixtures)
@@ -155,12 +156,17 @@ class Host(Switched, Sound):
         for recipe, names in self.recipes:
             recipe.experts_changed([mixtures[name] for name in names])
 
+    def shared_of(self, number: int | str) -> dict[str, nn.Module]:
+        """Return what the layers (*rows, i) -> (*rows, o) of one recipe share, by who calls it."""
+        owned: Any = dict(self.shared_by_layers.items()).get(str(number), {})
+        return dict(owned.items())
+
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called after each step of an optimizer that trains this model."""
         super().optimizer_step_done()
         for _, branch in self.branches():
             branch.router.step()
-        for shared in self.shared_by_experts.values():
+        for shared in (module for number in self.shared_by_layers for module in self.shared_of(number).values()):
             step: Any = getattr(shared, "step", None)
             if step is not None:
                 step()
@@ -214,7 +220,7 @@ class Host(Switched, Sound):
             self.streams.remove()
             self.streams = None
         self.recipes.clear()
-        self.shared_by_experts.clear()
+        self.shared_by_layers.clear()
         self.routers_changed()
         return self.base.train(self.base.training)
 
@@ -243,17 +249,16 @@ class Host(Switched, Sound):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds: routers, experts, streams and the modules trained whole, by their name.
 
-        A layer that several parents share has one entry, under its first name; what experts share has its owner's.
+        A layer that several parents share has one entry, under its first name; what layers share is its owner's.
         """
         heads = tuple(f"base.{name}." for name in self.modules_to_save)
         state = self.state_dict(keep_vars=True)
         chosen = {
             k: v
             for k, v in state.items()
-            if ".branches." in k or k.startswith(("streams.", "shared_by_experts.", *heads))
+            if ".branches." in k or k.startswith(("streams.", "shared_by_layers.", *heads))
         }
-        ordered = sorted(chosen.items(), key=lambda item: not item[0].startswith("shared_by_experts."))
-        first = {id(v): k for k, v in reversed(ordered)}
+        first = {id(v): k for k, v in reversed(chosen.items())}
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
     def describe(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         self.recipes: list[tuple[Recipe, list[str]]] = []
         self.modules_to_save: list[str] = []
         self.whole = []
-        self.shared_by_experts = nn.ModuleDict()
+        self.shared_by_layers = nn.ModuleDict()
         self.streams = None
         self.objective = Objective()
         self.last_losses: dict[str, Tensor] = {}

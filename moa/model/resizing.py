@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..errors import CheckpointError, ConfigError
 from ..formats.peft_experts import names_of
 from ..formats.peft_native import Given, read_given
 from ..formats.sharded import is_sharded
 from ..mixture import Branch, Mixture, placement
-from ..mixture.resize import Order, become, move_experts, site_of, why_fixed
+from ..mixture.resize import Order, become, move_experts, move_shared, site_of, why_fixed
 from ..recipes import Recipe
+from ..recipes.lent import mixtures_with
 from ..recipes.resized import resized
 from .chosen import number_of
 from .host import Host
 
-Built = list[tuple[Recipe, list[Mixture]]]
+Built = list[tuple[Recipe, list[Mixture], dict[str, nn.Module]]]
 
 
 class Resized(Host):
@@ -103,8 +106,12 @@ class Resized(Host):
         built: Built = []
         for number, ((recipe, names), order) in enumerate(zip(self.recipes, orders, strict=True)):
             new = resized(recipe, order, name)
-            shared = dict(self.shared_by_experts.items()).get(str(number))
-            mixtures = new.mixtures([site_of(own[layer], shared) for layer in names], self.scope)
+            sites = [site_of(own[layer]) for layer in names]
+            shared = self.shared_of(number)
+            if "routers" in shared:
+                fresh = new.shared(sites)["routers"]
+                shared["routers"] = move_shared(shared["routers"], fresh, order, recipe.n_experts)
+            mixtures = mixtures_with(new, sites, shared, self.scope)
             for mixture in mixtures:
                 mixture.branches.to(*placement(mixture.base)).train(self.training)
             if given is not None:
@@ -118,9 +125,11 @@ class Resized(Host):
             new.experts_changed(mixtures)
             for mixture in mixtures:
                 move_experts(own[mixture.name], mixture, order)
-            built.append((new, mixtures))
-        for _, mixtures in built:
+            built.append((new, mixtures, shared))
+        for number, (_, mixtures, shared) in enumerate(built):
+            if shared:
+                self.shared_by_layers[str(number)] = nn.ModuleDict(shared)
             for mixture in mixtures:
                 become(own[mixture.name], mixture)
-        self.recipes = [(new, names) for (new, _), (_, names) in zip(built, self.recipes, strict=True)]
+        self.recipes = [(new, names) for (new, *_), (_, names) in zip(built, self.recipes, strict=True)]
         self.routers_changed()

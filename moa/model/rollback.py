@@ -31,7 +31,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 whole.restore()
             del model.whole[len(lists[1]) :]
             model.recipes, model.modules_to_save = lists
-            for number in [n for n in model.shared_by_experts if int(n) >= len(model.recipes)]:
-                del model.shared_by_experts[number]
+            for number in [n for n in model.shared_by_layers if int(n) >= len(model.recipes)]:
+                del model.shared_by_layers[number]
             model.routers_changed()
         raise

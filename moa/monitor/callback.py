@@ -271,7 +271,7 @@ class Window:
         self.statistics = RoutingStatistics(n_tasks, dead_share)
         self.saw_tasks = False
         self._routers = {name: branch.router for name, branch in reversed(list(model.branches()))}
-        self._parameters = [p for _, branch in model.branches() for p in branch.router.parameters()]
+        self._parameters = [p for _, branch in model.branches() for p in branch.router.learned()]
         self._last_losses: dict[str, Tensor] | None = None
         self.reset()
         model.observers.append(self)
@@ -317,7 +317,7 @@ class Window:
     def learns(self, name: str) -> bool:
         """Tell whether the layer's router can change: a fixed routing cannot collapse."""
         router = self._routers[name.partition("#")[0]]
-        return any(p.requires_grad for p in router.parameters())
+        return any(p.requires_grad for p in router.learned())
 
     def advice(self, name: str) -> str:
         """Return what to try against the collapse of a layer, by what its router has."""

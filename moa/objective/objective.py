@@ -199,7 +199,8 @@ def _terms(number: int, trace: Trace) -> Iterator[_Term]:
         router: Any = alike[0].router
         names = [name for name in router.loss_weights if name in LOSSES]
         for name, sums in zip(names, _sums_of_layers(names, alike), strict=True):
-            if not sums.requires_grad and any(p.requires_grad for r in alike for p in r.router.parameters()):
+            routers: list[Any] = [record.router for record in alike]
+            if not sums.requires_grad and any(p.requires_grad for other in routers for p in other.learned()):
                 raise ContextError(
                     f"the {name} loss of {alike[0].name} carries no gradient, so its router would not learn from "
                     "it. Reentrant gradient checkpointing does this: use "

@@ -12,8 +12,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..mixture import Branch, Mixture, Site
 from ..mixture.preview import hidden_width
-from ..routers import PreviewRouter, PrototypeRouter
-from ..routers.first_pass import check_classifier
+from ..routers import Classifier, PreviewRouter, PrototypeRouter
+from ..routers.first_pass import check_scores
 from ..routers.prototype import check_temperature
 from ..types import Scope
 from .recipe import Recipe, TopKRecipe, register_recipe
@@ -56,7 +56,9 @@ class XLoRA(TopKRecipe):
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", self.k or self.n_experts)
         super().__post_init__()
-        check_classifier(self.depth, self.temperature, self.score)
+        check_scores(self.temperature, self.score)
+        if self.depth < 1:
+            raise ConfigError(f"depth must be at least 1, got {self.depth}.")
         if self.depth == 1:
             self.check_unused("inner layers of the classifier, depth > 1", "width", "classifier_dropout")
 
@@ -69,29 +71,27 @@ class XLoRA(TopKRecipe):
         return dataclasses.replace(self, d_hidden=hidden_width(base))
 
     def build(self, site: Site) -> list[Branch]:
-        """Return one branch: a router with its own classifier, for x (*rows, i)."""
+        """Return one branch: a router with a classifier of its own or that of all layers, for x (*rows, i)."""
+        shared: Any = site.shared.get("routers")
         router = PreviewRouter(
             site.d_in,
             self.n_experts,
             self.k,
-            d_hidden=self.d_hidden or site.d_in,
-            depth=self.depth,
-            width=self.width,
-            dropout=self.classifier_dropout,
+            classifier=self._classifier(site) if shared is None else shared,
             temperature=self.temperature,
             score=self.score,
             renormalize=self.renormalize,
         )
         return [Branch(router, self.bank(site))]
 
-    def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
-        """Return the mixtures of the sites, (*rows, i) -> (*rows, o), with one classifier unless layerwise."""
-        out = super().mixtures(sites, scope)
-        routers: list[Any] = [_branch(mixture).router for mixture in out]  # each of `_router`
-        for router in routers[1:]:
-            if not self.layerwise:
-                router.share(routers[0])
-        return out
+    def shared(self, sites: Sequence[Site]) -> dict[str, nn.Module]:
+        """Return what all layers (*rows, i) -> (*rows, o) share: the classifier, unless layerwise."""
+        own = {} if self.layerwise else {"routers": self._classifier(sites[0])}
+        return {**super().shared(sites), **own}
+
+    def _classifier(self, site: Site) -> Classifier:
+        sizes = self.d_hidden or site.d_in, self.n_experts, self.depth, self.width
+        return Classifier(*sizes, dropout=self.classifier_dropout)
 
 
 @register_recipe("arrow", "Ostapenko et al. 2024, arXiv 2405.11157")

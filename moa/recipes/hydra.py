@@ -84,4 +84,4 @@ class Hydra(TopKRecipe, BalancedRecipe):
     def _bank(self, site: Site, rank: int) -> ExpertBank:
         family = Affine() if self.biases else self.family
         options = {**self.bank_options(), "rank": rank, "scaling": 1.0 if self.alpha is None else self.alpha / rank}
-        return family.build(site, self.n_experts, site.shared, **options)
+        return family.build(site, self.n_experts, site.shared.get("experts"), **options)

@@ -102,4 +102,4 @@ class MixLoRA(TopKRecipe, BalancedRecipe):
         return [made[site.name] for site in sites]
 
     def _bank(self, site: Site, n_experts: int) -> ExpertBank:
-        return self.family.build(site, n_experts, site.shared, **self.bank_options())
+        return self.family.build(site, n_experts, site.shared.get("experts"), **self.bank_options())

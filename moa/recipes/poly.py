@@ -79,7 +79,7 @@ class Poly(Recipe):
             ConfigError: the heads do not divide the site's features.
         """
         family = Headed(n_heads=self.heads)
-        bank = family.build(site, self.n_experts, site.shared, **self.bank_options())
+        bank = family.build(site, self.n_experts, site.shared.get("experts"), **self.bank_options())
         return bank.requires_grad_(self.mode != "z")
 
     def build(self, site: Site) -> list[Branch]:

@@ -164,9 +164,9 @@ class Recipe(Targets):
             branch.tap = "output"
         return branches
 
-    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        """Return what the family shares over all layers (*rows, i) -> (*rows, o) of this recipe, or None."""
-        return self.family.shared(sites, **self.bank_options())
+    def shared(self, sites: Sequence[Site]) -> dict[str, nn.Module]:
+        """Return what all layers (*rows, i) -> (*rows, o) share, by who calls it: "experts" or "routers"."""
+        return {"experts": found} if (found := self.family.shared(sites, **self.bank_options())) is not None else {}
 
     def mixtures(self, sites: Sequence[Site], scope: Scope) -> list[Mixture]:
         """Return one mixture for each site, (*rows, i) -> (*rows, o); recipes whose sites share something override it.
@@ -221,7 +221,7 @@ class Recipe(Targets):
 
     def bank(self, site: Site) -> ExpertBank:
         """Return a fresh bank for a site, (*rows, i) -> (*rows, o)."""
-        return self.family.build(site, self.n_experts, site.shared, **self.bank_options())
+        return self.family.build(site, self.n_experts, site.shared.get("experts"), **self.bank_options())
 
     @property
     def largest_rank(self) -> int:

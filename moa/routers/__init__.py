@@ -1,7 +1,7 @@
 """Routers: who decides which experts act on a row. `ROUTERS` names the classes."""
 
 from .choice import ExpertChoiceRouter, SoftRouter
-from .first_pass import PreviewRouter
+from .first_pass import Classifier, PreviewRouter
 from .fixed import FixedRouter
 from .identity import IdRouter
 from .linear import LinearRouter
@@ -31,6 +31,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 __all__ = [
     "ROUTERS",
+    "Classifier",
     "ExpertChoiceRouter",
     "FixedRouter",
     "IdRouter",

@@ -16,31 +16,75 @@ from . import select
 from .router import Router, pool
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer whose output is fp32, or fp64 for such an input, whatever the dtype of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return x W^T + b, (*rows, o), of x (*rows, i)."""
+        out = exact_linear(input, self.weight)  # (*rows, o)
+        return out + self.bias.to(out.dtype)
+
+
+class Classifier(nn.Module):
+    """Logits of experts from a hidden state: linear layers of widths d, width, …, E with ReLU between.
+
+    | parameter | shape | start |
+    |---|---|---|
+    | layers.0.weight … | (E, d), or (width, d), …, (E, width) | as nn.Linear |
+
+    Args:
+        d_hidden: d.
+        n_experts: E.
+        depth: linear layers.
+        width: of the inner ones.
+        dropout: between them, in training.
+    """
+
+    def __init__(self, d_hidden: int, n_experts: int, depth: int = 1, width: int = 2048, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        sizes = [d_hidden, *[width] * (depth - 1), n_experts]
+        self.layers = nn.ModuleList(ExactLinear(a, b) for a, b in itertools.pairwise(sizes))
+
+    @property
+    def per_expert(self) -> Mapping[str, int]:
+        """The last layer's tensors, (E, width) and (E,), by name, and their axis of experts."""
+        last = len(self.layers) - 1
+        return {f"layers.{last}.weight": 0, f"layers.{last}.bias": 0}
+
+    def reset_parameters(self) -> None:
+        """Draw every layer's weight, (E, d) for one layer, and bias anew."""
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits (*rows, E), fp32, of hidden (*rows, d)."""
+        for number, layer in enumerate(self.layers):
+            if number:
+                hidden = F.dropout(hidden.relu(), self.dropout, self.training)
+            hidden = layer(hidden)  # (*rows, width), (*rows, E) at the last
+        return hidden
+
+
 class PreviewRouter(Router):
     """Scores experts from the last hidden state h of the frozen base on the same tokens, not from the layer's own x.
 
     logits = classifier(h);  w = softmax(logits / T) over all experts, or its k largest entries as they are
 
-    | parameter | shape | start |
-    |---|---|---|
-    | layers.0.weight … | (E, d), or a stack of widths d, width, …, E with ReLU between | as nn.Linear |
-
-    Several routers may `share` one's classifier: one set of weights for the whole model.
+    Several routers may have one classifier: one set of weights for the whole model.
 
     Args:
         d_in: i, unused.
         n_experts: E.
         k: K; with K = E every expert acts.
-        d_hidden: d.
-        depth: linear layers of the classifier.
-        width: of its inner layers.
-        dropout: between them, in training.
+        classifier: maps h (*rows, d) to logits (*rows, E), see `Classifier`.
         temperature: T.
         score: "softmax", or "raw" for the logits themselves.
         renormalize: a second softmax over the kept weights.
 
     Raises:
-        ConfigError: a depth, temperature or score that cannot be.
+        ConfigError: a temperature or score that cannot be.
     Source: arXiv 2402.07148, §2; peft's X-LoRA.
     """
 
@@ -53,35 +97,24 @@ class PreviewRouter(Router):
         n_experts: int,
         k: int,
         *,
-        d_hidden: int,
-        depth: int = 1,
-        width: int = 2048,
-        dropout: float = 0.2,
+        classifier: Classifier,
         temperature: float = 1.0,
         score: Literal["softmax", "raw"] = "softmax",
         renormalize: bool = False,
     ) -> None:
         super().__init__(d_in, n_experts, k)
-        check_classifier(depth, temperature, score)
-        self.temperature, self.score, self.renormalize, self.dropout = temperature, score, renormalize, dropout
-        sizes = [d_hidden, *[width] * (depth - 1), n_experts]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        check_scores(temperature, score)
+        self.temperature, self.score, self.renormalize = temperature, score, renormalize
+        self.classifier = classifier
 
     @property
     def per_expert(self) -> Mapping[str, int]:  # type: ignore[override]
-        """The last layer's tensors, (E, width) and (E,)."""
-        last = len(self.layers) - 1
-        return {f"layers.{last}.weight": 0, f"layers.{last}.bias": 0}
+        """The classifier's tensors of experts, where it is this router's own: (E, width) and (E,)."""
+        return {f"classifier.{name}": axis for name, axis in self.classifier.per_expert.items()}
 
     def reset_parameters(self) -> None:
-        """Draw every layer's weight, (E, d) for one layer, and bias anew."""
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            layer.reset_parameters()
-
-    def share(self, other: PreviewRouter) -> None:
-        """Have another router's classifier, (E, d), from now on: tied weights, which a checkpoint holds once."""
-        self.layers = other.layers
+        """Draw the classifier anew, (E, d) for one layer."""
+        self.classifier.reset_parameters()
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the routing for the rows of x (*rows, i).
@@ -95,7 +128,7 @@ class PreviewRouter(Router):
                 "base inside it, not one of its layers."
             )
         hidden = self._rows(context.preview, x, context)  # (*rows, d)
-        logits = self.classify(hidden) / self.temperature  # (*rows, E)
+        logits = self.classifier(hidden) / self.temperature  # (*rows, E)
         scores = logits.softmax(-1)
         values = scores if self.score == "softmax" else logits
         if self.k == self.n_experts and not self.renormalize:
@@ -120,25 +153,14 @@ class PreviewRouter(Router):
             "see one row per token."
         )
 
-    def classify(self, hidden: Tensor) -> Tensor:
-        """Return logits (*rows, E), fp32, of hidden (*rows, d)."""
-        for number, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            if number:
-                hidden = F.dropout(hidden.relu(), self.dropout, self.training)
-            hidden = exact_linear(hidden, layer.weight)  # (*rows, width), (*rows, E) at the last
-            hidden = hidden + layer.bias.to(hidden.dtype)
-        return hidden
 
-
-def check_classifier(depth: int, temperature: float, score: str) -> None:
-    """Check how many layers a classifier has, and what becomes of its logits.
+def check_scores(temperature: float, score: str) -> None:
+    """Check what becomes of a classifier's logits.
 
     Raises:
-        ConfigError: a depth, temperature or score that cannot be.
+        ConfigError: a temperature or score that cannot be.
     """
-    if depth < 1 or temperature <= 0 or score not in ("softmax", "raw"):
+    if temperature <= 0 or score not in ("softmax", "raw"):
         raise ConfigError(
-            f"depth must be at least 1, temperature positive and score 'softmax' or 'raw', got {depth}, "
-            f"{temperature} and {score!r}."
+            f"temperature must be positive and score 'softmax' or 'raw', got {temperature} and {score!r}."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -102,6 +102,13 @@ class Router(nn.Module):
 
     def experts_changed(self, down: Tensor, up: Tensor) -> None:
         """Take note of low-rank experts read in or trained, down (E, r, i), up (E, r, o), for routing by them."""
+
+    def learned(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters by which it decides, of any shape, those of a module that all layers share included."""
+        yield from self.parameters()
+        for lent in vars(self).values():
+            if isinstance(lent, nn.Module):
+                yield from lent.parameters()
 
     def step(self) -> None:
         """Update what is not learned by gradient; called once after each optimizer step."""

@@ -126,7 +126,7 @@ def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tup
                 f"note: {task}: the loss rose from {scores['loss']:.3g} to {after[task]['loss']:.3g}: is the learning "
                 f"rate of {arguments.learning_rate:g} too high?"
             )
-    layers = statistics.summary()
+    layers = statistics.summary(all_reduce=True)
     if is_first():
         _write_figure(folder.work / FIGURE, layers, [task.name for task in tasks])
 
@@ -188,7 +188,7 @@ def _describe(
 ) -> dict[str, Any]:
     trainable, total = model.get_nb_trainable_parameters()
     banks = sum(p.numel() for _, branch in model.branches() for p in branch.bank.parameters())
-    routers = sum(p.numel() for _, branch in model.branches() for p in branch.router.parameters())
+    routers = sum(p.numel() for p in {p for _, branch in model.branches() for p in branch.router.learned()})
     return {
         "versions": {"moa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(model.device),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import nn
 from ..layers import Site
 from ..mixture import Mixture
 from ..recipes import make_recipe
+from ..recipes.lent import mixtures_with
 from ..types import Context, Scope
 
 Sizes = Mapping[str, tuple[int, int]]
 
 
 class Mixtures(nn.Module):
-    """Mixtures without a base, (*rows, i) -> (*rows, o), and what their experts share.
+    """Mixtures without a base, (*rows, i) -> (*rows, o), and what they share.
 
     Its tensors have the names of a checkpoint's, so that one loads the other.
 
@@ -42,10 +42,9 @@ class Mixtures(nn.Module):
                 recipe = make_recipe(row["router"], **options)
                 sites = [_site(name, *sizes[name]) for name in row["layers"]]
                 shared = recipe.shared(sites)
-                if shared is not None:
-                    self.shared[str(number)] = shared
-                    sites = [dataclasses.replace(site, shared=shared) for site in sites]
-                for mixture in recipe.mixtures(sites, scope):
+                if shared:
+                    self.shared[str(number)] = nn.ModuleDict(shared)
+                for mixture in mixtures_with(recipe, sites, shared, scope):
                     self.by_name[mixture.name] = mixture
                     self.branches.append(mixture.branches)
         finally:
@@ -59,7 +58,7 @@ class Mixtures(nn.Module):
         for name in self.state_dict():
             kind, number, rest = name.split(".", 2)
             found[name] = (
-                f"shared_by_experts.{number}.{rest}"
+                f"shared_by_layers.{number}.{rest}"
                 if kind == "shared"
                 else f"base.{layers[int(number)]}.branches.{rest}"
             )

@@ -51,7 +51,7 @@ def test_an_expert_is_the_papers_sum_of_kronecker_products(router: str) -> None:
 
 def test_the_slow_weight_is_one_for_all_layers_and_experts_and_is_trained(tmp_path: Path) -> None:
     model, batch = built("topk", 4), models.lm_batch()
-    slow = model.shared_by_experts["0"]
+    slow = model.shared_by_layers["0"]["experts"]
     assert all(branch.bank.slow is slow for _, branch in model.branches())
     (_, branch), *_ = model.branches()
     own = sum(p.numel() for n, p in branch.bank.named_parameters() if not n.startswith("slow"))
@@ -66,7 +66,7 @@ def test_the_slow_weight_is_one_for_all_layers_and_experts_and_is_trained(tmp_pa
     assert not torch.equal(slow.rule, before) and model(**batch).loss.item() < first - 0.02
     expected = models.outputs_of(model, batch)
     model.save_pretrained(tmp_path)
-    assert [k for k in load_file(tmp_path / "model.safetensors") if "rule" in k] == ["shared_by_experts.0.rule"]
+    assert [k for k in load_file(tmp_path / "model.safetensors") if "rule" in k] == ["shared_by_layers.0.experts.rule"]
     assert torch.equal(models.outputs_of(moa.load(tmp_path, base=models.llama()), batch), expected)
     assert torch.equal(models.outputs_of(model.unload(), batch), models.outputs_of(models.llama(), batch))
 
@@ -95,7 +95,7 @@ def test_it_runs_under_every_recipe_that_fits(router: str) -> None:
     if laws.needs_tasks(router):
         batch["task_ids"] = torch.arange(4) % laws.N_TASKS
     model.train()(**batch).loss.backward()
-    assert bool(model.shared_by_experts["0"].rule.grad.any())
+    assert bool(model.shared_by_layers["0"]["experts"].rule.grad.any())
 
 
 @pytest.mark.parametrize(

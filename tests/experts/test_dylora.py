@@ -70,7 +70,7 @@ def test_a_step_trains_what_its_rank_says(update: str, checkpointed: bool) -> No
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(8):
-        elastic = model.shared_by_experts["0"]
+        elastic = model.shared_by_layers["0"]["experts"]
         b = elastic.drawn
         drawn.append(b)
         theirs = truncated(model, b)
@@ -89,7 +89,9 @@ def test_a_step_trains_what_its_rank_says(update: str, checkpointed: bool) -> No
         optimizer.step()
         optimizer.zero_grad()
     assert set(drawn) == set(range(1, R + 1)), drawn
-    assert [copy.deepcopy(model).shared_by_experts["0"].drawn] == [model.shared_by_experts["0"].drawn]
+    assert [copy.deepcopy(model).shared_by_layers["0"]["experts"].drawn] == [
+        model.shared_by_layers["0"]["experts"].drawn
+    ]
 
 
 def test_each_request_and_each_prompt_has_its_rank() -> None:

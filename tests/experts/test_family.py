@@ -91,7 +91,7 @@ def built(**options: Any) -> Any:
 @pytest.mark.usefixtures("basis")
 def test_what_layers_share_is_one_tensor_saved_once(tmp_path: Path) -> None:
     model = models.randomise(built())
-    owner = model.shared_by_experts["0"]
+    owner = model.shared_by_layers["0"]["experts"]
     banks = [branch.bank for _, branch in model.branches()]
     assert all(bank.shared is owner for bank in banks)
     batch = models.lm_batch()
@@ -100,11 +100,13 @@ def test_what_layers_share_is_one_tensor_saved_once(tmp_path: Path) -> None:
     assert owner.up.grad is not None and bool(owner.up.grad.any())
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
-    assert [name for name in saved if "shared" in name] == ["shared_by_experts.0.up"], "once, and no seeded buffer"
+    assert [name for name in saved if "shared" in name] == ["shared_by_layers.0.experts.up"], (
+        "once, and no seeded buffer"
+    )
     again = moa.load(tmp_path, base=models.llama())
     assert torch.equal(models.outputs_of(again, batch), before)
     assert again.recipes[0][0].family.width == 5 and again.recipes[0][0].family.seed == 3
-    assert sum(p is again.shared_by_experts["0"].up for p in again.parameters()) == 1
+    assert sum(p is again.shared_by_layers["0"]["experts"].up for p in again.parameters()) == 1
 
 
 @pytest.mark.usefixtures("basis")
@@ -114,9 +116,9 @@ def test_a_shared_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     saved = load_file(file)
-    del saved["shared_by_experts.0.up"]
+    del saved["shared_by_layers.0.experts.up"]
     save_file(saved, file, metadata=header)
-    with pytest.raises(CheckpointError, match=r"1 missing: shared_by_experts\.0\.up"):
+    with pytest.raises(CheckpointError, match=r"1 missing: shared_by_layers\.0\.experts\.up"):
         moa.load(tmp_path, base=models.llama())
 
 
@@ -125,11 +127,11 @@ def test_a_build_that_fails_leaves_nothing_shared() -> None:
     model = moa.build(models.llama(), "topk", targets="attention")
     with pytest.raises(ConfigError):
         moa.build(model, "topk", expert="basis", targets="nothing_of_this")
-    assert not model.shared_by_experts
+    assert not model.shared_by_layers
     moa.build(model, "topk", expert="basis", targets="ffn")
-    assert list(model.shared_by_experts) == ["1"]
+    assert list(model.shared_by_layers) == ["1"]
     model.unload()
-    assert not model.shared_by_experts
+    assert not model.shared_by_layers
 
 
 @pytest.mark.usefixtures("basis")

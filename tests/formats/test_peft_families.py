@@ -106,7 +106,7 @@ def test_pefts_adapters_become_experts(family: str, what: str, tmp_path: Path) -
     model.save_pretrained(tmp_path / "out")
     again = moa.load(tmp_path / "out", base=models.llama())
     assert torch.equal(models.outputs_of(again, models.lm_batch()), models.outputs_of(model, models.lm_batch()))
-    bases = [key for key in load_file(tmp_path / "out" / "model.safetensors") if "shared_by_experts" in key]
+    bases = [key for key in load_file(tmp_path / "out" / "model.safetensors") if "shared_by_layers" in key]
     assert not bases, "what a seed gives is stored"
 
 

@@ -96,8 +96,9 @@ def test_a_decision_is_no_part_of_a_copy(way) -> None:
 def test_xlora_has_one_classifier_and_saves_it_once(tmp_path) -> None:
     model = moa.build(models.llama(), moa.make_recipe("xlora", n_experts=3, rank=2))
     routers = [branch.router for _, branch in model.branches()]
-    assert len(routers) > 1 and len({id(router.layers) for router in routers}) == 1
-    names = [name for name in model.adapter_state_dict() if ".router." in name]
+    assert len(routers) > 1 and len({id(router.classifier) for router in routers}) == 1
+    assert not any(list(router.parameters()) for router in routers), "the model owns it"
+    names = [name for name in model.adapter_state_dict() if ".routers." in name]
     assert [name.rsplit(".", 1)[-1] for name in names] == ["weight", "bias"]
     layerwise = moa.build(models.llama(), moa.make_recipe("xlora", n_experts=3, rank=2, layerwise=True))
-    assert len({id(branch.router.layers) for _, branch in layerwise.branches()}) == len(routers)
+    assert len({id(branch.router.classifier) for _, branch in layerwise.branches()}) == len(routers)

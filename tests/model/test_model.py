@@ -254,13 +254,13 @@ def test_a_label_mask_that_leaves_no_token():
 def test_a_router_that_is_not_finite_is_named(name, value):
     model = moa.build(models.llama(), laws.small_recipe(name, "default")).train()
     broken = list(model.branches())[3]
-    trained = [p for p in broken[1].router.parameters() if p.requires_grad]
+    trained = [p for p in broken[1].router.learned() if p.requires_grad]
     if not trained:  # a frozen router cannot be trained into this state
         return
     with torch.no_grad():
         trained[0].fill_(value)
     # layers that share a classifier break with it: the first of them is named
-    first = next(n for n, b in model.branches() if any(p is trained[0] for p in b.router.parameters()))
+    first = next(n for n, b in model.branches() if any(p is trained[0] for p in b.router.learned()))
     with pytest.raises(NumericsError, match=f"in training step 1 .*the router of {first},"):
         model(**models.lm_batch())
     batch = {name: value for name, value in models.lm_batch().items() if name != "labels"}

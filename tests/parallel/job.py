@@ -19,8 +19,6 @@ from tests import laws
 
 from .steps import STEPS, by_task, model_of, optimizer_of, rows_of, same_draws, take_step
 
-AS_ONE = ("xlora-default", "xlora-topk")  # all layers share one classifier, which FSDP2 cannot split over its units
-
 
 def replicated(case: str, rank: int, world: int, folder: Path) -> None:
     """Train a recipe by DDP; the first process saves after the first step, with the optimizer, and after the last."""
@@ -48,7 +46,7 @@ def replicated(case: str, rank: int, world: int, folder: Path) -> None:
 def sharded(case: str, rank: int, mesh: DeviceMesh, folder: Path) -> None:
     """Train a recipe by FSDP2, layer by layer, and save it by one call of all processes."""
     model = model_of(case)
-    for part in (*(() if case in AS_ONE else model.base.model.layers), model):
+    for part in (*model.base.model.layers, model):
         fully_shard(part, mesh=mesh)
     optimizer = optimizer_of(model)
     for step in range(STEPS):

@@ -170,13 +170,15 @@ def test_one_added_is_as_built_with_all(name: str, tmp_path: Path) -> None:
     fewer.add_expert(folders[3])
     assert fewer.recipes == whole.recipes and fewer.expert_names == [folder.name for folder in folders]
     assert adapters.frozen(fewer)
-    routers = {key: value for key, value in whole.adapter_state_dict().items() if ".router." in key}
-    if any(p.requires_grad for _, branch in whole.branches() for p in branch.router.parameters()):
+    routers = {
+        key: value for key, value in whole.adapter_state_dict().items() if ".router." in key or ".routers." in key
+    }
+    if any(p.requires_grad for _, branch in whole.branches() for p in branch.router.learned()):
         fewer.load_state_dict(routers, strict=False)
     assert torch.equal(models.outputs_of(fewer, batch), models.outputs_of(whole, batch))
     fewer.remove_expert(folders[1].name)
     without = moa.build(models.llama(), name, experts=[folders[0], *folders[2:]]).eval()
-    if not any(p.requires_grad for _, branch in whole.branches() for p in branch.router.parameters()):
+    if not any(p.requires_grad for _, branch in whole.branches() for p in branch.router.learned()):
         assert torch.equal(models.outputs_of(fewer, batch), models.outputs_of(without, batch))
     assert fewer.recipes == without.recipes and fewer.expert_names == without.expert_names
     assert torch.equal(

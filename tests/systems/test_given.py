@@ -65,7 +65,7 @@ def test_xlora_is_pefts(folders: list[Path], layerwise: bool, top: int | None) -
     with torch.no_grad():
         nn.init.normal_(linear.weight)
         nn.init.normal_(linear.bias)
-        routers = list({id(b.router.layers): b.router for _, b in ours.branches()}.values())
+        routers = list({id(b.router.classifier): b.router.classifier for _, b in ours.branches()}.values())
         assert len(routers) == (len(ours.mixtures()) if layerwise else 1)
         for number, router in enumerate(routers):
             rows = slice(3 * number, 3 * number + 3) if layerwise else slice(0, 3)
@@ -86,7 +86,7 @@ def randomised_xlora(folders: list[Path], **options: Any) -> Any:
 def test_only_the_classifier_trains(folders: list[Path]) -> None:
     model = moa.build(models.llama(), "xlora", experts=folders)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert len(names) == 2 and all(".router.layers.0." in n for n in names)
+    assert len(names) == 2 and all(".routers.layers.0." in n for n in names)
     before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     model.train()
@@ -154,7 +154,7 @@ def test_xlora_on_other_models(kind: str, tmp_path: Path) -> None:
     batch = make_batch()
     model.train()
     model(**batch).loss.backward()
-    grads = [p.grad for n, p in model.named_parameters() if p.requires_grad and "router" in n]
+    grads = [p.grad for n, p in model.named_parameters() if p.requires_grad and ".routers." in n]
     assert grads and all(g is not None and bool(g.any()) for g in grads)
     model.save_pretrained(tmp_path / "saved")
     again = moa.load(tmp_path / "saved", base=make())
