@@ -73,6 +73,7 @@ FOLLOWING = {"FollowRouter": "it decides nothing: it gives the routing of its bl
 STREAMED = {"IdRouter"}
 # name of a family -> variants of its own keywords
 BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {"default": {}, "pissa": {"start": "pissa"}, "olora": {"start": "olora"}},
     "headed": {"default": {}, "heads": {"n_heads": 3}},
     "shira": {"default": {"density": 0.3}, "magnitude": {"density": 0.2, "mask": "magnitude"}},
     "randlora": {"default": {}, "sparse": {"sparse": True}},
@@ -243,7 +244,10 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     own = BANK_OPTIONS.get(name, {}).get(variant, {})
     cut = CUTS.get((name, variant), 1)
     d_in, d_out = d_in * cut, d_out * cut
-    if name in ("core", "paca"):  # as many singular values, or columns, as its rank
+    if name in ("core", "paca") or own.get("start") in (
+        "pissa",
+        "olora",
+    ):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
     if name == "comp_lora":  # something beside the directions that it protects
         d_in, d_out = max(d_in, 2), max(d_out, 2)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank, low_rank, work_dtype
 from ..errors import CheckpointError
+from ..experts.starts import STARTS
 from .foreign import read_foreign
 from .named_deltas import Deltas, listed
 from .peft_options import INITS, check_options, init_of, is_set, scale_of
-from .peft_start import STARTS, Base, base_of_files, dora, kasa, less
+from .peft_start import Base, base_of_files, dora, kasa, less, taken
 
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"  # PEFT writes an adapted head or embedding whole beside its factors
@@ -277,7 +278,7 @@ class Lora:
             if self.initial is not None:
                 change = less(change, self._change(module, self.initial))
             else:
-                change = less(change, STARTS[init](self._weight(module, f"init_lora_weights={init!r}"), rank, scale))
+                change = less(change, taken(init, self._weight(module, f"init_lora_weights={init!r}"), rank, scale))
         if "diagonal" in self.parts[module]:
             change = less(change, kasa(self._weight(module, "kasa_config"), rank))
         if "magnitude" not in self.parts[module]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..delta import Delta, Dense, LowRank, work_dtype
 from ..errors import CheckpointError
+from ..experts.starts import STARTS
 from ..layers import is_dense, matrix
 from .tensor_files import Checkpoint
 
@@ -69,22 +70,10 @@ def base_of_files(base: str | Path | Mapping[str, Tensor], transposed: bool) -> 
     return Base(tensors, rows)
 
 
-def pissa(weight: Tensor, rank: int, scale: float) -> LowRank:
-    """Return U_r S_r V_rᵀ, the r largest singular components of W (o, i), which PiSSA moved into the factors.
-
-    Source: arXiv 2404.02948, eq. 2 to 4. It is s B₀ A₀ whatever the scale s is, as B₀ and A₀ hold √(S_r / s).
-    """
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    return LowRank(vh[:rank], u[:, :rank] * s[:rank])
-
-
-def olora(weight: Tensor, rank: int, scale: float) -> LowRank:
-    """Return s Q_r R_r of W = Q R (o, i): the first r columns of Q and rows of R, which OLoRA moved into the factors.
-
-    Source: arXiv 2406.01775, algorithm 1; a change of sign of a column of Q and its row of R changes nothing.
-    """
-    q, r = torch.linalg.qr(weight)
-    return LowRank(r[:rank], q[:, :rank] * scale)
+def taken(start: str, weight: Tensor, rank: int, scale: float) -> LowRank:
+    """Return s B₀ A₀ (o, i), what a start of `STARTS` moved from W (o, i) into an adapter's factors."""
+    down, up = STARTS[start](weight, min(rank, *weight.shape), scale)
+    return LowRank(down, up.T * scale)
 
 
 def kasa(weight: Tensor, rank: int) -> LowRank:
@@ -99,9 +88,6 @@ def kasa(weight: Tensor, rank: int) -> LowRank:
         raise CheckpointError(f"KaSA of rank {rank} cuts off all of a weight {tuple(weight.shape)}.")
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     return LowRank(vh[-rank:], u[:, -rank:] * s[-rank:])
-
-
-STARTS: dict[str, Callable[[Tensor, int, float], LowRank]] = {"pissa": pissa, "olora": olora}
 
 
 def less(change: Delta, lost: LowRank) -> Delta:

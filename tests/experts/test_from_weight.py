@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import moa
@@ -61,3 +64,64 @@ def test_protected_directions_stay_in_training_with_decay() -> None:
     change = branch.bank.delta(0).dense()
     vh = torch.linalg.svd(model.mixtures()[name].base.weight).Vh[: branch.bank.right.shape[0]]
     assert float(change.norm()) > 1e-3 and float((change @ vh.T).abs().max()) < 1e-7
+
+
+# ------------------------------------------------------------------------------------------------ starts of LoRA
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_trains_as_pefts_does(start: str) -> None:
+    """PEFT moves the base and trains the factors: outputs and factors after some steps are the oracle."""
+    batch, rank = models.lm_batch(), 3
+    config = LoraConfig(r=rank, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=start)
+    theirs = get_peft_model(models.llama(), config).double()  # peft starts in fp32
+    ours = moa.build(
+        models.llama().double(), "fixed", n_experts=1, start=start, rank=rank, alpha=6.0, targets=r".*q_proj"
+    ).double()
+    assert torch.equal(models.outputs_of(ours, batch), models.outputs_of(models.llama().double(), batch))
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=1e3
+        )  # gradients of a tiny model are small
+        for _ in range(3):
+            model.train()(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(models.outputs_of(ours, batch), models.outputs_of(theirs, batch), 1e-5)
+    layers = {name: m for name, m in theirs.named_modules() if name.endswith("q_proj")}
+    for name, branch in ours.branches():
+        layer = next(m for key, m in layers.items() if key.endswith(name))
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        mine_a, mine_b = branch.bank.down[0] + branch.bank.down_start, (branch.bank.up[0] + branch.bank.up_start).T
+        signs = (a * mine_a).sum(1).sign()  # of a component are free
+        assert_close(mine_a * signs[:, None], a, 1e-5)
+        assert_close(mine_b * signs, b, 1e-5)
+        assert bool(branch.bank.up.abs().max() > 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_is_made_again_when_loading_folds_and_exports(start: str, tmp_path: Path) -> None:
+    batch = models.lm_batch()
+    model = models.randomise(moa.build(models.llama(), "fixed", n_experts=1, start=start, rank=2)).eval()
+    expected = models.outputs_of(model, batch)
+    model.save_pretrained(tmp_path / "moa")
+    assert not any("start" in key for key in load_file(tmp_path / "moa" / "model.safetensors"))
+    assert torch.equal(models.outputs_of(moa.load(tmp_path / "moa", base=models.llama()), batch), expected)
+    folder = moa.export_expert(model, 0, tmp_path / "lora", as_lora=True)
+    assert_close(models.outputs_of(PeftModel.from_pretrained(models.llama(), folder).eval(), batch), expected, 1e-5)
+    assert_close(models.outputs_of(model.merge_and_unload(), batch), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"start": "pisa"}, r"start must be one of zero, pissa, olora, got 'pisa'"),
+        ({"start": "pissa", "rank": 9}, r"k_proj: a weight \(8, 16\) has 8 components to start from: rank=9"),
+        ({"start": "olora", "place": "output"}, r"start='olora' is for experts on a layer's input, not 'output'"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        moa.build(models.llama(), "fixed", n_experts=2, **options)
