@@ -167,7 +167,7 @@ def test_merging_methods_are_listed_with_their_definition_and_source() -> None:
 def test_which_recipe_names_recipes() -> None:
     part = text_of("README.md").partition("## Which recipe do I want?")[2].partition("\n## ")[0]
     rows = [line.split("|") for line in part.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
         named = re.findall(r"`(\w+)`", row[2])
         assert named and set(named) <= set(RECIPES), row
