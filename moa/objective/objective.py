@@ -127,7 +127,7 @@ class Objective:
         if torch.compiler.is_compiling() or bool(torch.isfinite(total)):
             return
         for name, layer in layers:
-            for key, parameter in layer.named_parameters():
+            for key, parameter in _used_by(layer):
                 if not bool(torch.isfinite(parameter).all()):
                     part = "router" if key.startswith("router.") else "experts"
                     raise NumericsError(
@@ -150,6 +150,15 @@ class Objective:
                     f"no label is left in this batch: all of {tuple(labels.shape)} are -100 (or are in the first "
                     "position, which is never predicted). Check truncation and the prompt length."
                 )
+
+
+def _used_by(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a layer, of any shape, and those of modules that it calls and that have another owner."""
+    for path, user in layer.named_modules():
+        yield from user.named_parameters(path, recurse=False)
+        for name, lent in vars(user).items():
+            if isinstance(lent, nn.Module):
+                yield from lent.named_parameters(f"{path}.{name}" if path else name)
 
 
 @dataclass(frozen=True)
