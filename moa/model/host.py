@@ -140,8 +140,8 @@ class Host(Switched, Sound):
                 yield name, branch
 
     def named_routers(self) -> list[tuple[str, nn.Module]]:
-        """Return the routers, of weights (E, i) and the like, by the name of their layer."""
-        return [(name, branch.router) for name, branch in self.branches()]
+        """Return the routers and what they share, of weights (E, i) and the like, by the name of their layer."""
+        return [(name, part) for name, branch in self.branches() for part in (branch.router, *branch.router.lent())]
 
     def experts_changed(self) -> None:
         """Tell the routers that route by their experts to look at them again, down (E, r, i) and up (E, r, o).

@@ -105,10 +105,12 @@ class Router(nn.Module):
 
     def learned(self) -> Iterator[nn.Parameter]:
         """Yield the parameters by which it decides, of any shape, those of a module that all layers share included."""
-        yield from self.parameters()
-        for lent in vars(self).values():
-            if isinstance(lent, nn.Module):
-                yield from lent.parameters()
+        for part in (self, *self.lent()):
+            yield from part.parameters()
+
+    def lent(self) -> list[nn.Module]:
+        """Return the modules (*rows, d) -> (*rows, E) that it calls and that all layers share: the model owns them."""
+        return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
     def step(self) -> None:
         """Update what is not learned by gradient; called once after each optimizer step."""
