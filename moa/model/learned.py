@@ -172,9 +172,13 @@ class Learned(Host):
         return moved_once([whole.module for whole in self.whole]) if again else contextlib.nullcontext()
 
     def _undisturbed(self, samples: int) -> contextlib.AbstractContextManager[None]:
-        """Let no other thread draw from the random state of several selections, or see modes that a first pass sets."""
+        """Let no other thread draw from the random state of several selections, or see modes that a first pass sets.
+
+        A compiled forward waits for no thread, and no thread for it: locks are not in a graph.
+        """
         preview = self.preview
         apart = samples > 1 or (preview is not None and preview.switches_modes)
+        apart = apart and not torch.compiler.is_compiling()
         return self.scope.turns.alone() if apart else contextlib.nullcontext()
 
     def _shifts(self) -> bool:

@@ -167,6 +167,7 @@ def unread(recipe: Recipe) -> set[str]:
     for field in dataclasses.fields(recipe):
         object.__setattr__(watched, field.name, getattr(recipe, field.name))
     asked.clear()
+    watched.shared(sites)
     watched.mixtures(sites, moa.Context())
     watched.streams(base, [site.name for site in sites], moa.Context())
     return {field.name for field in dataclasses.fields(recipe)} - asked - HOST

@@ -33,6 +33,7 @@ FIXED = {
     "hydra-biases": "needs gate='experts'",
     "hydra-gated-branches": "needs gate='experts'",
 }
+EMITTED = {"hypelora"}  # a new expert is what the trained network makes of a new embedding, which is not zero
 FAMILY_CASES = [case for case in laws.BANK_CASES if case[0] in FAMILIES]
 
 
@@ -142,12 +143,14 @@ def test_experts_of_any_family_come_and_go(name: str, variant: str) -> None:
         fresh = models.outputs_of(model, batch)
     with model.disable_adapter():
         plain = models.outputs_of(model, batch)
-    if all(branch.bank.zero_at_init for _, branch in model.branches()):
+    if name in EMITTED:
+        assert not torch.allclose(fresh, plain)
+    elif all(branch.bank.zero_at_init for _, branch in model.branches()):
         laws.assert_close(fresh, plain, 1e-5, "a fresh expert")
     model.remove_expert(3)
     assert torch.equal(models.outputs_of(model, batch), want)
     seeded = any(
-        part in branch.bank._non_persistent_buffers_set
+        part in branch.bank._non_persistent_buffers_set and getattr(branch.bank, part) is not None
         for _, branch in model.branches()
         for part in branch.bank.per_expert
     )
