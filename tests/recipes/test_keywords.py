@@ -250,7 +250,9 @@ def test_what_chooses_a_scale_is_known_as_such(name: str, variant: str) -> None:
 @pytest.mark.parametrize("theirs", list(ELSEWHERE))
 def test_pefts_words_are_answered_in_ours(theirs: str) -> None:
     assert not any(theirs in keywords(name) for name in RECIPES)
-    with pytest.raises(ConfigError, match=re.escape(f"unknown keyword '{theirs}' in the recipe 'topk'. Instead: ")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"unknown keyword '{theirs}' in the recipe 'topk' with expert='lora'. Instead: ")
+    ):
         moa.build(models.llama(), "topk", **{theirs: 1})
 
 
