@@ -177,8 +177,9 @@ class Learned(Host):
         A compiled forward waits for no thread, and no thread for it: locks are not in a graph.
         """
         preview = self.preview
-        apart = samples > 1 or (preview is not None and preview.switches_modes)
-        apart = apart and not torch.compiler.is_compiling()
+        # asked of this model first: another thread's pass may have its parts in evaluation just now
+        switches = preview is not None and (self.training or preview.switches_modes)
+        apart = (samples > 1 or switches) and not torch.compiler.is_compiling()
         return self.scope.turns.alone() if apart else contextlib.nullcontext()
 
     def _shifts(self) -> bool:

@@ -174,7 +174,11 @@ def test_a_stop_is_one_line(
     monkeypatch.setattr(Run, "trainer", trainer)
     config = changed(run, "output", str(run / "other"))
     capsys.readouterr()
-    assert main(["train", config]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        assert main(["train", config]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err.strip()
     assert error == "moa train: stopped; checkpoint-1 is saved: go on with moa train CONFIG --resume."
 
