@@ -7,11 +7,22 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+
+from moa.cli.main import main
+from moa.runs.session import Run
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "the", "film", "was", "so", "very", "plot", "is", "it"]
 VOCAB = ["[PAD]", "[UNK]", "[EOS]", *WORDS, "positive", "negative", "review", "label:"]
@@ -111,3 +122,25 @@ def config_values(folder: Path, base: Path, kind: str = "classification") -> dic
             "use_cpu": True,
         },
     }
+
+
+def train_with(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Give the trainer of every run a callback more."""
+    whole = Run.trainer
+
+    def trainer(self: Run, *args: Any, **kwargs: Any) -> Any:
+        made = whole(self, *args, **kwargs)
+        made.add_callback(callback)
+        return made
+
+    monkeypatch.setattr(Run, "trainer", trainer)
+
+
+def assert_refused(config: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fail unless `moa train` ends with one line that holds a message, and nothing in the folder is new or gone."""
+    before = sorted(config.parent.rglob("*"))
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("moa train: ") and message in error
+    assert sorted(config.parent.rglob("*")) == before

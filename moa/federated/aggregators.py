@@ -64,17 +64,28 @@ class Aggregator:
 
     Args:
         name: in the table.
-        run: clients' factors of one layer, and their weights p, which add up to 1.
+        form: clients' factors of one layer, and their weights p, which add up to 1.
         exact: the result is Σ p s B A.
         ranks: clients may have ranks of their own.
         source: paper.
     """
 
     name: str
-    run: Run
+    form: Run
     exact: bool
     ranks: bool
     source: str
+
+    def run(self, clients: Sequence[Factors], weights: Sequence[float]) -> Aggregated:
+        """Return the server's factors (*, r, i), (*, r, o).
+
+        Raises:
+            ShapeError: ranks that differ, where the row does not take them.
+            ConfigError: sides that should be frozen differ.
+        """
+        if not self.ranks:
+            _check_ranks(clients, self.name)
+        return self.form(clients, weights)
 
 
 def mean_of_products(clients: Sequence[Factors], weights: Sequence[float]) -> Tensor:
@@ -87,15 +98,14 @@ def _mean(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _fedit(clients: Sequence[Factors], weights: Sequence[float]) -> Aggregated:
-    _check_ranks(clients, "fedit")
     scaling = clients[0].scaling
     up = _mean([client.up * (client.scaling / scaling) for client in clients], weights)
     return Aggregated(Factors(_mean([client.down for client in clients], weights), up, scaling))
 
 
-def _ffa(clients: Sequence[Factors], weights: Sequence[float]) -> Aggregated:
-    _check_ranks(clients, "ffa")
-    _check_shared([client.down for client in clients], "ffa", "down factors")
+def _one_sided(clients: Sequence[Factors], weights: Sequence[float]) -> Aggregated:
+    if not all(torch.equal(client.down, clients[0].down) for client in clients):
+        raise ConfigError("only one side is averaged, and the clients' down factors are not the same: freeze them.")
     return _fedit(clients, weights)
 
 
@@ -123,11 +133,11 @@ AGGREGATORS = {
     row.name: row
     for row in (
         Aggregator("fedit", _fedit, exact=False, ranks=False, source="Zhang et al. 2023, arXiv 2305.05644"),
-        Aggregator("ffa", _ffa, exact=True, ranks=False, source="Sun et al. 2024, arXiv 2403.12313"),
+        Aggregator("ffa", _one_sided, exact=True, ranks=False, source="Sun et al. 2024, arXiv 2403.12313"),
         Aggregator("zero_pad", _zero_pad, exact=False, ranks=True, source="Cho et al. 2024, arXiv 2401.06432"),
         Aggregator("fedex", _fedex, exact=True, ranks=False, source="Singhal et al. 2024, arXiv 2410.09432"),
         Aggregator("flora", _flora, exact=True, ranks=True, source="Wang et al. 2024, arXiv 2409.05976"),
-        Aggregator("fedsb", _ffa, exact=True, ranks=False, source="Singhal et al. 2025, arXiv 2502.15436"),
+        Aggregator("fedsb", _one_sided, exact=True, ranks=False, source="Singhal et al. 2025, arXiv 2502.15436"),
     )
 }
 
@@ -150,8 +160,3 @@ def _check_ranks(clients: Sequence[Factors], name: str) -> None:
             f"{name} takes the mean of factors, and the clients' have shapes {sorted(shapes)}: 'flora' stacks factors "
             "of any rank, 'zero_pad' fills them up."
         )
-
-
-def _check_shared(tensors: Sequence[Tensor], name: str, what: str) -> None:
-    if not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
-        raise ConfigError(f"{name} averages one side only, and the clients' {what} are not the same: freeze them.")

@@ -55,8 +55,11 @@ def write_card(folder: Path, description: Mapping[str, Any]) -> None:
     from huggingface_hub import RepoCard
 
     file, rows, base = folder / CARD, description["recipes"], description["base"]
+    text = file.read_text(encoding="utf-8") if file.exists() else _mixture_text(folder, description)
+    if not text.lstrip().startswith("---"):  # else the reader complains of metadata that are not there
+        text = f"---\nlibrary_name: moa\n---\n{text}"
     try:
-        card = RepoCard(file.read_text(encoding="utf-8") if file.exists() else _mixture_text(folder, description))
+        card = RepoCard(text)
     except (ValueError, yaml.YAMLError) as error:
         warnings.warn(
             f"{file} was left as it is: its metadata cannot be read ({' '.join(str(error).split())}).",

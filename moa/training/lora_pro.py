@@ -6,7 +6,7 @@ Wang et al. 2024, arXiv 2407.18242.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,13 @@ class LoRAPro(torch.optim.Optimizer):
         self.mode, self.scales = mode, []
         factors: list[nn.Parameter] = []
         for name, branch in model.branches():
-            pair: tuple[Any, ...] = getattr(branch.bank, "factors", tuple)()
-            if not pair or not all(isinstance(p, nn.Parameter) and p.requires_grad for p in pair):
+            pair = branch.bank.factors()
+            if pair is None or not all(isinstance(p, nn.Parameter) and p.requires_grad for p in pair):
                 raise ConfigError(
                     f"{name}: {type(branch.bank).__name__} experts hold no two factors that are trained, and LoRA-Pro "
                     "corrects such pairs: choose expert='lora'."
                 )
-            factors += pair
+            factors += cast(list[nn.Parameter], list(pair))
             self.scales.append(branch.bank.scaling)
         own = set(factors)
         rest = [p for p in model.parameters() if p.requires_grad and p not in own]

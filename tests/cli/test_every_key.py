@@ -19,7 +19,7 @@ from moa.recipes import RECIPES, make_recipe
 from moa.runs.arguments import check_training, known_arguments
 from moa.runs.config import Compare, Generate, TrainConfig, parse
 from moa.runs.tasks import Task
-from tests.tiny_run import config_values, decoder_folder, write_jsonl
+from tests.tiny_run import assert_refused, config_values, decoder_folder, write_jsonl
 
 HUGE = 10**30
 NUMBERS = [-1, 0, 1, -0.5, 0.5, HUGE, float("nan"), float("inf")]
@@ -109,12 +109,7 @@ def test_one_line_and_nothing_written(
     (values["training"] if name in LATE else values["tasks"]["first"]).update(changes)
     config = tmp_path / "a.yaml"
     config.write_text(yaml.safe_dump(values))
-    before = sorted(tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main(["train", str(config)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("moa train: ") and message in error
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(config, message, capsys)
 
 
 def test_thousands_of_labels_are_counted(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

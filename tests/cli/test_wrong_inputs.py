@@ -14,7 +14,7 @@ import yaml
 
 from moa.cli.main import main
 from moa.errors import LostLossWarning
-from tests.tiny_run import config_values, encoder_folder, write_jsonl
+from tests.tiny_run import assert_refused, config_values, encoder_folder, write_jsonl
 
 Values = dict[str, Any]
 Change = Callable[[Path, Values], None]
@@ -151,12 +151,7 @@ def test_training_refuses_in_one_line_and_writes_nothing(
     values = config_values(tmp_path, bases["encoder"])
     change(tmp_path, values)
     config = written(tmp_path, values)
-    before = sorted(tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main(["train", str(config)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("moa train: ") and message in error
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(config, message, capsys)
 
 
 CHATTED = [{"role": "user", "content": "it"}, {"role": "assistant", "content": "was"}]
@@ -203,12 +198,7 @@ def test_generation_refuses_in_one_line_and_writes_nothing(
     values = config_values(tmp_path, bases["decoder"], "generation")
     change(tmp_path, values)
     config = written(tmp_path, values)
-    before = sorted(tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main(["train", str(config)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("moa train: ") and message in error
-    assert sorted(tmp_path.rglob("*")) == before
+    assert_refused(config, message, capsys)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from moa.cli.main import main
 from moa.errors import LostLossWarning
 from moa.runs.session import Run
 from tests.parallel.processes import environment
-from tests.tiny_run import config_values, rows, write_jsonl
+from tests.tiny_run import config_values, rows, train_with, write_jsonl
 
 from .test_wrong_inputs import Values, sets, written
 from .wrong_rows import ACCEPTED, BYTES, REFUSED
@@ -164,14 +164,7 @@ def test_a_stop_is_one_line(
             if state.global_step == 2:
                 signal.raise_signal(signal.SIGINT)
 
-    whole = Run.trainer
-
-    def trainer(self: Run, *args: Any, **kwargs: Any) -> Any:
-        made = whole(self, *args, **kwargs)
-        made.add_callback(Stop())
-        return made
-
-    monkeypatch.setattr(Run, "trainer", trainer)
+    train_with(monkeypatch, Stop())
     config = changed(run, "output", str(run / "other"))
     capsys.readouterr()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it

@@ -41,7 +41,7 @@ def test_what_claims_to_be_exact_is(name):
 def test_ranks_of_their_own_are_taken_or_refused(name):
     row, given = aggregator(name), clients(ranks=(2, 3, 5), shared_down=False)
     if not row.ranks:
-        with pytest.raises(ShapeError, match="'flora' stacks factors of any rank"):
+        with pytest.raises(ShapeError, match=f"{name} takes the mean .* 'flora' stacks factors of any rank"):
             row.run(given, WEIGHTS)
         return
     found = row.run(given, WEIGHTS)
@@ -66,8 +66,9 @@ def test_the_residual_s_rank_is_bounded_and_clients_of_one_mind_leave_none():
 
 
 def test_frozen_sides_that_differ_are_refused():
-    with pytest.raises(ConfigError, match="the clients' down factors are not the same: freeze them"):
-        aggregator("ffa").run(clients(), WEIGHTS)
+    for name in ("ffa", "fedsb"):
+        with pytest.raises(ConfigError, match="the clients' down factors are not the same: freeze them"):
+            aggregator(name).run(clients(), WEIGHTS)
     with pytest.raises(ConfigError, match=r"unknown aggregator 'fedits'.*'fedit'"):
         aggregator("fedits")
 

@@ -46,3 +46,17 @@ def test_a_card_that_cannot_be_read_is_left_alone_and_named(tmp_path: Path, text
         moa.build(models.llama(), "topk").save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
     assert moa.load(tmp_path, base=models.llama()).mixtures()
+
+
+@pytest.mark.parametrize("there", [None, "Only words.\n", "---\ntags:\n- mine\n---\nWords.\n"])
+def test_a_card_is_written_without_a_complaint(
+    tmp_path: Path, there: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Hub's reader would log that metadata are missing, which no user could do anything about."""
+    if there is not None:
+        (tmp_path / "README.md").write_text(there)
+    moa.build(models.llama(), "topk", n_experts=2, k=1).save_pretrained(tmp_path)
+    assert not [record.message for record in caplog.records if "etadata" in record.message]
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "moa"
+    assert there is None or there.splitlines()[-1] in card.text

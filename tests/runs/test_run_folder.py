@@ -16,10 +16,9 @@ from transformers import TrainerCallback
 from moa.cli.main import main
 from moa.errors import ConfigError
 from moa.runs.config import parse
-from moa.runs.session import Run
 from moa.runs.train import train
 from moa.training.checkpoints import newest_checkpoint
-from tests.tiny_run import config_values, decoder_folder, encoder_folder
+from tests.tiny_run import config_values, decoder_folder, encoder_folder, train_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
 Values = dict[str, Any]
@@ -49,14 +48,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseExcepti
             if state.global_step > step:
                 raise error
 
-    whole = Run.trainer
-
-    def trainer(self: Run, *args: Any, **kwargs: Any) -> Any:
-        made = whole(self, *args, **kwargs)
-        made.add_callback(Stop())
-        return made
-
-    monkeypatch.setattr(Run, "trainer", trainer)
+    train_with(monkeypatch, Stop())
 
 
 def test_an_old_run_stays_until_the_new_one_is_whole(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -15,9 +17,13 @@ VARIABLE = "MOA_ROUTING_LOAD"  # names the file; processes that the engine start
 METRIC, HELP = "moa_routing_rows", "Rows that went to an expert, in a sample of one batch a second."
 
 
+@functools.cache
 def announce() -> None:
-    """Choose the file in the first process of an engine, and show it in that process's metrics; no tensors."""
-    if VARIABLE in os.environ:
+    """Choose the file in an engine's main process, and show it in that process's metrics; no tensors.
+
+    What another engine's process has handed down in the environment is not this one's.
+    """
+    if multiprocessing.parent_process() is not None and VARIABLE in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="moa-routing-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

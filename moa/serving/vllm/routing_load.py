@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -65,9 +66,8 @@ class RoutingLoad:
 
         def run() -> None:
             while True:
-                pause.wait(EVERY)
+                time.sleep(EVERY)
                 with torch.inference_mode():
                     self.publish()
 
-        pause = threading.Event()
         threading.Thread(target=run, name="moa routing load", daemon=True).start()

@@ -24,7 +24,8 @@ MOST_ROWS = 64  # beyond, a product of only the chosen experts costs less than o
 class Stacked:
     """P mixtures of low-rank experts behind linear gates, over the same rows x (T, i).
 
-    The routers' weights and the banks' down factors become views of one matrix: what is loaded later goes into it.
+    The routers' weights and the banks' down factors become views of one matrix, and selection biases of another: what
+    is loaded later goes into them.
 
     Args:
         branches: one for each mixture, of gates and experts that `alike` has found alike.
@@ -45,6 +46,12 @@ class Stacked:
         rows = self.matrix.split([tensor.data.flatten(0, -2).shape[0] for tensor in held])
         for tensor, own in zip(held, rows, strict=True):
             tensor.data = own.view_as(tensor)
+        self.gate = cast(Gate, self.routers[0].gate())
+        if self.gate.bias is not None:
+            biases = [cast(Tensor, router.selection_bias) for router in self.routers]  # (E,)
+            self.gate = self.gate._replace(bias=torch.stack(biases))  # (P, E)
+            for tensor, own in zip(biases, cast(Tensor, self.gate.bias), strict=True):
+                tensor.data = own
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """Add each mixture of x (T, i) to its slice of y (T, Σ o), and return the experts' weights (T, P, E)."""
@@ -52,7 +59,7 @@ class Stacked:
         hidden = F.linear(x.to(self.matrix.dtype), self.matrix)  # (T, P·E + P·E·r)
         logits, hidden = hidden.tensor_split([n_parts * n_experts], -1)
         logits = logits.unflatten(-1, (n_parts, n_experts))  # (T, P, E)
-        weights, indices, _ = self._gate().decide(logits)  # (T, P, K)
+        weights, indices, _ = self.gate.decide(logits)  # (T, P, K)
         if indices is not None:
             weights = torch.zeros_like(logits).scatter_(-1, indices, weights)  # (T, P, E)
         mixed = hidden.unflatten(-1, self.shape) * weights.unsqueeze(-1)  # (T, P, E, r)
@@ -63,14 +70,6 @@ class Stacked:
             else:
                 target.copy_(torch.addmm(target.to(up.dtype), values, up, alpha=self.scaling))
         return weights
-
-    def _gate(self) -> Gate:
-        gate = cast(Gate, self.routers[0].gate())
-        if gate.bias is None:
-            return gate
-        return gate._replace(
-            bias=torch.stack([cast(Tensor, router.selection_bias) for router in self.routers])
-        )  # (P, E)
 
 
 def alike(branches: Sequence[Branch]) -> bool:
