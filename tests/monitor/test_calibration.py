@@ -59,6 +59,13 @@ def test_constant_confidence_has_a_closed_form() -> None:
     assert found["within"] == pytest.approx(0)
 
 
+def test_the_threshold_leaves_small_probabilities_out() -> None:
+    p = torch.tensor([[0.995, 0.005, 0.0]], dtype=torch.float64).expand(4, 3)
+    found = calibration(p, torch.zeros(4, dtype=torch.long))
+    assert found["class_ece"] == pytest.approx(2 * 0.005 / 3)
+    assert found["tace"] == pytest.approx(0.005 / 3)
+
+
 def test_a_calibrated_sampler_is_near_zero_and_a_sharper_one_is_not() -> None:
     near = calibration(*draw(200_000, 3))
     assert max(near[name] for name in ("ece", "ace", "class_ece", "tace")) < 0.005

@@ -33,6 +33,7 @@ def test_a_flat_spectrum_has_its_whole_rank_and_one_direction_has_rank_one() -> 
     assert effective_rank(drawn(16, 16, 1)) == pytest.approx(1)
     assert effective_rank(low_rank(torch.zeros(2, 5), torch.zeros(4, 2))) == 0
     assert entropy(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(math.log(2))
+    assert entropy(torch.tensor([2.0, 1.0])) == pytest.approx(-0.8 * math.log(0.8) - 0.2 * math.log(0.2))  # of squares
 
 
 def test_nothing_depends_on_the_gauge() -> None:

@@ -123,8 +123,14 @@ def fused(*mixtures: moa.Mixture | None) -> ServedLayer:
 def test_alike_mixtures_run_as_one_and_take_weights_that_are_loaded_later(router):
     x = torch.randn(5, D_IN)
     mixtures = [mixture_of(router, nn.Linear(D_IN, D_OUT)) for _ in range(2)]
+    for seed, mixture in enumerate(mixtures):
+        torch.manual_seed(10 + seed)
+        for tensor in [*mixture.branches.parameters(), *mixture.branches.buffers()]:
+            tensor.copy_(torch.randn_like(tensor))
+    before = [m(x) for m in mixtures]
     layer = fused(mixtures[0], None, mixtures[1])
     assert layer.stacked is not None
+    torch.testing.assert_close([layer(x)[:, :D_OUT], layer(x)[:, -D_OUT:]], before)
     for seed, mixture in enumerate(mixtures):
         torch.manual_seed(seed)
         for tensor in [*mixture.branches.parameters(), *mixture.branches.buffers()]:

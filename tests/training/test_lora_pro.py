@@ -47,12 +47,19 @@ def test_the_product_steps_along_the_gradient_s_projection(experts: tuple[int, .
 def test_x_is_free_in_the_product_and_makes_the_steps_nearest_to_the_factors_gradients() -> None:
     a, b, _, g_a, g_b = drawn()
     step_a, step_b = nearest_step(a, b, g_a, g_b, SCALE)
-    kept, best = product_step(a, b, step_a, step_b), (step_a - g_a).norm() ** 2 + (step_b - g_b).norm() ** 2
-    for seed in range(5):
-        x = 0.1 * torch.randn(R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        other_a, other_b = step_a + x @ a, step_b - x.mT @ b
-        torch.testing.assert_close(product_step(a, b, other_a, other_b), kept, rtol=1e-10, atol=1e-10)
-        assert (other_a - g_a).norm() ** 2 + (other_b - g_b).norm() ** 2 > best
+    kept = product_step(a, b, step_a, step_b)
+    x = torch.zeros(R, R, dtype=torch.float64, requires_grad=True)
+
+    def moved(x: Tensor) -> tuple[Tensor, Tensor]:
+        return step_a + x @ a, step_b - x.mT @ b
+
+    other_a, other_b = moved(x)
+    distance = (other_a - g_a).norm() ** 2 + (other_b - g_b).norm() ** 2
+    (slope,) = torch.autograd.grad(distance, x)
+    assert slope.norm() < 1e-9 * distance.item()  # and the distance is convex in X
+    far = moved(torch.randn(R, R, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(product_step(a, b, *far), kept, rtol=1e-10, atol=1e-10)
+    assert (far[0] - g_a).norm() ** 2 + (far[1] - g_b).norm() ** 2 > distance
 
 
 def test_where_the_up_factor_is_zero_it_alone_moves() -> None:
