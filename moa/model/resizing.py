@@ -89,15 +89,15 @@ class Resized(Host):
         missing = sorted(set(given.layers) - set(self.mixtures()))
         if missing:
             raise CheckpointError(f"{folder} adapts {', '.join(missing[:4])}, which carry no experts in this model.")
+        wanted = {"expert": "lora", **given.keywords}
+        wanted.pop("n_experts", None)
         for recipe, _ in self.recipes:
-            own = {"expert": "lora", **given.keywords}
-            for name, value in own.items():
-                here: Any = recipe.family.name if name == "expert" else getattr(recipe, name, None)
-                here = getattr(recipe.family, name, here) if name not in ("expert", "rank", "n_experts") else here
-                if name != "n_experts" and (
-                    value > here if name == "rank" and own["expert"] == "lora" else value != here
-                ):
-                    raise ConfigError(f"{folder} has {name}={value!r}, and the experts of this model {here!r}.")
+            here: dict[str, Any] = {"expert": recipe.family.name, "rank": recipe.rank}
+            for name, value in wanted.items():
+                own = here.get(name, getattr(recipe.family, name, getattr(recipe, name, None)))
+                padded = name == "rank" and wanted["expert"] == "lora"  # a LoRA of a lower rank has room
+                if not (value <= own if padded else value == own):
+                    raise ConfigError(f"{folder} has {name}={value!r}, and the experts of this model {own!r}.")
         return given
 
     def _resize(self, orders: Sequence[Order], name: str | None = None, given: Given | None = None) -> None:
