@@ -22,6 +22,7 @@ from experiments.bench.common import environment
 
 from .facade import RECIPES
 
+COMMAND = "python -m experiments.peft_suite --peft PATH"
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models", "seq_classifier")
 
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = {"environment": environment(), **counted(run(args.peft.resolve(), args.recipes, args.files))}
+    result = {"command": COMMAND, "environment": environment(), **counted(run(args.peft.resolve(), args.recipes, args.files))}
     for name, row in {**result["recipes"], "all": result["all"]}.items():
         print(f"{name:8} " + " ".join(f"{key}={value}" for key, value in row.items()))
     if args.out:
