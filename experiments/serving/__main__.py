@@ -135,7 +135,7 @@ def main() -> None:
         if found
     }
     result = {
-        "command": "python -m experiments.serving",
+        "command": "python -m experiments.serving --model FOLDER --processes 2",
         "environment": environment(),
         "prompts": len(prompts),
         "new_tokens": options.new,
