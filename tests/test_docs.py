@@ -224,6 +224,17 @@ def test_tables_are_those_of_the_results() -> None:
     assert tables.filled("<!-- around -->\n| 9.9 |\n<!-- end -->") != "<!-- around -->\n| 9.9 |\n<!-- end -->"
 
 
+def test_every_result_says_how_it_was_made() -> None:
+    """Command, device, versions and commit, as a page that quotes it promises."""
+    files = sorted((ROOT / "experiments" / "results").glob("*.json"))
+    assert len(files) > 10
+    for file in files:
+        found = tables.result(file.stem)
+        environment = found.get("environment", found)
+        assert {"device", "python", "torch", "commit"} <= environment.keys(), file.name
+        assert found.get("command", tables.COMMANDS.get(file.stem)), file.name
+
+
 def test_the_claim_is_in_the_results() -> None:
     text = text_of("README.md")
     step = tables.result("step")

@@ -90,7 +90,11 @@ def main() -> None:
     parser.add_argument("--files", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = {"command": COMMAND, "environment": environment(), **counted(run(args.peft.resolve(), args.recipes, args.files))}
+    result = {
+        "command": COMMAND,
+        "environment": environment(),
+        **counted(run(args.peft.resolve(), args.recipes, args.files)),
+    }
     for name, row in {**result["recipes"], "all": result["all"]}.items():
         print(f"{name:8} " + " ".join(f"{key}={value}" for key, value in row.items()))
     if args.out:
