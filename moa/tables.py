@@ -16,6 +16,7 @@ from .errors import ConfigError, shown, unknown_name
 PLAIN = (type(None), bool, int, float, str, list, tuple, dict)  # what a file can hold
 LARGEST = 2**63 - 1  # of a whole number that torch takes
 Row = TypeVar("Row", bound=type)
+COMMON = ("rank", "alpha", "dropout", "engine")  # a recipe's keywords that an adapter family may use
 # peft's spelling of a keyword, and that of other mixtures -> ours
 PEFT_WORDS = {
     "target_modules": "targets",
@@ -26,6 +27,17 @@ PEFT_WORDS = {
     "lora_dropout": "dropout",
     "num_experts": "n_experts",
     "top_k": "k",
+}
+_RECIPES = "give router= a list of recipes, each with its own targets={} as a regex"
+
+# one of peft's that we do not have -> what to write instead
+ELSEWHERE = {
+    "rank_pattern": _RECIPES.format(" and rank"),
+    "alpha_pattern": _RECIPES.format(" and alpha"),
+    "use_rslora": "give alpha = lora_alpha · √rank; the recipe 'remix' has scale='rslora'",
+    "fan_in_fan_out": "how a layer stores its weight is found by itself; leave it out",
+    "task_type": "a model says by its class what it is for; leave it out",
+    "inference_mode": "use model.eval(), and train_experts=False to freeze the experts",
 }
 
 
@@ -83,6 +95,125 @@ def own_words(options: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
     return out
 
 
+def unknown_keyword(key: str, known: Iterable[str], where: str) -> str:
+    """Return the message for a keyword that is not known.
+
+    Args:
+        key: what came.
+        known: the keywords that exist there.
+        where: the place, e.g. "the recipe 'topk'".
+    """
+    if key in ELSEWHERE:
+        return f"unknown keyword {key!r} in {where}. Instead: {ELSEWHERE[key]}."
+    return unknown_name("keyword", key, known, where)
+
+
+def check_keyword(row: Any, key: str, value: Any, known: Sequence[str], where: str) -> None:
+    """Check a keyword that a recipe does not have: whether it is one that only changes nothing there, `row.unused`.
+
+    Args:
+        row: of the table of recipes; no tensors, so no shapes.
+        key: the keyword.
+        value: what it was given.
+        known: the keywords that exist there.
+        where: the place, e.g. "the recipe 'topk'".
+
+    Raises:
+        ConfigError: it contradicts the recipe, or is unknown.
+    """
+    if key in row.refused:
+        raise ConfigError(f"{key}={value!r} cannot be chosen in the recipe {row.name!r}: {row.refused[key]}.")
+    if key not in row.unused:
+        raise ConfigError(unknown_keyword(key, known, where))
+
+
+def check_used(family: str, uses: Iterable[str], options: Mapping[str, Any]) -> None:
+    """Check that a recipe's keywords which only a family could use are used by it; no tensors, so no shapes.
+
+    Args:
+        family: its name.
+        uses: keywords of COMMON that it looks at.
+        options: keyword -> value, as given.
+
+    Raises:
+        ConfigError: one of COMMON was given that it does not look at.
+    """
+    for key in COMMON:
+        if key in options and key not in uses:
+            raise ConfigError(
+                f"experts of the family {family!r} have no {key}: {key}={options[key]!r} would do nothing; leave it "
+                "out."
+            )
+
+
+def check_places(recipe: Any, place: str | None, family: Any, several: bool = False) -> None:
+    """Check that a family, and the place that was chosen for it, fit a recipe; no tensors, so no shapes.
+
+    Args:
+        recipe: with `name`, `families` and `places`.
+        place: of the experts; None is the usual one.
+        family: with `name` and `places`.
+        several: it stands for experts of several families or ranks.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if recipe.families is not None and (several or family.name not in recipe.families):
+        what = "expert and rank cannot be lists" if several else f"expert={family.name!r} cannot be chosen"
+        raise ConfigError(
+            f"the recipe {recipe.name!r} has experts of its own kind ({', '.join(recipe.families)}): {what}."
+        )
+    fits = place is None or place in family.places
+    if not fits or not set(family.places) & set(recipe.places):
+        why = f"the recipe {recipe.name!r} has no such place" if fits else f"place={place!r} does not fit"
+        raise ConfigError(f"experts of the family {family.name!r} sit on {' or '.join(family.places)}: {why}.")
+    if place is not None and place not in recipe.places:
+        raise ConfigError(
+            f"the recipe {recipe.name!r} puts experts on {' or '.join(recipe.places)}: place={place!r} does not fit."
+        )
+
+
+def check_experts(n_experts: int, k: int) -> None:
+    """Check 1 ≤ k ≤ n_experts; no tensors, so no shapes.
+
+    Raises:
+        ConfigError: it does not hold.
+    """
+    if n_experts < 1:
+        raise ConfigError(f"n_experts must be at least 1, got {n_experts}.")
+    if k < 1:
+        raise ConfigError(f"k must be at least 1, got {k}.")
+    if k > n_experts:
+        raise ConfigError(f"k must be at most n_experts, got k={k} with n_experts={n_experts}.")
+
+
+def check_common(values: Mapping[str, Any], not_negative: Iterable[str] = ()) -> None:
+    """Check the keywords that every recipe has, as far as their values tell by themselves; no tensors, so no shapes.
+
+    Args:
+        values: keyword -> value; one that is left out is not looked at.
+        not_negative: keywords that must be at least 0.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    n_experts = values.get("n_experts")
+    check_experts(max(values.get("k", 1), 1) if n_experts is None else n_experts, values.get("k", 1))
+    names = values.get("expert_names")
+    if names and n_experts is not None and (len({*names}) < n_experts or len(names) != n_experts or not all(names)):
+        raise ConfigError(f"expert_names must be {n_experts} different names, one an expert, got {tuple(names)}.")
+    rank = values.get("rank", 1)
+    ranks = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank,)
+    if any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in ranks):
+        raise ConfigError(f"rank must be at least 1, got {rank}.")
+    _check_finite(values, not_negative)
+    alpha, dropout = values.get("alpha"), values.get("dropout", 0.0)
+    if alpha is not None and alpha <= 0:
+        raise ConfigError(f"alpha must be positive, got {alpha}: the experts would do nothing, or harm.")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be in [0, 1), got {dropout}.")
+
+
 def check_numbers(row: Any, not_negative: Iterable[str] = ()) -> None:
     """Check the numbers among a row's keywords; no tensors, so no shapes.
 
@@ -93,14 +224,17 @@ def check_numbers(row: Any, not_negative: Iterable[str] = ()) -> None:
     Raises:
         ConfigError: one is NaN or infinite, too large for any number type, or is negative and must not be.
     """
-    for field in dataclasses.fields(row):
-        value = getattr(row, field.name)
+    _check_finite({field.name: getattr(row, field.name) for field in dataclasses.fields(row)}, not_negative)
+
+
+def _check_finite(values: Mapping[str, Any], not_negative: Iterable[str] = ()) -> None:
+    for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(f"{field.name} must be a finite number, got {value}.")
+            raise ConfigError(f"{name} must be a finite number, got {value}.")
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise ConfigError(f"{field.name} must be below 2**63, got {shown(value, 40)}.")
-        if field.name in not_negative and value < 0:
-            raise ConfigError(f"{field.name} must be at least 0, got {value}.")
+            raise ConfigError(f"{name} must be below 2**63, got {shown(value, 40)}.")
+        if name in not_negative and value < 0:
+            raise ConfigError(f"{name} must be at least 0, got {value}.")
 
 
 def check_types(cls: type, options: Mapping[str, Any]) -> None:

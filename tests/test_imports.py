@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "tables": {"errors"},
     "layers": {"errors", "compat"},
     "kernels": {"errors", "types", "compat"},
-    "routers": {"errors", "types", "rows", "kernels", "compat"},
+    "routers": {"errors", "types", "rows", "tables", "kernels", "compat"},
     "experts": NOUNS | {"kernels"},
     "mixture": NOUNS | {"kernels", "routers", "experts"},
     "recipes": LAYERS,

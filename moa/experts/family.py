@@ -12,11 +12,11 @@ from torch import nn
 from .. import tables
 from ..errors import ConfigError, unknown_name
 from ..layers import Site
+from ..tables import COMMON
 from .bank import ExpertBank
 
 LAYERS = ("input", "output", "block")  # where the experts of most families can sit
 PLACES = (*LAYERS, "sequential", "parallel")
-COMMON = ("rank", "alpha", "dropout", "engine")  # a recipe's keywords that a family may use
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..layers import Site
+from ..tables import COMMON
 from .bank import ExpertBank
-from .family import COMMON, Family, family_class, make_family
+from .family import Family, family_class, make_family
 from .mixed_bank import MixedBank, MixedFactorsBank
 
 T = TypeVar("T")

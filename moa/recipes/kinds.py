@@ -10,6 +10,7 @@ from ..errors import ConfigError
 from ..experts import Family, Mixed, make_family
 from ..experts.family import family_class
 from ..experts.mixed import in_turn, kind_of, kinds
+from ..tables import check_places
 
 
 class Wanted(Protocol):
@@ -45,8 +46,6 @@ def family_of(recipe: Wanted) -> tuple[Family, int | tuple[int, ...]]:
     """
     e, rank, names = recipe.n_experts, recipe.rank, kinds(recipe.expert)
     ranks = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank,)
-    if any(not isinstance(r, int) or isinstance(r, bool) or r < 1 for r in ranks):
-        raise ConfigError(f"rank must be at least 1, got {rank}.")
     if isinstance(rank, Sequence):
         rank = ranks[0] if len(set(ranks)) == 1 else in_turn("rank", ranks, e)
     found: Family
@@ -63,37 +62,8 @@ def family_of(recipe: Wanted) -> tuple[Family, int | tuple[int, ...]]:
         found = Mixed(families=(found,) * e)
     if isinstance(found, Mixed) and len(found.families) != e:
         raise ConfigError(f"expert says what {len(found.families)} experts are, and n_experts is {e}.")
-    check_places(recipe, found)
+    check_places(recipe, recipe.place, found, several=isinstance(found, Mixed))
     return found, rank
-
-
-def check_places(recipe: Wanted, family: Family) -> None:
-    """Check that a family, (*rows, i) -> (*rows, o), and the place that was chosen for it fit a recipe.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if recipe.families is not None and (isinstance(family, Mixed) or family.name not in recipe.families):
-        mixed = isinstance(family, Mixed)
-        what = "expert and rank cannot be lists" if mixed else f"expert={family.name!r} cannot be chosen"
-        raise ConfigError(
-            f"the recipe {recipe.name!r} has experts of its own kind ({', '.join(recipe.families)}): {what}."
-        )
-    usual = next((place for place in family.places if place in recipe.places), None)
-    if usual is None or (recipe.place is not None and recipe.place not in family.places):
-        raise ConfigError(
-            f"experts of the family {family.name!r} sit on {' or '.join(family.places)}: "
-            + (
-                f"place={recipe.place!r} does not fit."
-                if recipe.place is not None and recipe.place not in family.places
-                else f"the recipe {recipe.name!r} has no such place."
-            )
-        )
-    if recipe.place is not None and recipe.place not in recipe.places:
-        raise ConfigError(
-            f"the recipe {recipe.name!r} puts experts on {' or '.join(recipe.places)}: "
-            f"place={recipe.place!r} does not fit."
-        )
 
 
 def take_kinds(options: dict[str, Any], usual: Any, known: Sequence[str]) -> list[str]:

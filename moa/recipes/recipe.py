@@ -16,14 +16,12 @@ from torch import nn
 from .. import tables
 from ..errors import ConfigError, UnusedKeywordWarning, unknown_name
 from ..experts import ExpertBank, Family, Mixed
-from ..experts.family import COMMON, PLACES
+from ..experts.family import PLACES
 from ..experts.mixed import Kinds
 from ..kernels import engines
 from ..mixture import Branch, Mixture, Site, experts_branches, matrix_sites, mixture_on, parallel_layers
 from ..mixture.streams import Streams
-from ..routers.router import check_experts
 from ..types import Scope
-from .keywords import check_names, unknown_keyword
 from .kinds import family_of, take_kinds
 from .targets import Targets
 
@@ -88,16 +86,10 @@ class Recipe(Targets):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "expert_names", tuple(self.expert_names))
-        check_experts(self.n_experts, 1)
-        check_names(self.expert_names, self.n_experts)
+        tables.check_common({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, self.coefficients)
         family, rank = family_of(self)
         object.__setattr__(self, "expert", family)
         object.__setattr__(self, "rank", rank)
-        tables.check_numbers(self, self.coefficients)
-        if self.alpha is not None and self.alpha <= 0:
-            raise ConfigError(f"alpha must be positive, got {self.alpha}: the experts would do nothing, or harm.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.engine is not None and self.engine not in engines():
             raise ConfigError(unknown_name("engine", self.engine, engines()))
 
@@ -256,7 +248,7 @@ class Recipe(Targets):
     def to_dict(self) -> dict[str, Any]:
         """Return the recipe as plain JSON values, its name under "router"."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        unused = {name for name in COMMON if name not in self.family.uses}
+        unused = {name for name in tables.COMMON if name not in self.family.uses}
         kept = {name: value for name, value in own.items() if name not in unused}
         return {"router": self.name, **kept, "expert": self.family.described(), **self.family.keywords()}
 
@@ -273,10 +265,6 @@ class TopKRecipe(Recipe):
     """
 
     k: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts(self.n_experts, self.k)
 
 
 RECIPES: dict[str, type[Recipe]] = {}
@@ -319,19 +307,11 @@ def make_recipe(router: str, **options: Any) -> Recipe:
     theirs = take_kinds(options, usual, known)
     for key in [key for key in options if key not in known]:
         value = options.pop(key)
-        if key in cls.refused:
-            raise ConfigError(f"{key}={value!r} cannot be chosen in the recipe {router!r}: {cls.refused[key]}.")
-        if key not in cls.unused:
-            where = f"the recipe {router!r}" + (f" with expert={family!r}" if theirs else "")
-            raise ConfigError(unknown_keyword(key, [*known, *theirs], where))
+        where = f"the recipe {router!r}" + (f" with expert={family!r}" if theirs else "")
+        tables.check_keyword(cls, key, value, [*known, *theirs], where)
         message = f"{key}={value!r} changes nothing in the recipe {router!r}: {cls.unused[key]}."
         warnings.warn(message, UnusedKeywordWarning, stacklevel=2)
     tables.check_types(cls, options)
     made = cls(**options)
-    for key in COMMON:
-        if key in options and key not in made.family.uses:
-            raise ConfigError(
-                f"experts of the family {made.family.name!r} have no {key}: {key}={options[key]!r} would do nothing; "
-                "leave it out."
-            )
+    tables.check_used(made.family.name, made.family.uses, options)
     return made

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ContextError, ShapeError
 from ..kernels import Gate
 from ..rows import repeat_to
+from ..tables import check_experts
 from ..types import Context, Pinned, Routing
 
 
@@ -118,20 +119,6 @@ class Router(nn.Module):
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"d_in={self.d_in}, n_experts={self.n_experts}, k={self.k}"
-
-
-def check_experts(n_experts: int, k: int) -> None:
-    """Check 1 ≤ k ≤ n_experts.
-
-    Raises:
-        ConfigError: it does not hold.
-    """
-    if n_experts < 1:
-        raise ConfigError(f"n_experts must be at least 1, got {n_experts}.")
-    if k < 1:
-        raise ConfigError(f"k must be at least 1, got {k}.")
-    if k > n_experts:
-        raise ConfigError(f"k must be at most n_experts, got k={k} with n_experts={n_experts}.")
 
 
 def pool(x: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..tables import own_words
 from ..training.strategies import Strategy, check_strategy
 from .arguments import check_training
+from .recipe_keywords import typed_keywords
 from .tasks import Task
 from .yaml_values import is_file, one_line, read_dataclass, read_values, set_override, typed
 
@@ -176,12 +177,8 @@ class TrainConfig:
         router = typed(options["router"], str, "recipe: router")
         recipe = recipe_class(router)
         usual = next(f.default for f in dataclasses.fields(recipe) if f.name == "expert")
-        hints: dict[str, Any] = {}
-        for family in families_of(options.get("expert", usual)):
-            hints |= typing.get_type_hints(family)
-        hints |= typing.get_type_hints(recipe) | {"expert": Any}
-        checked = {key: typed(value, hints.get(key, Any), f"recipe: {key}") for key, value in options.items()}
-        make_recipe(**checked)
+        families = families_of(options.get("expert", usual))
+        make_recipe(**typed_keywords(recipe, families, options))
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), *, recipe: bool = True) -> TrainConfig:

@@ -11,6 +11,7 @@ from ..errors import ConfigError, unknown_name
 from .arguments import check_device
 from .base_files import check_base
 from .config import TrainConfig, read_config
+from .recipe_keywords import check_written
 from .run_folder import CONFIG, RunFolder
 from .task_rows import TaskRows, read_tasks
 from .tasks import MEASURES, measured_together
@@ -42,7 +43,7 @@ class Checked:
 def check_run(config: TrainConfig, resume: bool = False) -> Checked:
     """Return a configuration with its folder and its rows, all checked and nothing written.
 
-    What costs least is looked at first; torch is imported last, for the recipe and the device.
+    What costs least is looked at first; torch is imported last, for what only a recipe and the device can tell.
 
     Args:
         config: of the run.
@@ -54,6 +55,7 @@ def check_run(config: TrainConfig, resume: bool = False) -> Checked:
     """
     folder = RunFolder(config, resume)
     check_base(config.base, config.max_length)
+    check_written(config.recipe, bool(config.imports))
     rows = read_tasks(config.tasks, config.seed)
     _check_measures(config, rows)
     labelled = [task for task in rows if task.task.kind == "classification"]

@@ -17,9 +17,9 @@ from moa.errors import ConfigError, UnusedKeywordWarning
 from moa.mixture import Branch, Mixture, find_sites
 from moa.recipes import RECIPES, Recipe, TopKRecipe, make_recipe
 from moa.recipes.depth import by_depth
-from moa.recipes.keywords import ELSEWHERE
 from moa.routers import FixedRouter, LinearRouter, Router
 from moa.runs.config import parse
+from moa.tables import ELSEWHERE
 from tests import laws, models
 from tests.systems import adapters
 
