@@ -27,8 +27,9 @@ def set_rank(model: Host, rank: int | None) -> None:
     Raises:
         ConfigError: a recipe's experts are not elastic, or b is outside 1 … R.
     """
-    for elastic in _elastic(model, [] if rank is None else [rank]):
-        elastic.chosen = rank
+    with model.scope.turns.alone():
+        for elastic in _elastic(model, [] if rank is None else [rank]):
+            elastic.chosen = rank
 
 
 @contextlib.contextmanager

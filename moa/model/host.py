@@ -34,6 +34,7 @@ from .entries import close_entries, open_entries
 from .running import hold_still
 from .sound import Sound
 from .switched import Switched
+from .turns import alone, outside
 from .whole import Whole, whole_names
 
 
@@ -60,6 +61,7 @@ class Host(Switched, Sound):
     preview: Preview | None = None
     _entered_inside: Callable[[Any, Trace], None]
 
+    @outside
     def add_recipe(self, recipe: Recipe, sites: Sequence[str] | None = None) -> list[str]:
         """Put a recipe's mixtures into the base and return their names.
 
@@ -68,7 +70,8 @@ class Host(Switched, Sound):
             sites: names of the layers, each (*rows, i) -> (*rows, o); None takes the recipe's targets.
 
         Raises:
-            ConfigError: no layer matches, or one of them carries experts already.
+            ConfigError: no layer matches, or one of them carries experts already; inside of a block, see
+                `check_outside`.
         """
         recipe = recipe.for_base(self.base)
         free = block_sites if recipe.where == "block" else all_sites
@@ -103,6 +106,7 @@ class Host(Switched, Sound):
         """Return "decoder", "encoder-decoder" or "encoder", by which labels and prompts are read."""
         raise NotImplementedError
 
+    @outside
     def train_whole(self, names: Sequence[str]) -> None:
         """Train modules of the base whole, and save them whole, e.g. a head (d -> C).
 
@@ -110,7 +114,7 @@ class Host(Switched, Sound):
             names: dotted paths, or ends of them.
 
         Raises:
-            ConfigError: the base has no module of such a name.
+            ConfigError: the base has no module of such a name; inside of a block, see `check_outside`.
         """
         given = [names] if isinstance(names, str) else names
         for name in [path for one in given for path in whole_names(self.base, one)]:
@@ -119,6 +123,7 @@ class Host(Switched, Sound):
                 self.modules_to_save.append(name)
         hold_still(self.base, [whole.module for whole in self.whole])
 
+    @alone
     def routers_changed(self) -> None:
         """Look again at what the routers ask of a forward on x (*rows, i): finding them costs it milliseconds."""
         super().routers_changed()
@@ -143,6 +148,7 @@ class Host(Switched, Sound):
         """Return the routers and what they share, of weights (E, i) and the like, by the name of their layer."""
         return [(name, part) for name, branch in self.branches() for part in (branch.router, *branch.router.lent())]
 
+    @alone
     def experts_changed(self) -> None:
         """Tell the routers that route by their experts to look at them again, down (E, r, i) and up (E, r, o).
 
@@ -186,6 +192,7 @@ class Host(Switched, Sound):
         """Return one line on the layers (*rows, i) -> (*rows, o) that carry experts, and on what does not."""
         return summary(self.base)
 
+    @outside
     def merge_and_unload(self, task_id: int | None = None) -> nn.Module:
         """Fold every mixture into its layer and return the base, as peft's method of this name.
 
@@ -194,9 +201,8 @@ class Host(Switched, Sound):
 
         Raises:
             FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
-            ConfigError: inside `folded`, where it would be in the weights twice.
+            ConfigError: inside of a block that runs on them, see `check_outside`.
         """
-        self._check_not_folded("merging")
         mixtures = self.mixtures()
         for mixture in mixtures.values():
             check_untied(self.base, mixture)
@@ -205,8 +211,13 @@ class Host(Switched, Sound):
             fold(mixture, task_id)
         return self._without_mixtures()
 
+    @outside
     def unload(self) -> nn.Module:
-        """Take the mixtures out and return the base as it came, what was trained whole included."""
+        """Take the mixtures out and return the base as it came, what was trained whole included.
+
+        Raises:
+            ConfigError: inside of a block that runs on them, see `check_outside`.
+        """
         for whole in reversed(self.whole):
             whole.restore()
         self.whole.clear()
@@ -224,6 +235,7 @@ class Host(Switched, Sound):
         self.routers_changed()
         return self.base.train(self.base.training)
 
+    @outside
     def adapt(self, new_task: int = 0, mode: str = "full", *, collapse: bool = False) -> None:
         """Make this trained model ready to learn one new task from its experts; see `moa.model.adapt.adapted`.
 
@@ -233,7 +245,8 @@ class Host(Switched, Sound):
             collapse: with "mu", one LoRA in place of the experts, their mean.
 
         Raises:
-            ConfigError: a recipe that does not route by task, or an unknown mode.
+            ConfigError: a recipe that does not route by task, or an unknown mode; inside of a block, see
+                `check_outside`.
         """
         self.recipes = adapted(self.recipes, self.mixtures(), new_task, mode, collapse=collapse)
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .host import Host
+from .turns import alone
 
 # what a class says of itself and not of its base: its names in files, and what `MoAModel` derives from the instance
 OWN = {
@@ -32,10 +33,12 @@ class Judged(Host):
         """Return what the configuration says, as above."""
         return implementation
 
+    @alone
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the base's implementation of attention (B, S, d), as transformers does."""
         self.base.set_attn_implementation(*args, **kwargs)  # type: ignore[operator]
 
+    @alone
     def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
         """Set the base's implementation of its own fused experts (E, o, i), as transformers does."""
         self.base.set_experts_implementation(*args, **kwargs)  # type: ignore[operator]

@@ -16,6 +16,7 @@ from .outputs import logits_of, loss_of, with_loss
 from .outside import LABELLED, LIKELIHOODS, asked_of, carried, hook_all, refuse_sampled, warn_of_lost
 from .running import hold_still, moved_once
 from .selections import Selections
+from .turns import alone
 
 
 class Learned(Host):
@@ -151,6 +152,7 @@ class Learned(Host):
         super().optimizer_step_done()
         self.selections.forget()
 
+    @alone
     def train(self, mode: bool = True) -> Self:
         """Set training mode as every module does; the frozen base's running statistics, (C,), stay as they came."""
         super().train(mode)

@@ -264,11 +264,12 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         if not is_main_process and not shared_out:
             return
         self.settle()
-        tensors = self.adapter_state_dict()
-        if state is not None:
-            tensors = {name: state[name] for name in tensors}
-        tensors = {name: whole(name, tensor) for name, tensor in tensors.items()}
-        description = self.describe(state)
+        with self.scope.turns.beside():
+            tensors = self.adapter_state_dict()
+            if state is not None:
+                tensors = {name: state[name] for name in tensors}
+            tensors = {name: whole(name, tensor) for name, tensor in tensors.items()}
+            description = self.describe(state)
         if not is_main_process or (shared_out and not writes()):
             return
         checkpoint.write(Path(save_directory), description, tensors)

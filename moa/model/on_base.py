@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import nn
 from ..errors import ConfigError
 from .as_it_came import Reference
 from .host import Host
+from .turns import alone, outside
 
 
 class OnBase(Host):
-    """A host whose setters are its base's."""
+    """A host whose setters are its base's; those of every module, too, wait for the forwards of other threads."""
 
     def get_base_model(self) -> nn.Module:
         """Return the wrapped model, mixtures inside."""
@@ -34,14 +36,17 @@ class OnBase(Host):
         """Return the base's output embeddings, (V, d), or None."""
         return self.base.get_output_embeddings()  # type: ignore[operator]
 
+    @outside
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Give the base other input embeddings, (V, d)."""
         self.base.set_input_embeddings(value)  # type: ignore[operator]
 
+    @outside
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Give the base other output embeddings, (V, d)."""
         self.base.set_output_embeddings(value)  # type: ignore[operator]
 
+    @outside
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Resize the base's embeddings to (V', d), tied or not; return the input embeddings, frozen as before."""
         before = [e.weight.requires_grad for e in (self.get_input_embeddings(), self.get_output_embeddings()) if e]
@@ -66,10 +71,25 @@ class OnBase(Host):
         else:
             super().__setattr__(name, value)
 
+    @alone
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Tie the base's weights."""
         if hasattr(self.base, "tie_weights"):
             self.base.tie_weights(*args, **kwargs)  # type: ignore[operator]
+
+
+def _alone(name: str) -> Callable[..., Any]:
+    """Return a module's own method that waits for the forwards of other threads."""
+
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: OnBase, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(OnBase, self), name)(*args, **kwargs)
+
+    return alone(method)
+
+
+for _name in ("_apply", "apply", "load_state_dict", "requires_grad_", "set_submodule"):  # `to` and its like `_apply`
+    setattr(OnBase, _name, _alone(_name))
 
 
 def _refused(name: str) -> Callable[..., Any]:

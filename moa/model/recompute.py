@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import MoaWarning
 from .host import Host
+from .turns import alone
 
 
 class Recomputed(Host):
@@ -18,6 +19,7 @@ class Recomputed(Host):
         """Whether the base can checkpoint its blocks."""
         return bool(getattr(self._modules.get("base"), "supports_gradient_checkpointing", False))
 
+    @alone
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
@@ -47,16 +49,19 @@ class Recomputed(Host):
             self.base.enable_input_require_grads()  # type: ignore[operator]
         self._newer_name("gradient_checkpointing_enable")(options, **kwargs)
 
+    @alone
     def gradient_checkpointing_disable(self) -> None:
         """Stop checkpointing the base's blocks."""
         self._newer_name("gradient_checkpointing_disable")()
 
+    @alone
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Do what `gradient_checkpointing_enable` does; transformers 5.2x calls it by this name."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
+    @alone
     def activation_checkpointing_disable(self) -> None:
         """Do what `gradient_checkpointing_disable` does."""
         self.gradient_checkpointing_disable()
@@ -66,6 +71,7 @@ class Recomputed(Host):
         newer = method.replace("gradient", "activation")
         return getattr(self.base, newer if hasattr(self.base, newer) else method)  # type: ignore[no-any-return]
 
+    @alone
     def enable_input_require_grads(self) -> None:
         """Make the output of the input embeddings, (B, S, d), require a gradient, as reentrant checkpointing needs."""
         self.base.enable_input_require_grads()  # type: ignore[operator]

@@ -19,6 +19,7 @@ from ..recipes.lent import mixtures_with
 from ..recipes.resized import resized
 from .chosen import number_of
 from .host import Host
+from .turns import outside
 
 Built = list[tuple[Recipe, list[Mixture], dict[str, nn.Module]]]
 
@@ -26,6 +27,7 @@ Built = list[tuple[Recipe, list[Mixture], dict[str, nn.Module]]]
 class Resized(Host):
     """A host whose number of experts can change."""
 
+    @outside
     def add_expert(self, folder: str | Path | None = None, name: str | None = None) -> int:
         """Add an expert to every layer, the last, and return its number; what was learned stays bit for bit.
 
@@ -38,8 +40,8 @@ class Resized(Host):
             name: of the expert; None takes the folder's where the others have names.
 
         Raises:
-            ConfigError: the number of experts is fixed, by name; inside `folded`, `pin_expert` or a forward; a name
-                that is missing or taken; tensors that are sharded; an adapter of another family or of a higher rank.
+            ConfigError: the number of experts is fixed, by name; inside of a block, see `check_outside`; a name that
+                is missing or taken; tensors that are sharded; an adapter of another family or of a higher rank.
             CheckpointError: a folder that cannot be read, or that adapts layers which carry no experts.
         """
         self._check_resizable("add_expert")
@@ -47,10 +49,10 @@ class Resized(Host):
         if name is None and folder is not None and any(recipe.expert_names for recipe, _ in self.recipes):
             name = next(iter(names_of([folder])), None)
         number = max(recipe.n_experts for recipe, _ in self.recipes)
-        with self.scope.turns.alone():
-            self._resize([[*range(recipe.n_experts), None] for recipe, _ in self.recipes], name, given)
+        self._resize([[*range(recipe.n_experts), None] for recipe, _ in self.recipes], name, given)
         return number
 
+    @outside
     def remove_expert(self, expert: int | str) -> None:
         """Remove an expert from every layer; those behind it move up by one. Make the optimizer anew.
 
@@ -60,19 +62,13 @@ class Resized(Host):
         Raises:
             ContextError: there is none of that name or number.
             ConfigError: the number of experts is fixed, by name; k experts act on a row and fewer would be left; inside
-                `folded`, `pin_expert` or a forward; tensors that are sharded.
+                of a block, see `check_outside`; tensors that are sharded.
         """
         self._check_resizable("remove_expert")
         number = number_of(expert, self.scope.names)
-        with self.scope.turns.alone():
-            self._resize([[e for e in range(recipe.n_experts) if e != number] for recipe, _ in self.recipes])
+        self._resize([[e for e in range(recipe.n_experts) if e != number] for recipe, _ in self.recipes])
 
     def _check_resizable(self, what: str) -> None:
-        self._check_not_folded(what)
-        context = self.context
-        if context.batch is not None or context.pinned is not None:
-            where = "a forward" if context.batch is not None else "pin_expert"
-            raise ConfigError(f"{what} changes what {where} runs on: call it outside.")
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise ConfigError(f"{what} needs whole tensors, and these are sharded: do it before sharding the model.")
         if not self.recipes:

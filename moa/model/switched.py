@@ -64,8 +64,7 @@ class Switched(Stepped):
 
     @contextlib.contextmanager
     def _set(self, what: str, name: str, value: Any) -> Iterator[None]:
-        if self.scope.turns.mine():  # another thread's fold is over before a forward of this one begins
-            self._check_not_folded(what)
+        self._check_not_folded(what)
         before = getattr(context := self.context, name)
         setattr(context, name, value)
         try:
@@ -83,8 +82,7 @@ class Switched(Stepped):
             FoldError: a mixture has no exact weight; the layer and the reason are named.
             ConfigError: inside `folded`, where it would be in the weights twice.
         """
-        if self.scope.turns.mine():
-            self._check_not_folded("folding")
+        self._check_not_folded("folding")
         mixtures = self.mixtures()
         for mixture in mixtures.values():
             check_untied(self.base, mixture)
@@ -101,8 +99,24 @@ class Switched(Stepped):
                 context.enabled = before
                 self._folded = None
 
+    def check_outside(self, what: str) -> None:
+        """Check that this thread is in no block that runs on what `what` is about to change.
+
+        Raises:
+            ConfigError: inside `folded`, a forward, `pin_expert` or `disable_adapter`.
+        """
+        self._check_not_folded(what)
+        context = self.context
+        inside = {
+            "a forward": context.batch is not None,
+            "pin_expert": context.pinned is not None,
+            "disable_adapter": not context.enabled,
+        }
+        for where in (name for name, here in inside.items() if here):
+            raise ConfigError(f"{what} changes what {where} runs on: call it outside.")
+
     def _check_not_folded(self, what: str) -> None:
-        if self._folded is not None:
+        if self._folded is not None and self.scope.turns.mine():  # another thread's fold ends before this one begins
             raise ConfigError(
                 f"{what} needs the frozen base, and inside `folded` it holds the mixtures: leave it first."
             )

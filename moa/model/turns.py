@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 from ..errors import ContextError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Turns:
@@ -37,6 +41,15 @@ class Turns:
             if not self._inside[me]:
                 del self._inside[me]
             self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Run the block as a forward runs: beside others, and while no other thread runs alone."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -73,3 +86,34 @@ class Turns:
     def mine(self) -> bool:
         """Tell whether this thread runs alone."""
         return self._alone == threading.get_ident()
+
+
+def alone(method: Method) -> Method:
+    """Return a model's method so that it waits for the forwards of other threads: it changes values, flags or modes.
+
+    Args:
+        method: of a class with a `scope`.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.scope.turns.alone():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
+
+
+def outside(method: Method) -> Method:
+    """Return a model's method so that it runs alone, and in no block of its own thread: it changes modules.
+
+    Args:
+        method: of a class with a `scope` and a `check_outside`, which raises inside of such a block.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.scope.turns.alone():
+            self.check_outside(method.__name__)
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)

@@ -40,8 +40,7 @@ def in_place(model: Host) -> Iterator[nn.Module]:
     Differs: the released code copies the trained columns into the base only in some forwards of training, so that an
         evaluation can read old ones; its slice of activations knows rows of three axes only.
     """
-    if model.scope.turns.mine():
-        model._check_not_folded("training in place")
+    model._check_not_folded("training in place")
     layers = _Layers(model)
 
     @contextlib.contextmanager
