@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,22 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 COMMAND = "python -m experiments.families"
 BEGIN, END = f"<!-- made by {COMMAND} -->", "<!-- end -->"
 # keywords that fit the small sizes here
-KEYWORDS: dict[str, dict[str, Any]] = {"compacter": {"n": 2}, "oft": {"block_size": 3}, "boft": {"block_size": 3}}
-# trained numbers of a layer, in Python; beside E, r, i and o the keywords n, b (block_size), c (kernel), m (n_factors)
+KEYWORDS: dict[str, dict[str, Any]] = {
+    "compacter": {"n": 2},
+    "oft": {"block_size": 3},
+    "boft": {"block_size": 3},
+    "salt": {"n_scaled": 8},
+}
+# trained numbers of a layer, in Python; beside E, r, i and o the the keywords of `WORDS`
+WORDS = {
+    "block_size": "b",
+    "kernel": "c",
+    "n": "n",
+    "n_factors": "m",
+    "n_scaled": "p",
+    "d_embedding": "d",
+    "width": "w",
+}
 FORMULAS = {
     "lora": "E * r * (i + o)",
     "dylora": "E * r * (i + o)",
@@ -45,6 +60,8 @@ FORMULAS = {
     "shared": "r * i + E * r * o",
     "core": "E * r**2",
     "comp_lora": "E * r * (i + o)",
+    "salt": "2 * E * (p + r * (min(i, o) - p))",
+    "loldu": "E * r",
     "dora": "E * (r * (i + o) + o)",
     "ia3": "E * o",
     "loha": "2 * E * r * (i + o)",
@@ -60,6 +77,12 @@ SHARED = {
     "compacter": "n**3",
     "hypelora": "w * (d + 1) + (w + 1) * r * (i + o)",
 }  # what all layers of one size have together
+LEGEND = (
+    "Parameters are those trained on a layer (i → o) by E experts of rank r; of the keywords, "
+    + ", ".join(f"{letter} is {word}" for word, letter in WORDS.items() if letter != word)
+    + ", and the others are as by default. root(s) is the largest divisor of s up to √s. What is shared is shared by "
+    "all layers of one size."
+)
 SIZES = ({"E": 3, "r": 4, "i": 24, "o": 36}, {"E": 2, "r": 6, "i": 36, "o": 24})
 # a recipe's keywords here, where they are not those that most take
 OPTIONS: dict[str, dict[str, Any]] = {"switch": {"k": 1}, "hydra": {"n_experts": 1, "k": 1}, "flylora": {"k": 2}}
@@ -90,9 +113,7 @@ def tables() -> str:
     names = " | ".join(f"`{name}`" for name in sorted(RECIPES))
     return "\n".join(
         [
-            "Parameters are those trained on a layer (i → o) by E experts of rank r. b is block_size, c kernel, m",
-            "n_factors, n the keyword n, d d_embedding, w width; other keywords are as by default. root(p) is the",
-            "largest divisor of p up to √p. What is shared is shared by all layers of one size.",
+            *textwrap.wrap(LEGEND, 118),
             "",
             "| family | parameters | shared by all layers | starts as zero | folds | PEFT |",
             "|---|---|---|---|---|---|",
@@ -136,8 +157,7 @@ def parameters(name: str, family: Family) -> list[str]:
         bank, *_ = built(family, SIZES[0])
         size = ", ".join(f"{letter} = {value}" for letter, value in SIZES[0].items())
         return [f"{sum(p.numel() for p in bank.parameters())} at {size}", ""]
-    words = {"block_size": "b", "kernel": "c", "n": "n", "n_factors": "m", "d_embedding": "d", "width": "w"}
-    known = {words[key]: value for key, value in family.keywords().items() if key in words}
+    known = {WORDS[key]: value for key, value in family.keywords().items() if key in WORDS}
     for size in SIZES:
         bank, site, shared = built(family, size)
         of_all = set() if shared is None else {id(p) for p in shared.parameters()}

@@ -82,6 +82,7 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
     "conformer": {"default": {"kernel": 5}},
     "comp_lora": {"default": {"protected": 2}, "input": {"protected": 1, "sides": "input"}},
+    "salt": {"default": {}, "one": {"n_scaled": 1}},
     "compacter": {"default": {"n": 2}, "glorot": {"n": 2, "start": "glorot"}},
     "hypelora": {"default": {"width": 8, "d_embedding": 5}, "frozen": {"width": 8, "depth": 4, "down": "frozen"}},
     "dylora": {"default": {"seed": 1}, "last": {"seed": 2, "update": "last"}},
@@ -244,12 +245,12 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
     own = BANK_OPTIONS.get(name, {}).get(variant, {})
     cut = CUTS.get((name, variant), 1)
     d_in, d_out = d_in * cut, d_out * cut
-    if name in ("core", "paca") or own.get("start") in (
+    if name in ("core", "paca", "loldu") or own.get("start") in (
         "pissa",
         "olora",
     ):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
-    if name == "comp_lora":  # something beside the directions that it protects
+    if name in ("comp_lora", "salt"):  # something beside the directions that it protects, or scales
         d_in, d_out = max(d_in, 2), max(d_out, 2)
     if name == "compacter":
         options["rank"] = 2 * rank

@@ -24,8 +24,10 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "oft": {"block_size": 4},
     "boft": {"block_size": 4, "n_factors": 2},
     "ia3": {"feedforward": ("down_proj",)},
+    "salt": {"n_scaled": 3},
 }
-NEW = ["ia3", "vera", "shira", "core", "comp_lora", "paca", "dylora", "lokr", "loha", "randlora", "dora", "oft", "boft"]
+NEW = ["ia3", "vera", "shira", "core", "comp_lora", "salt", "loldu", "paca", "dylora", "lokr", "loha", "randlora"]
+NEW += ["dora", "oft", "boft"]
 WHOLE = ["dora", "oft", "boft"]
 # trainable numbers of one expert on a layer i -> o at rank r, by the paper's closed formula
 FORMULAS: dict[str, Any] = {
@@ -34,6 +36,8 @@ FORMULAS: dict[str, Any] = {
     "shira": lambda i, o, r, name: int(0.1 * i * o),
     "core": lambda i, o, r, name: r * r,
     "comp_lora": lambda i, o, r, name: r * (i + o),
+    "salt": lambda i, o, r, name: 2 * 3 + 2 * r * (min(i, o) - 3),
+    "loldu": lambda i, o, r, name: r,
     "dylora": lambda i, o, r, name: r * (i + o),
     "paca": lambda i, o, r, name: r * o,
     "loha": lambda i, o, r, name: 2 * r * (i + o),
@@ -181,6 +185,10 @@ def test_whole_weights_mix_by_example(name: str) -> None:
         ({"expert": "core", "rank": 9}, r"k_proj: a weight \(8, 16\) has 8 singular values: rank=9 is too many"),
         ({"expert": "comp_lora", "protected": 0}, r"protected must be at least 1, got 0"),
         ({"expert": "comp_lora", "sides": "left"}, r"sides must be one of both, input, output, got 'left'"),
+        ({"expert": "loldu", "rank": 9}, r"k_proj: a weight \(8, 16\) has 8 pivots: rank=9 is too many"),
+        ({"expert": "loldu", "place": "block"}, r"family 'loldu' sit on input: place='block'"),
+        ({"expert": "salt", "n_scaled": 0}, r"n_scaled must be at least 1, got 0"),
+        ({"expert": "salt", "alpha": 2.0}, r"family 'salt' have no alpha"),
         ({"expert": "paca", "rank": 20}, r"q_proj: rank=20 columns of a weight \(16, 16\) that has 16"),
         ({"expert": "paca", "place": "output"}, r"family 'paca' sit on input: place='output'"),
         ({"expert": "shira", "rank": 40}, r"at most rank=\d+ fits, or set density"),
@@ -194,7 +202,7 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], match: str) -> None
         moa.build(models.llama(), "fixed", n_experts=2, **options)
 
 
-@pytest.mark.parametrize("name", ["core", "comp_lora", "dora", "oft", "boft"])
+@pytest.mark.parametrize("name", ["core", "comp_lora", "salt", "loldu", "dora", "oft", "boft"])
 def test_a_base_without_values_is_refused(name: str) -> None:
     with torch.device("meta"):
         layer = nn.Linear(8, 8)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -15,6 +17,8 @@ import moa
 from moa.errors import ConfigError
 from tests import laws, models
 from tests.laws import assert_close
+
+from . import bank_laws
 
 
 def bank_on(weight: torch.Tensor, name: str, n_experts: int = 2, rank: int = 2, **keywords: Any) -> Any:
@@ -125,3 +129,75 @@ def test_a_start_is_made_again_when_loading_folds_and_exports(start: str, tmp_pa
 def test_a_start_that_does_not_fit_is_named(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         moa.build(models.llama(), "fixed", n_experts=2, **options)
+
+
+# ------------------------------------------------------------------------------------------------ SALT and LoLDU
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (9, 9)])
+def test_salt_is_the_papers_changed_spectrum(shape: tuple[int, int]) -> None:
+    """W0 + ΔW = U [diag(a σ + b), 0; 0, diag(σ) + X Y] V^T, a counted from 1, in numpy's decomposition."""
+    torch.manual_seed(0)
+    weight, p = torch.randn(shape, dtype=torch.float64), 3
+    bank = laws.randomised(bank_on(weight, "salt", n_scaled=p))
+    u, s, vt = np.linalg.svd(weight.numpy(), full_matrices=False)
+    signs = np.sign((u * bank.left.numpy()).sum(0))  # of a component are free
+    assert_close(torch.tensor(u * signs), bank.left, 1e-10)
+    for expert in range(2):
+        scale, shift, down, up = (getattr(bank, name)[expert].detach().numpy() for name in bank.per_expert)
+        core = np.diag(s)
+        core[:p, :p] = np.diag((1 + 1.5 * scale) * s[:p] + 1.5 * shift)  # 1.5 is this bank's scale
+        core[p:, p:] += 1.5 * up.T @ down
+        changed = (u * signs) @ core @ (signs[:, None] * vt)
+        assert_close(weight + bank.delta(expert).dense(), torch.tensor(changed), 1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 30])
+def test_salt_mixes_few_rows_and_many(rows: int) -> None:
+    """Both ways of forward are Σ w ΔW x, with the gradients of the definition."""
+    torch.manual_seed(0)
+    bank = laws.randomised(bank_on(torch.randn(12, 9, dtype=torch.float64), "salt", n_experts=3, n_scaled=3))
+    bank_laws.bank_fast_is_generic(bank, torch.randn(rows, 9, dtype=torch.float64), 2, dense=False)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (9, 9)])
+def test_loldu_is_the_papers_diagonal_between_scipys_triangles(shape: tuple[int, int]) -> None:
+    """W_res + s P L_r diag(z) U_r, W_res the base without its own part, in scipy's decomposition."""
+    torch.manual_seed(0)
+    weight, rank = torch.randn(shape, dtype=torch.float64), 4
+    bank = laws.randomised(bank_on(weight, "loldu", rank=rank))
+    p, lower, upper = scipy.linalg.lu(weight.numpy())
+    pivots = np.diag(upper)[:rank]
+    left, right = (p @ lower)[:, :rank], upper[:rank] / pivots[:, None]
+    rest = weight.numpy() - 1.5 * (left * pivots) @ right
+    for expert in range(2):
+        z = pivots + bank.diagonal[expert].detach().numpy()
+        assert_close(weight + bank.delta(expert).dense(), torch.tensor(rest + 1.5 * (left * z) @ right), 1e-10)
+    assert np.allclose(np.diag(right[:, :rank]), 1)
+
+
+def test_a_pivot_that_is_zero_to_rounding_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 3) @ torch.randn(3, 9)  # of rank 3, as a pruned layer may be
+    assert bank_on(weight, "loldu", rank=3).rank == 3
+    with pytest.raises(ConfigError, match=r"q: pivot 3 of a weight \(8, 9\) is .*zero to rounding.*: at most rank=3"):
+        bank_on(weight, "loldu", rank=4)
+    with pytest.raises(ConfigError, match=r"q: pivot 0 of a weight \(8, 9\) is 0, .*leave the layer out of targets"):
+        bank_on(torch.zeros(8, 9), "loldu", rank=1)
+
+
+def test_salt_on_a_weight_of_one_singular_value_is_refused() -> None:
+    assert bank_on(torch.randn(4, 9), "salt").n_scaled == 3
+    with pytest.raises(ConfigError, match=r"q: a weight \(1, 9\) has one singular value and no rest for a low rank"):
+        bank_on(torch.randn(1, 9), "salt")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("family", ["salt", "loldu"])
+def test_an_expert_is_exported_as_a_lora(family: str, tmp_path: Path) -> None:
+    batch = models.lm_batch()
+    options = {"n_scaled": 3} if family == "salt" else {}
+    model = models.randomise(moa.build(models.llama(), "fixed", n_experts=1, expert=family, rank=2, **options)).eval()
+    expected = models.outputs_of(model, batch)
+    folder = moa.export_expert(model, 0, tmp_path / "lora", as_lora=True)
+    assert_close(models.outputs_of(PeftModel.from_pretrained(models.llama(), folder).eval(), batch), expected, 1e-5)

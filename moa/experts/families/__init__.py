@@ -12,9 +12,11 @@ from .hypelora import HypeLoRA, HypeLoRABank, Hypernetwork
 from .ia3 import IA3, InputScaleBank, OutputScaleBank
 from .loha import LoHa, LoHaBank
 from .lokr import LoKr, LoKrBank
+from .loldu import LoLDU, LoLDUBank
 from .oft import OFT, OFTBank
 from .paca import PaCA, PaCABank
 from .randlora import RandLoRA, RandLoRABank
+from .salt import SALT, SALTBank
 from .shira import ShiRA, ShiRABank
 from .vera import VeRA, VeRABank
 
@@ -22,6 +24,7 @@ __all__ = [
     "BOFT",
     "IA3",
     "OFT",
+    "SALT",
     "BOFTBank",
     "Bottleneck",
     "BottleneckBank",
@@ -47,12 +50,15 @@ __all__ = [
     "LoHaBank",
     "LoKr",
     "LoKrBank",
+    "LoLDU",
+    "LoLDUBank",
     "OFTBank",
     "OutputScaleBank",
     "PaCA",
     "PaCABank",
     "RandLoRA",
     "RandLoRABank",
+    "SALTBank",
     "ShiRA",
     "ShiRABank",
     "VeRA",
