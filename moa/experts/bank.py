@@ -38,6 +38,7 @@ class ExpertBank(nn.Module):
             it, which are then (B, S, i), those of padding zero.
         fixed_size: why it has as many experts as it was built for; None where another number makes another bank.
         carries_input: the routing's weight of an expert already holds its product with x; the expert is a vector.
+        averages: an expert is linear in what is trained, so that the mean of states is the mean of changes.
 
     Raises:
         ConfigError: rank < 1 or dropout outside [0, 1).
@@ -50,6 +51,7 @@ class ExpertBank(nn.Module):
     whole: ClassVar[bool] = False
     rowwise: ClassVar[bool] = True
     carries_input: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
     fixed_size: ClassVar[str | None] = None
 
     def __init__(

@@ -1,6 +1,18 @@
 """Adapters and mixtures that many clients train: how the server makes one of them."""
 
-from .aggregate import aggregate_states, upload_bytes
-from .aggregators import AGGREGATORS, Aggregated, Aggregator, aggregator
+from .aggregate import Aggregation, aggregate
+from .aggregators import AGGREGATORS, Aggregated, Aggregator, Factors, aggregator
+from .update import Update, prepare, update_of
 
-__all__ = ["AGGREGATORS", "Aggregated", "Aggregator", "aggregate_states", "aggregator", "upload_bytes"]
+__all__ = [
+    "AGGREGATORS",
+    "Aggregated",
+    "Aggregation",
+    "Aggregator",
+    "Factors",
+    "Update",
+    "aggregate",
+    "aggregator",
+    "prepare",
+    "update_of",
+]

@@ -42,6 +42,7 @@ class CoreBank(ExpertBank):
 
     equal_at_init = True
     per_expert = ("core",)
+    averages = True
 
     down: Tensor
     up: Tensor

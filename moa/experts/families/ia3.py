@@ -38,6 +38,7 @@ class OutputScaleBank(ExpertBank):
 
     equal_at_init = True
     per_expert: ClassVar[tuple[str, ...]] = ("scale",)
+    averages: ClassVar[bool] = True
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)

@@ -62,6 +62,7 @@ class PaCABank(ExpertBank):
 
     equal_at_init = False
     per_expert: ClassVar[tuple[str, ...]] = ("up", "columns")
+    averages: ClassVar[bool] = True
 
     columns: Tensor
 

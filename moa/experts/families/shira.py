@@ -39,6 +39,7 @@ class ShiRABank(StructuredBank):
     """
 
     per_expert: ClassVar[tuple[str, ...]] = ("values", "places")
+    averages: ClassVar[bool] = True
 
     places: Tensor
 
