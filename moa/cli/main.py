@@ -36,6 +36,7 @@ DESCRIPTION = "Mixtures of adapters behind a router: train them, look at them, t
 FULL = "No space left on device"
 # what torch says where it cannot have the memory that it asks for
 NO_MEMORY = ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+WITH_REST = ("serve",)  # commands that hand on what stands after --; argparse loses it behind an option
 STOPPED = 130  # what a shell gives for a program that Ctrl-C ended
 
 
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: words after the program's name; None takes the process's own.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser(words).parse_args(words)
+    end = words.index("--") if words[:1] and words[0] in WITH_REST and "--" in words else len(words)
+    arguments = parser(words).parse_args(words[:end])
+    arguments.rest = getattr(arguments, "rest", words[end + 1 :])
     try:
         with _plain_warnings(arguments.command):
             _import(getattr(arguments, "imports", ()))

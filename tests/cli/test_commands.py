@@ -254,7 +254,7 @@ def test_export_writes_what_vllm_serves_and_serve_names_the_engine(
     assert {"config.json", "moa.safetensors", "model.safetensors"} <= {file.name for file in out.iterdir()}
     assert main(["serve", "--dry-run", str(out), "--", "--port", "8001"]) == 0
     assert capsys.readouterr().out.endswith(f"-m vllm.entrypoints.openai.api_server --model {out} --port 8001\n")
-    assert main(["serve", str(home / "topk")]) == 2
+    assert main(["serve", str(home / "topk"), "--engine", "vllm"]) == 2
     assert "moa export CHECKPOINT --to vllm OUT" in capsys.readouterr().err
     assert main(["export", str(home / "topk"), "--to", "vllm", "--expert", "1", str(home / "no")]) == 2
     assert "--expert 1 is for --to peft" in capsys.readouterr().err

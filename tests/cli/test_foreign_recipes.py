@@ -126,7 +126,7 @@ def test_serving_hands_modules_to_the_engine(home: Path, monkeypatch: Any, capsy
     assert main(["serve", str(folder), "--dry-run"]) == 2
     assert MESSAGE in capsys.readouterr().err
     started: list[str] = []
-    monkeypatch.setattr(registration, "check_version", lambda found: None)
+    monkeypatch.setattr(registration, "engine_version", lambda: "0.32.0")
     monkeypatch.setattr(os, "execv", lambda program, words: started.extend(words))
     monkeypatch.setenv(IMPORTS, "")
     file = home / f"{MODULE}.py"

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-import subprocess
 import time
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 import moa
 from moa.serving.vllm.vllm_folder import export_vllm
+from tests.http_server import complete, free_port, running
 from tests.vllm_engine import NEEDS_ENGINE, PYTHON, engine_environment
 
 from .test_vllm_plugin import base, trained
@@ -32,38 +30,18 @@ def words(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
 
 
-@contextmanager
 def server(folder: Path, log: Path):
     """Run `moa serve` until the block ends; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     options += ["--max-model-len", "128", "--gpu-memory-utilization", "0.1", "--served-model-name", "mixture"]
     command = [str(PYTHON), "-m", "moa", "serve", str(folder), "--", *options]
-    environment = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd="/") as process:
-        try:
-            for _ in range(560):
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                    break
-                except OSError:
-                    time.sleep(1)
-            else:
-                raise AssertionError(log.read_text()[-3000:])
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    return running(command, port, log, engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
 
 
 def ask(address: str, **values: object) -> str:
-    wanted = {"skip_special_tokens": False, **values}
-    body = json.dumps({**wanted, "model": "mixture", "temperature": 0, "max_tokens": NEW, "ignore_eos": True})
-    request = urllib.request.Request(f"{address}/v1/completions", body.encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return answer.read().decode()
+    asked = {"model": "mixture", "temperature": 0, "max_tokens": NEW, "ignore_eos": True, "skip_special_tokens": False}
+    return complete(address, **asked, **values)
 
 
 def test_the_server_answers_streams_and_shows_the_load_of_every_layer(tmp_path: Path) -> None:
