@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..runs.processes import say
 from .shared_options import Command, add_set
 
 RESULTS = Path("runs") / "demo.json"
@@ -44,20 +45,20 @@ def _demo(arguments: argparse.Namespace) -> None:
     if arguments.overrides and arguments.model is None:
         raise ConfigError(f"--set changes a packaged configuration: say which one, e.g. --model {MODEL}.")
     cache = demo.prepare(arguments.model or MODEL)
-    print(demo.sources(arguments.model or MODEL), flush=True)
+    say(*demo.sources(arguments.model or MODEL).splitlines())
     if arguments.prepare:
-        print(f"ready: {cache}")
+        say(f"ready: {cache}")
         return
     if arguments.model is not None:
         from ..runs.progress import one_bar
         from ..runs.summary import summary
 
         one_bar()
-        print(summary(demo.run(arguments.model, arguments.overrides)))
+        say(*summary(demo.run(arguments.model, arguments.overrides)).splitlines())
         return
     from ..runs.comparison_report import compare, comparison_text
 
     results = compare(cache, arguments.seeds, workers)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{comparison_text(results)}\nfigures: {RESULTS}")
+    say("", *comparison_text(results).splitlines(), f"figures: {RESULTS}")

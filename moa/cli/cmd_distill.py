@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.processes import say
 from .shared_options import Command, add_import, add_out, check_out, check_task, load_checkpoint, say_dry
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ def _distill(arguments: argparse.Namespace) -> None:
         objective=arguments.objective,
         progress=True,
     )
-    print(done.summary())
+    say(*done.summary().splitlines())
     export_expert(done.model, 0, arguments.out, overwrite=arguments.overwrite)
-    print(arguments.out)
+    say(arguments.out)
 
 
 def _batches(model: MoAModel, arguments: argparse.Namespace) -> list[dict[str, Any]] | None:

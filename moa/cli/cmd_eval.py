@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runs.processes import say
 from .shared_options import Command, add_import, add_set
 
 
@@ -21,10 +22,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     from ..runs.preflight import check_scored
 
     check_scored(arguments.checkpoint, arguments.config, arguments.overrides)
-    from ..runs.processes import say
     from ..runs.progress import one_bar
     from ..runs.summary import score_table
     from ..runs.train import evaluate
 
     one_bar()
-    say(score_table(evaluate(arguments.checkpoint, arguments.config, arguments.overrides)))
+    say(*score_table(evaluate(arguments.checkpoint, arguments.config, arguments.overrides)).splitlines())

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.processes import say
 from .shared_options import Command, add_import, add_out, check_out, load_checkpoint, say_dry
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _export(arguments: argparse.Namespace) -> None:
         return
     for folder, write in written.items():
         write(folder, overwrite=arguments.overwrite)
-        print(folder)
+        say(str(folder))
 
 
 def _said(model: MoAModel, arguments: argparse.Namespace, number: int) -> str:

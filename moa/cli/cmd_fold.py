@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runs.processes import say
 from .shared_options import Command, add_import, add_out, check_out, check_task, load_checkpoint, say_dry
 
 
@@ -40,4 +41,4 @@ def _fold(arguments: argparse.Namespace) -> None:
         max_shard_size=arguments.shard_size,
         overwrite=arguments.overwrite,
     )
-    print(out)
+    say(str(out))

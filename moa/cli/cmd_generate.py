@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
+from ..runs.processes import say
 from .shared_options import Command, add_import
+
+TEXT = "\n\t\u200c\u200d"  # what written text may have that moves nothing else: lines, tabs, joined letters
 
 
 def add(command: Command) -> None:
@@ -40,7 +42,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     The prompts get what the run's task puts around its own: its template, or the tokenizer's chat template.
     """
     from ..errors import ConfigError
-    from ..runs.applied import check_file, find_applied, task_id, write_rows
+    from ..runs.applied import check_file, find_applied, json_line, task_id, write_rows
     from ..runs.new_rows import read_prompts
 
     for name, fits, expected in (
@@ -70,10 +72,13 @@ def _generate(arguments: argparse.Namespace) -> None:
     rows = _written(arguments, applied, prompts, None if arguments.raw else task, number)
     if arguments.out is not None:
         write_rows(list(rows), arguments.out)
-        print(f"{len(prompts)} rows\n{arguments.out}")
+        say(f"{len(prompts)} rows", arguments.out)
         return
     for row in rows:
-        print(row["generated"] if arguments.prompts is None else json.dumps(row, ensure_ascii=False))
+        if arguments.prompts is None:
+            say(row["generated"], kept=TEXT)
+        else:
+            say(json_line(row))
 
 
 def _written(

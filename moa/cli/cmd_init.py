@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..runs.processes import say
 from .shared_options import Command
 
 HEAD = "# {title}\n# Every key: moa train --help. Every keyword of a recipe: moa recipes NAME. Try it: {command}\n"
@@ -130,4 +131,4 @@ def _init(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{file} exists already: choose another name with --out.") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}.") from error
-    print(f"{file}. Next: put in your base and files, then\n  {command}")
+    say(f"{file}. Next: put in your base and files, then", f"  {command}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runs.processes import say
 from .shared_options import Command, add_import
 
 
@@ -22,4 +23,5 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from ..formats.checkpoint import of_run
     from .inspection import describe_checkpoint
 
-    print(describe_checkpoint(of_run(arguments.checkpoint), arguments.tokens, arguments.dtype, arguments.device))
+    folder = of_run(arguments.checkpoint)
+    say(*describe_checkpoint(folder, arguments.tokens, arguments.dtype, arguments.device).splitlines())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.processes import say
 from .shared_options import add_import, check_out
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
     merged[plan.names[0]]  # what a method says of its weights and options, it says at the first layer
     if arguments.dry_run:
-        print(_said(config, plan))
+        say(*_said(config, plan))
         return
     for note in _notes(config, plan):
-        print(f"note: {note}")
+        say(f"note: {note}")
     if config.base is not None:
         written = write_checkpoint(
             config.base,
@@ -100,10 +101,10 @@ def _merge(arguments: argparse.Namespace) -> None:
             overwrite=config.overwrite,
             progress=True,
         )
-    print(f"{written.path}: {written.changed} layers changed, {written.nbytes / 1e6:.2f} MB")
+    say(f"{written.path}: {written.changed} layers changed, {written.nbytes / 1e6:.2f} MB")
     if written.errors:
         worst = max(written.errors, key=lambda name: written.errors[name])
-        print(f"relative error of squeezing: largest {written.errors[worst]:.3f} in {worst}")
+        say(f"relative error of squeezing: largest {written.errors[worst]:.3f} in {worst}")
 
 
 def _config(arguments: argparse.Namespace) -> MergeConfig:
@@ -209,8 +210,8 @@ def _notes(config: MergeConfig, plan: Plan) -> list[str]:
     return notes
 
 
-def _said(config: MergeConfig, plan: Plan) -> str:
-    """Return what the merge would do."""
+def _said(config: MergeConfig, plan: Plan) -> list[str]:
+    """Return what the merge would do, line by line."""
     from ..formats.tensor_files import Checkpoint
     from ..merge.write import check_targets
 
@@ -232,8 +233,7 @@ def _said(config: MergeConfig, plan: Plan) -> str:
         rank = "its factors as they are" if config.rank is None else f"rank at most {config.rank}"
         lines += [f"note      {note}" for note in _notes(config, plan)]
         lines.append(f"writes    {config.out}: a PEFT LoRA adapter on {len(plan.names)} layers, {rank}")
-    lines.append("dry run: nothing was written")
-    return "\n".join(lines)
+    return [*lines, "dry run: nothing was written"]
 
 
 def _lists() -> str:

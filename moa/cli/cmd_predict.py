@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runs.processes import say
 from .shared_options import Command, add_import
 
 
@@ -53,4 +54,4 @@ def _predict(arguments: argparse.Namespace) -> None:
         where=str(applied.folder),
     )
     write_rows(found, arguments.out)
-    print(f"{len(found)} rows\n{arguments.out}")
+    say(f"{len(found)} rows", arguments.out)

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import textwrap
 
+from ..runs.processes import say
 from .shared_options import Command, add_import
 
 WIDTH = 110
@@ -26,22 +27,22 @@ def _recipes(arguments: argparse.Namespace) -> None:
     from ..recipes import RECIPES
 
     if arguments.name is None:
-        print("recipes (recipe.router, or moa.build(model, router=…)):")
+        say("recipes (recipe.router, or moa.build(model, router=…)):")
         _table(RECIPES)
-        print("\nadapter families (recipe.expert):")
+        say("", "adapter families (recipe.expert):")
         _table(FAMILIES)
-        print("\nkeywords of one: moa recipes NAME")
+        say("", "keywords of one: moa recipes NAME")
         return
     cls = RECIPES.get(arguments.name) or FAMILIES.get(arguments.name)
     if cls is None:
         raise ConfigError(unknown_name("recipe or family", arguments.name, [*RECIPES, *FAMILIES]))
-    print(_describe(cls))
+    say(*_describe(cls).splitlines())
 
 
 def _table(rows: dict[str, type]) -> None:
     width = max(map(len, rows))
     for name, cls in sorted(rows.items()):
-        print(f"  {name:<{width}}  {_first_line(cls)}" + (f" [{cls.paper}]" if cls.paper else ""))  # type: ignore[attr-defined]
+        say(f"  {name:<{width}}  {_first_line(cls)}" + (f" [{cls.paper}]" if cls.paper else ""))  # type: ignore[attr-defined]
 
 
 def _first_line(cls: type) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..runs.processes import say
 from .shared_options import Command
 
 
@@ -17,4 +18,4 @@ def _report(arguments: argparse.Namespace) -> None:
     """Write RUN_DIR/report.html: loads, entropy, losses and collapse warnings of a run, in one file."""
     from ..monitor.report import report
 
-    print(report(arguments.run_dir))
+    say(str(report(arguments.run_dir)))

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..runs.processes import say
 from .shared_options import Command, add_import
 
 EXPORT = "moa export CHECKPOINT --to vllm OUT, then moa serve OUT"
@@ -52,7 +53,7 @@ def _by_vllm(arguments: argparse.Namespace) -> None:
 
     words = _command(arguments.model, arguments.rest)
     if arguments.dry_run:
-        print(" ".join(words))
+        say(" ".join(words))
         return
     from ..errors import BackendError
     from ..serving.vllm.registration import IMPORTS, check_version, engine_version

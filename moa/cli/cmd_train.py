@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 
+from ..runs.processes import say
 from .shared_options import Command, add_set
 
 
@@ -21,7 +22,6 @@ def _train(arguments: argparse.Namespace) -> None:
     """Train the mixture that a YAML file describes, score it before and after, and write a run folder."""
     from ..runs.config import read_config
     from ..runs.preflight import check_run
-    from ..runs.processes import say
 
     config = read_config(arguments.config, arguments.overrides, recipe=False)
     checked = check_run(config, arguments.resume)
@@ -30,14 +30,14 @@ def _train(arguments: argparse.Namespace) -> None:
             say(f"{rows.name}: {len(rows.train)} training rows, {len(rows.eval)} evaluation rows")
         for note in (note for rows in checked.rows for note in rows.notes):
             say(f"note: {note}")
-        say(f"writes {config.output}\ndry run: nothing was written")
+        say(f"writes {config.output}", "dry run: nothing was written")
         return
     from ..runs.progress import one_bar
     from ..runs.summary import summary
     from ..runs.train import train
 
     one_bar()
-    say(summary(train(config, arguments.resume, checked)))
+    say(*summary(train(config, arguments.resume, checked)).splitlines())
 
 
 def _keys() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, plain_text
 from ..formats import checkpoint
 from ..kernels import choose_engine, engines
 
@@ -56,7 +56,7 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
         lines += _layer_lines(recipe, tensors, n_rows, kind, device)
     lines += ["", f"engines for {n_rows} rows of {dtype} on {device}; on this machine:"]
     lines += [f"  {name}: {reason or 'can run'}" for name, reason in engines().items()]
-    return "\n".join(lines)
+    return "\n".join(map(plain_text, lines))  # names in a file are of whoever wrote it
 
 
 def _layer_lines(

@@ -9,11 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
 from ..errors import MoaError, MoaWarning, plain_text, shown
+from ..runs.processes import say
 from . import (
     cmd_bench,
     cmd_demo,
@@ -55,19 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             _import(getattr(arguments, "imports", ()))
             arguments.run(arguments)
     except MoaError as error:
-        print(f"moa {arguments.command}: {plain_text(error)}", file=sys.stderr)
+        say(f"moa {arguments.command}: {error}", error=True)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, e.g. `moa inspect … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as stop:
-        said = plain_text(stop) or "nothing half-written is left behind."
-        print(f"\nmoa {arguments.command}: stopped; {said}", file=sys.stderr)
+        said = str(stop) or "nothing half-written is left behind."
+        say("", f"moa {arguments.command}: stopped; {said}", error=True)
         return STOPPED
     except (OSError, SafetensorError, MemoryError, RuntimeError) as error:
         room = _no_room(error)
         if room is None:
             raise
-        print(f"moa {arguments.command}: {room}", file=sys.stderr)
+        say(f"moa {arguments.command}: {room}", error=True)
         return 2
     return 0
 
@@ -102,13 +103,21 @@ def _plain_warnings(command: str) -> Iterator[None]:
     def one_line(message: Any, category: type[Warning], *place: Any) -> str:
         if issubclass(category, MoaWarning):
             return f"moa {command}: warning: {plain_text(message)}\n"
-        return usual(message, category, *place)
+        return plain_text(usual(message, category, *place), kept="\n")
 
     warnings.formatwarning = one_line  # type: ignore[assignment]
     try:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that repeats words of the command line as text."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program, with the usage and a message."""
+        super().error(plain_text(message))
 
 
 def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -120,7 +129,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     """
     from .. import __version__
 
-    top = argparse.ArgumentParser(prog="moa", description=DESCRIPTION)
+    top = _Parser(prog="moa", description=DESCRIPTION)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

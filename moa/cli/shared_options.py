@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..runs.processes import say
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
@@ -89,4 +90,4 @@ def check_out(out: str | Path, overwrite: bool, *inputs: str) -> None:
 
 def say_dry(what: str, out: str) -> None:
     """Print what a dry run would have done."""
-    print(f"{what}\nwrites {out}\ndry run: nothing was written")
+    say(*what.splitlines(), f"writes {out}", "dry run: nothing was written")

@@ -147,6 +147,12 @@ def write_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> None:
             lines.writerows(flat)
 
 
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as one line of JSON in which what does not print is escaped as JSON does it."""
+    text = json.dumps(row, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in row.items():

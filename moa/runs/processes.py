@@ -1,8 +1,9 @@
-"""Several processes of one run: the first one writes and speaks."""
+"""Several processes of one run: the first one writes and speaks; `say` is how every command prints."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 from ..errors import plain_text
 
@@ -12,10 +13,17 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0") or 0) == 0
 
 
-def say(text: str) -> None:
-    """Print lines, in the first process only; escape codes in names are text."""
-    if is_first():
-        print(plain_text(text, kept="\n"), flush=True)
+def say(*lines: str, kept: str = "", error: bool = False) -> None:
+    """Print lines, in the first process only; escape codes and line ends inside of one, as names have, are text.
+
+    Args:
+        lines: to print, each as one; a table in text is given as its `splitlines`.
+        kept: characters that stay as they are, e.g. the line ends of what a model wrote.
+        error: to the stream of errors, from whatever process.
+    """
+    if error or is_first():
+        for line in lines:
+            print(plain_text(line, kept), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def meet() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import plain_text, shown
 from .metrics import ERROR, Z, wilson
 from .run_folder import FIGURE, MODEL, RESULTS
 
@@ -58,27 +59,27 @@ def _measure_table(results: Mapping[str, Any], measure: str) -> str:
     scores: Mapping[str, Mapping[str, Mapping[str, float]]] = results["scores"]
     tasks: Mapping[str, Mapping[str, Any]] = results["tasks"]
     models = [name for name in ("before", "frozen base", "LoRA", "mixture") if name in scores]
-    shown = [task for task in tasks if any(measure in scores[model][task] for model in models)]
-    if not shown:
+    measured = [task for task in tasks if any(measure in scores[model][task] for model in models)]
+    if not measured:
         return ""
     title, comparable = TITLES[measure]
     cells: dict[str, list[tuple[float, float | None] | None]] = {}
-    plain = {task: _untrained(tasks[task], measure) for task in shown}
+    plain = {task: _untrained(tasks[task], measure) for task in measured}
     if any(value is not None for value in plain.values()):
         name = "majority" if measure == "accuracy" else "constant"
         cells[name] = [None if v is None else (v, _half(measure, v, {}, tasks[t])) for t, v in plain.items()]
     for model in models:
-        rows = [scores[model][task] for task in shown]
+        rows = [scores[model][task] for task in measured]
         cells[model] = [
             (row[measure], _half(measure, row[measure], row, tasks[task])) if measure in row else None
-            for task, row in zip(shown, rows, strict=True)
+            for task, row in zip(measured, rows, strict=True)
         ]
-    kinds = {"regression" if tasks[task].get("kind") == "regression" else "other" for task in shown}
+    kinds = {"regression" if tasks[task].get("kind") == "regression" else "other" for task in measured}
     if comparable and len(kinds) == 1:
         for column in cells.values():
             column.append(_mean(column))
-    names = [title, *shown, *(["mean"] if comparable and len(kinds) == 1 else [])]
-    counts = ["rows", *(str(tasks[task]["evaluation_rows"]) for task in shown), ""]
+    names = [title, *(shown(task, 40) for task in measured), *(["mean"] if comparable and len(kinds) == 1 else [])]
+    counts = ["rows", *(str(tasks[task]["evaluation_rows"]) for task in measured), ""]
     columns = [_aligned(names, left=True), _aligned(counts[: len(names)])]
     columns += [_aligned([name, *map(_shown, column)]) for name, column in cells.items()]
     return "\n".join("  ".join(line) for line in zip(*columns, strict=True))
@@ -125,7 +126,7 @@ def _aligned(cells: Sequence[str], left: bool = False) -> list[str]:
 
 def summary(result: RunResult) -> str:
     """Return what a run did, as text for the terminal: scores, what they compare, routing, answers, next commands."""
-    results, folder = result.results, result.folder
+    results, folder = result.results, Path(plain_text(result.folder))
     parameters = results["parameters"]
     recipe = results["recipe"]
     chosen_of = f", k = {recipe['k']}" if "k" in recipe else ""
@@ -143,7 +144,9 @@ def summary(result: RunResult) -> str:
         parts.append(f"{name}: {about['what']}{size}{how}.")
     parts.append(result.routing)
     for row in results.get("answers", []):
-        parts.append(f"[{row['task']}] {row['prompt']!r}\n  wanted {row['answer']!r}, written {row['generated']!r}")
+        parts.append(
+            f"[{shown(row['task'], 40)}] {row['prompt']!r}\n  wanted {row['answer']!r}, written {row['generated']!r}"
+        )
     parts.append(f"{results['seconds']['training']:.0f} s of training, {results['seconds']['total']:.0f} s in all.")
     parts.append(f"checkpoint {folder / MODEL}, figure {folder / FIGURE}, scores {folder / RESULTS}. Next:")
     commands = (f"moa report {folder}", f"moa inspect {folder / MODEL}", f"tensorboard --logdir {folder}")
