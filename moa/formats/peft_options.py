@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import regex
 
-from ..errors import CheckpointError, MoaWarning
+from ..errors import CheckpointError, MoaWarning, shown
+from ..tables import LARGEST
 
 Verdict = Literal["honoured", "converted", "harmless", "refused"]
 PATIENCE = 4.0  # seconds for one pattern of a file that somebody else wrote; a plain one takes microseconds
@@ -127,10 +128,17 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
         ("use_bdlora", "kasa_config", "rank_pattern", "alpha_pattern"),
         ((dict,), "an object"),
     ),
-    **dict.fromkeys(("peft_type", "base_model_name_or_path"), ((str,), "text")),
+    **dict.fromkeys(("peft_type", "base_model_name_or_path", "task_type", "revision"), ((str,), "text")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"), ((str, list), "a name or a list of names")
+    ),
+    "layers_to_transform": ((int, list), "a number or a list of numbers"),
+    "lora_dropout": ((int, float), "a number"),
+    "inference_mode": ((bool,), "true or false"),
     "modules_to_save": ((list,), "a list of names"),
     "init_lora_weights": ((bool, str), "true, false or a name"),
 }
+NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 BIASES = ("none", "all", "lora_only")
 # mixtures behind a router, which are not one weight change, and what to do with them
 ROUTED = {
@@ -183,8 +191,10 @@ def check_kinds(config: Mapping[str, Any], source: str) -> None:
     """
     for key, (kinds, expected) in KINDS.items():
         value = config.get(key)
-        if is_set(value) and not isinstance(value, kinds):
-            raise CheckpointError(f"{source} has {key}={value!r}: expected {expected}.")
+        wrong = not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)
+        unnamed = key in NAMES and isinstance(value, list) and not all(isinstance(name, str) for name in value)
+        if is_set(value) and (wrong or unnamed):
+            raise CheckpointError(f"{source}: adapter_config.json has {key}={shown(repr(value))}: expected {expected}.")
     if config.get("bias") not in (None, *BIASES):
         raise CheckpointError(f"{source} has bias={config['bias']!r}: expected {', '.join(BIASES)}.")
 
@@ -215,10 +225,15 @@ def _check_numbers(config: Mapping[str, Any], source: str) -> None:
     ranks = {"r": config.get("r"), **_named("rank_pattern", config, source)}
     for name, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise CheckpointError(f"{source} has {name}={rank!r}: expected a whole number ≥ 1.")
+            raise CheckpointError(
+                f"{source}: adapter_config.json has {name}={shown(repr(rank))}: expected a whole number ≥ 1."
+            )
     for name, alpha in {"lora_alpha": config.get("lora_alpha"), **_named("alpha_pattern", config, source)}.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise CheckpointError(f"{source} has {name}={alpha!r}: expected a finite number.")
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not 0 <= alpha <= LARGEST:  # NaN is neither
+            raise CheckpointError(
+                f"{source}: adapter_config.json has {name}={shown(repr(alpha))}: expected a finite number, at least 0."
+            )
         if alpha == 0:
             warnings.warn(f"{source} has {name}=0: what it scales counts for nothing.", MoaWarning, stacklevel=4)
 
