@@ -37,7 +37,7 @@ long_rows: truncate              # or skip, refuse: how many rows that were is s
 
 tasks:
   reviews:                       # a name of your own; its order among the tasks is its task id
-    train: reviews.csv           # .jsonl, .json, .csv, .tsv, .parquet, a pattern, a list, or a hub id
+    train: reviews.csv           # .jsonl, .json, .csv, .tsv, .parquet, a pattern, a list; or a hub id with format: hub
     text: text                   # the columns' names
     label: label
     # problem: regression        # numbers, not classes; labels with fractions are one by themselves

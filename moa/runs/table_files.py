@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from .base_files import looks_like_a_path
 from .tasks import FORMATS, Task
 from .yaml_values import is_file, is_folder, one_line, shortened
 
@@ -65,7 +66,7 @@ def read_rows(name: str, source: str | Sequence[str], split: str, task: Task) ->
 
     Args:
         name: of the task, for messages.
-        source: files, a pattern of files, or a hub id.
+        source: files, a pattern of files, or the hub id of a data set.
         split: of a hub data set.
         task: whose columns are kept.
 
@@ -74,8 +75,10 @@ def read_rows(name: str, source: str | Sequence[str], split: str, task: Task) ->
     """
     where = f"task {name!r}"
     sources = [file for one in ([source] if isinstance(source, str) else source) for file in _expanded(where, one)]
-    kind = task.format or _format_of(where, sources[0])
+    kind = task.format or _format_of(where, sources[0], task)
     if kind == "hub":
+        if len(sources) > 1:
+            raise ConfigError(f"{where}: name one data set of the hub, got {len(sources)}: {', '.join(sources)}.")
         tables = [("the data set", _hub(where, sources[0], task, split))]
     else:
         _check_no_hub(where, sources[0], task)
@@ -109,7 +112,8 @@ def _expanded(where: str, source: str) -> list[str]:
     return found
 
 
-def _format_of(where: str, source: str) -> str:
+def _format_of(where: str, source: str, task: Task) -> str:
+    """Return the format of a source by its ending; "hub" only where the task says that it is a data set."""
     suffixes = [suffix.removeprefix(".").lower() for suffix in Path(source).suffixes]
     if suffixes[-1:] == ["gz"]:
         suffixes = suffixes[:-1]
@@ -121,9 +125,12 @@ def _format_of(where: str, source: str) -> str:
     endings = ", ".join(f".{f}" for f in FORMATS)
     if is_file(source):
         raise ConfigError(f"{where}: {source} does not end in one of {endings}: set format.")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or len(source) > 200:
-        raise ConfigError(f"{where}: no file {shortened(source)} (looked from {Path.cwd()}).")
-    return "hub"
+    if not looks_like_a_path(source) and (task.subset or task.eval_split or task.split != "train"):
+        return "hub"  # files have no such parts
+    raise ConfigError(
+        f"{where}: no file {shortened(source)} (looked from {Path.cwd()}). A file's name ends in one of {endings}, or "
+        "format says what it holds; for a data set of the hub set format: hub."
+    )
 
 
 def _file(where: str, file: str, kind: str, wanted: Sequence[str]) -> _Table:

@@ -36,10 +36,11 @@ class Task:
             "generation" (prompt -> answer) or "chat" (a list of messages, put through the tokenizer's own chat
             template; only the assistant's turns are learned).
         train: file, pattern or list of files (.jsonl, .json, .csv, .tsv, .parquet, or one of the text formats with .gz
-            behind it), or hub id of the training rows.
+            behind it) of the training rows; with format: hub the id of a data set there.
         eval: the same for the evaluation rows; None holds out eval_fraction of the training rows.
         eval_fraction: share of the training rows held out when eval is None.
-        format: "jsonl", "json", "csv", "tsv", "parquet" or "hub"; None goes by the file's ending.
+        format: "jsonl", "json", "csv", "tsv", "parquet" or "hub"; None goes by the file's ending, and takes the hub
+            where subset, split or eval_split names a part of a data set.
         subset: configuration name of a hub data set.
         split: split of a hub data set for training.
         eval_split: split of a hub data set for evaluation; used when set, also where eval is None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,26 @@ def test_a_file_that_is_not_what_it_says(tmp_path: Path) -> None:
 
 def test_unreachable_hub_data_set() -> None:
     with pytest.raises(ConfigError, match=r"the hub does not give 'someone/nothing'"):
-        encode(Task(train="someone/nothing"))
+        encode(Task(train="someone/nothing", format="hub"))
+    with pytest.raises(ConfigError, match=r"the hub does not give 'someone/nothing'"):
+        encode(Task(train="someone/nothing", subset="part"))
+    with pytest.raises(ConfigError, match=r"one data set of the hub, got 2: a, b"):
+        encode(Task(train=["a", "b"], format="hub"))
+
+
+@pytest.mark.parametrize("name", ["rows", "data/rows", "data/more/rows", "./rows", "rows.txt"])
+def test_a_file_that_is_not_there_is_not_looked_for_elsewhere(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is asked where a task says that it means the hub."""
+    import datasets
+
+    def asked(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", asked)
+    with pytest.raises(
+        ConfigError, match=rf"no file {re.escape(name)} .looked from .*for a data set of the hub set form"
+    ):
+        encode(Task(train=name))
 
 
 def test_unknown_kind_and_format() -> None:
