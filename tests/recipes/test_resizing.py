@@ -22,6 +22,7 @@ from tests.model.test_bases import base
 from tests.systems import adapters
 
 from .recipe_laws import Subject
+from .resizing_laws import comes_back, keeps_the_others
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 # name or name-variant -> why the number of its experts is fixed
@@ -55,73 +56,26 @@ def unchanged(model: Any, call: Any, error: type[Exception], match: str) -> None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def add_and_remove(model: Any, batch: dict[str, Any], base: Any, path: Path) -> None:
-    """Adding and removing an expert leaves logits bit for bit; what is between saves, loads, routes and trains."""
-    whole, routers = model.expert_names, [branch.router for _, branch in model.branches()]
-    number = model.add_expert()
-    assert number == len(whole) and model.expert_names == [*whole, str(number)]
-    assert [branch.router for _, branch in model.branches()] == routers, "those that others know"
-    if all(branch.bank.zero_at_init and branch.bank.n_experts > number for _, branch in model.branches()):
-        with model.pin_expert(number):
-            fresh = models.outputs_of(model, batch)
-        with model.disable_adapter():
-            laws.assert_close(fresh, models.outputs_of(model, batch), 1e-5, "a fresh expert")
-    statistics = RoutingStatistics()
-    models.randomise(model, seed=8)
-    model.observers.append(lambda traces: [statistics.add(trace) for trace in traces])
-    model.train()(**batch).loss.backward()
-    model.observers.clear()
-    assert {load.n_experts for load in statistics.summary().values()} <= {number + 1, 1}
-    model.eval().save_pretrained(path)
-    again = moa.load(path, base=base())
-    assert again.expert_names == model.expert_names
-    assert torch.equal(models.outputs_of(again, batch), models.outputs_of(model, batch)), "saved with one more"
-
-
 @laws.parametrize(laws.RECIPE_CASES)
 def test_add_then_remove_is_as_before(name: str, variant: str, tmp_path: Path) -> None:
-    subject = subject_of(name, variant)
-    model, batch = subject.trained().eval(), subject.batch()
-    reason = refusal(name, variant)
+    subject, reason = subject_of(name, variant), refusal(name, variant)
     if reason is not None:
+        model = subject.trained().eval()
         unchanged(model, model.add_expert, ConfigError, reason)
         return
-    want, names = models.outputs_of(model, batch), model.expert_names
-    state = {key: value.clone() for key, value in model.adapter_state_dict().items()}
-    assert model.add_expert() == len(names)
-    model.remove_expert(len(names))
-    assert torch.equal(models.outputs_of(model, batch), want) and model.expert_names == names
-    assert all(torch.equal(value, state[key]) for key, value in model.adapter_state_dict().items())
-    assert model.recipes[0][0] == subject.fresh().recipes[0][0]
-    add_and_remove(model, batch, subject.base, tmp_path)
+    comes_back(subject, tmp_path)
 
 
 @laws.parametrize(laws.RECIPE_CASES)
 def test_what_is_left_is_what_it_was(name: str, variant: str, tmp_path: Path) -> None:
     """Each expert that stays gives alone what it gave, under its new number, also after saving."""
-    subject = subject_of(name, variant)
-    model, batch = subject.trained().double().eval(), subject.batch()
-    n = len(model.expert_names)
-    if refusal(name, variant) is not None or n == 1:
-        if n > 1:
-            unchanged(model, lambda: model.remove_expert(0), ConfigError, refusal(name, variant) or "")
-        return
-    if any(branch.router.n_experts < n for _, branch in model.branches()):
-        batch = {}  # some layers carry one expert, whatever E is: no expert can be pinned in all of them
-
-    def alone(number: int) -> torch.Tensor:
-        with model.pin_expert(number):
-            return models.outputs_of(model, batch)
-
-    before = [alone(number) for number in range(n)] if batch else []
-    model.remove_expert(1)
-    for place, number in enumerate([0, *range(2, n)]):
-        if before:
-            laws.assert_close(alone(place), before[number], 1e-9, f"expert {number}, now {place}")
-    batch = subject.batch()
-    model.save_pretrained(tmp_path)
-    again = moa.load(tmp_path, base=subject.base().double())
-    assert torch.equal(models.outputs_of(again, batch), models.outputs_of(model, batch))
+    subject, reason = subject_of(name, variant), refusal(name, variant)
+    n = subject.recipe.n_experts
+    if reason is None and n > 1:
+        keeps_the_others(subject, tmp_path)
+    elif n > 1:
+        model = subject.trained().double().eval()
+        unchanged(model, lambda: model.remove_expert(0), ConfigError, reason or "")
 
 
 @laws.parametrize(FAMILY_CASES)
