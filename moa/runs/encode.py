@@ -207,7 +207,7 @@ def _check_tokens(name: str, rows: Rows, lengths: Sequence[int]) -> None:
     empty = [i for i, n in enumerate(lengths) if n == 0]
     if empty:
         more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        raise ConfigError(f"task {name!r}: {rows.place(empty[0])}{more} holds no token at all: drop or fill it.")
+        raise ConfigError(f"task {name!r}: {rows.place(empty[0])}{more} holds not one token: drop or fill it.")
 
 
 def _prompt_texts(task: Task, rows: Rows) -> list[str]:

@@ -75,7 +75,7 @@ def continuations(
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=not templated)
     empty = [i for i, n in enumerate(batch["attention_mask"].sum(-1).tolist()) if n == 0]
     if empty:
-        raise ConfigError(f"prompt {empty[0] + 1} of {len(prompts)} holds no token at all.")
+        raise ConfigError(f"prompt {empty[0] + 1} of {len(prompts)} holds not one token.")
     batch = batch.to(model.device)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:

@@ -52,7 +52,7 @@ class RunFolder:
         self.config, self.resume = config, resume
         self.out = Path(config.output).absolute()
         if not self.out.name:
-            raise ConfigError(f"output: {config.output} is no name for a folder.")
+            raise ConfigError(f"output: {config.output} is a name that a folder cannot have.")
         self.beside = self.out.with_name(f".{self.out.name}.partial")
         self.made: list[Path] = []
         self.old: set[Path] = set()

@@ -76,7 +76,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path} is not UTF-8 at byte {error.start}: it is no YAML file, or save it in that encoding."
+            f"{path} is not UTF-8 at byte {error.start}: save it in that encoding, or name a YAML file."
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
@@ -87,7 +87,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def is_file(path: str | Path) -> bool:
-    """Tell whether a path is a file; a name that no file system takes is none."""
+    """Tell whether a path is a file; one that the file system does not take is not."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -95,7 +95,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Tell whether a path is a folder; a name that no file system takes is none."""
+    """Tell whether a path is a folder; one that the file system does not take is not."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):

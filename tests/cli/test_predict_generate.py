@@ -176,7 +176,7 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
         ([*generate, *by_task, "--top-p", "0"], "--top-p must be above 0"),
         ([*generate, *by_task, "--top-p", "0.5"], "set --temperature above 0"),
         ([*generate, *by_task, "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        ([*generate[:3], " ", "--raw", *by_task], "holds no token at all"),
+        ([*generate[:3], " ", "--raw", *by_task], "holds not one token"),
         (["generate", str(writer), "--prompts", f"{tmp_path}/empty.txt", *by_task], "has no prompts"),
         (["generate", str(writer), "--prompts", good, *by_task, "--column", "p"], "no column 'p'; there are 'text'"),
     ]

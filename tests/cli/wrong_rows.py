@@ -121,7 +121,7 @@ REFUSED: dict[str, Case] = {
     "12 an output of 5000 letters": (CLASSES, sets("output", "o" * 5000), "cannot be written: File name too long"),
     "13 a file of 5000 letters": (CLASSES, sets("tasks.first.train", "t" * 5000 + ".csv"), "'first': no file ttt"),
     "15 lists as labels": (CLASSES, labelled(["a", "b"], ["a"], ["c"]), "one label a row is needed, and row 1 of"),
-    "16 a text without a token": (CLASSES, empty_text, "of rows.jsonl and 4 more holds no token at all"),
+    "16 a text without a token": (CLASSES, empty_text, "of rows.jsonl and 4 more holds not one token"),
     "17 rows above the positions": (CLASSES, few_positions, "max_length=64 is above the 32 positions of the base"),
     "18 a base that is cut off": (CLASSES, cut, "It is truncated or damaged; copy or fetch it again"),
     "25 messages as a prompt": (

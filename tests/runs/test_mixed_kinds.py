@@ -48,7 +48,7 @@ def test_long_texts_lose_their_end_and_that_is_said(tmp_path: Path) -> None:
 
 
 def test_texts_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"row 2 of texts.jsonl holds no token at all"):
+    with pytest.raises(ConfigError, match=r"row 2 of texts.jsonl holds not one token"):
         encode(tmp_path, ["it was", " "])
     with pytest.raises(ConfigError, match=r"column 'text' must hold text, and row 1 of texts.jsonl has a list"):
         encode(tmp_path, [["it was"]])
