@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import CheckpointError, ConfigError
 from ..formats import checkpoint, foreign
 from ..formats.adopters import adopt
+from ..formats.precision_folders import set_for
 from ..recipes.origins import rebuilt
 from .heads import load_base
 from .host import Host
@@ -39,6 +40,8 @@ def load_host(
     if base is not None and kwargs:
         raise ConfigError(f"{', '.join(sorted(kwargs))}: keywords are for loading a base, and one was given as base=.")
     folder = checkpoint.locate(path)
+    if base is not None:
+        folder = set_for(folder, base)
     if foreign.is_foreign(folder):
         found = foreign.read_foreign(folder)
         out = around(_foreign_base(found, kwargs) if base is None else base)

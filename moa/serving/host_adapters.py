@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..formats.foreign import read_foreign
 from ..formats.peft_experts import expert_changes
 from ..formats.peft_start import base_of_model
+from ..formats.precision_folders import set_for
 from ..layers import features, is_convolution
 
 Layout = tuple[tuple[str, int, int, int], ...]  # of each layer: name, r, i, o
@@ -54,7 +55,7 @@ def put_on_host(name: str, folder: str | Path, model: nn.Module, file: Path, max
 
     Args:
         name: of the adapter.
-        folder: of PEFT.
+        folder: of PEFT, or of one such for each precision of the base.
         model: whose layers, (*rows, i) -> (*rows, o), it is for.
         file: is written: the scale is in the up factors, so that nothing else has to be read.
         max_rank: the largest rank that is allowed; None is any.
@@ -63,7 +64,7 @@ def put_on_host(name: str, folder: str | Path, model: nn.Module, file: Path, max
         CheckpointError: a folder that is not a LoRA, or is for another base, or whose rank is too large.
         NumericsError: NaN or infinity in a factor.
     """
-    changes = expert_changes(read_foreign(Path(folder)), base_of_model(model))
+    changes = expert_changes(read_foreign(set_for(folder, model)), base_of_model(model))
     layers = dict(model.named_modules())
     layout, parts = [], []
     for layer, change in changes.items():
