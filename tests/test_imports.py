@@ -62,6 +62,7 @@ ONLY_IN = {
     },
     "peft": {"nowhere"},
     "vllm": {"serving/vllm/*.py"},
+    "flwr": {"federated/flower.py"},
     "datasets": {"runs/*.py", "cli/main.py"},
     "matplotlib": {"monitor/figures.py", "monitor/report.py"},
 }

@@ -72,6 +72,7 @@ class Aggregator:
         source: paper.
         frozen: the side of the factors that clients do not train.
         residual: the result has a part that only a base can hold.
+        restarts: clients add the whole result to their bases, and begin anew.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Aggregator:
     source: str
     frozen: Side | None = None
     residual: bool = False
+    restarts: bool = False
 
     def run(self, clients: Sequence[Factors], weights: Sequence[float]) -> Aggregated:
         """Return the server's factors (*, r, i), (*, r, o).
@@ -172,7 +174,7 @@ AGGREGATORS = {
         Aggregator("fedit", _fedit, exact=False, ranks=False, source="Zhang et al. 2023, arXiv 2305.05644"),
         Aggregator("zero_pad", _zero_pad, exact=False, ranks=True, source="Cho et al. 2024, arXiv 2401.06432"),
         Aggregator("flexlora", _flexlora, exact=False, ranks=True, source="Bai et al. 2024, arXiv 2402.11505"),
-        Aggregator("flora", _flora, exact=True, ranks=True, source="Wang et al. 2024, arXiv 2409.05976"),
+        Aggregator("flora", _flora, exact=True, ranks=True, restarts=True, source="Wang et al. 2024, arXiv 2409.05976"),
         Aggregator(
             "fedex",
             _fedex,

@@ -25,7 +25,7 @@ class Update:
         trained: names among them that training moves: what is sent.
         scalings: by the name of a bank whose down (E, r, i) and up (E, r, o) are the factors of its changes, their s.
         curved: by the name of a bank whose changes are not a mean where its tensors are, its class.
-        constants: by the name of a frozen tensor that is in no checkpoint, a digest of it.
+        constants: by the name of a tensor of experts that stays as it is, in a checkpoint or not, a digest of it.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,12 +58,12 @@ def update_of(model: MoAModel, weight: float = 1.0) -> Update:
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.requires_grad:
                 moved.add(name)
-            elif in_bank and name not in tensors:
+            elif in_bank:
                 constants[name] = _digest(parameter)
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name in tensors and not in_bank:  # a router's statistics
                 moved.add(name)
-            elif in_bank and name not in tensors:
+            elif in_bank:
                 constants[name] = _digest(buffer)
         if in_bank:
             if _is_factored(module):

@@ -40,6 +40,7 @@ class LoLDUBank(ExpertBank):
 
     equal_at_init = True
     per_expert = ("diagonal",)
+    averages = True
 
     down: Tensor
     up: Tensor
