@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm bench bench-gpu fuzz kills soak peft-suite clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm test-quantised bench bench-gpu fuzz kills soak peft-suite clean
 
 setup: .venv/.done
 
@@ -47,6 +47,15 @@ env-vllm: .envs/vllm/.done
 
 test-vllm: setup env-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
+# the packages that quantise bases, apart: transformers imports some of them by itself, and HQQ warns when it is imported
+.envs/quantised/.done: pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-deps --target .envs/quantised bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 termcolor
+	touch $@
+
+test-quantised: setup .envs/quantised/.done
+	PYTHONPATH=.envs/quantised OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/systems/test_quantisers.py -m "slow or not slow" \
+		-W 'ignore:`torch.jit.script_method`:DeprecationWarning'
 
 bench: setup
 	$(BIN)/python -m experiments.bench

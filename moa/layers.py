@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,9 +50,25 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 def is_dense(weight: Any) -> bool:
     """Tell whether weight, of any shape, is a tensor of floats as such.
 
-    Some libraries hide codes behind a subclass of Tensor that calls itself floating and knows few operations.
+    Some libraries hide codes behind a subclass of Tensor that calls itself floating and knows few operations. Floats of
+    8 bits are codes: what they mean is said by a scale beside them.
     """
-    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.itemsize > 1
+
+
+def holds_codes(module: nn.Module) -> bool:
+    """Tell whether a module without children holds a matrix of codes, integers or floats of 8 bits, as packed ones do.
+
+    Tables of embeddings are not counted, nor 64-bit integers, which are positions.
+    """
+    if hasattr(module, "num_embeddings") or any(True for _ in module.children()):
+        return False
+    own = [*module.parameters(), *module.buffers()]
+    return any(t.ndim >= 2 and t.dtype not in (torch.bool, torch.int64) and not _is_wide(t.dtype) for t in own)
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    return (dtype.is_floating_point and dtype.itemsize > 1) or dtype.is_complex
 
 
 def matrix(base: nn.Module) -> Tensor | None:
@@ -128,37 +145,90 @@ class Site:
         """Return the layer's weight W0 (o, i), dequantised where the base is quantised.
 
         Raises:
-            ConfigError: the module has no weight that can be read as one matrix.
+            ConfigError: the module has no weight that can be read as one matrix, or cannot run where it would say it.
         """
-        found = dequantised(self.module)
+        why = "choose a family that does not start from the base's weight."
+        kind = type(self.module).__name__
+        try:
+            found = dequantised(self.module)
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+            raise ConfigError(f"{self.name}: reading the weight of a {kind} failed ({error}): {why}") from error
         if found is None:
             raise ConfigError(
-                f"{self.name} is a {type(self.module).__name__}, whose weight cannot be read as one matrix "
-                f"({self.d_out}, {self.d_in}): choose a family that does not start from the base's weight."
+                f"{self.name} is a {kind}, whose weight cannot be read as one matrix ({self.d_out}, {self.d_in}): {why}"
             )
         return found
 
 
 def dequantised(base: nn.Module) -> Tensor | None:
-    """Return the weight of a layer as floats (o, i), through the quantising library's own way, or None.
+    """Return the weight of a layer as floats (o, i), a dense one as a view; None where nothing says it.
 
-    A dense weight comes as a view. Known ways: `weight.dequantize()` (torch, torchao, quanto), bitsandbytes'
-    `dequantize_4bit` and its int8 statistics, and a module's own `dequantize()` or `get_weight()`.
+    The quantising library's own way comes first: `weight.dequantize()` (torch, torchao, quanto), the layer's own (HQQ),
+    bitsandbytes' functions for its 4 bits and its statistics for 8. Any other layer of known sizes (GPTQ, AWQ, AQLM, …)
+    says its weight itself: its outputs for unit vectors are the columns.
     """
     dense = matrix(base)
     if dense is not None:
         return dense
+    found = _unpacked(base)
+    return _answers(base) if found is None else found
+
+
+def _unpacked(base: nn.Module) -> Tensor | None:
+    """Return the weight (o, i) of a quantised layer as its library unpacks it, None where it has no way of its own."""
     weight: Any = getattr(base, "weight", None)
     if callable(weight) and not isinstance(weight, Tensor):  # PyTorch's quantised layers unpack it
         weight = weight()
-    if isinstance(weight, Tensor) and hasattr(weight, "quant_state"):
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        if getattr(state, "packing_format_for_cpu", False):
+            return None  # bitsandbytes has put the codes in an order that only its forward on CPUs reads
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
     scales = getattr(weight, "SCB", None)
-    if isinstance(weight, Tensor) and scales is not None:
-        return weight.data * scales.view(-1, 1) / 127  # bitsandbytes int8: one absolute maximum a row
-    if isinstance(weight, Tensor) and hasattr(weight, "dequantize") and not is_dense(weight):
-        found: Tensor = weight.dequantize()
-        return found if is_dense(found) and found.ndim == 2 else None
-    return None
+    if scales is None:  # the first forward takes them to the layer's state
+        scales = getattr(getattr(base, "state", None), "SCB", None)
+    if scales is not None:
+        return weight.data * scales.view(-1, 1) / 127  # type: ignore[no-any-return]  # one absolute maximum a row
+    plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_quantized
+    holder = weight if isinstance(weight, Tensor) and not plain else base
+    unpack = getattr(holder, "dequantize", None)
+    found = unpack() if callable(unpack) else None
+    return found if isinstance(found, Tensor) and is_dense(found) and found.ndim == 2 else None
+
+
+@torch.no_grad()
+def _answers(base: nn.Module, at_once: int = 1024) -> Tensor | None:
+    """Return the weight (o, i) of a layer of known sizes from its outputs, None where it is not a linear map of x.
+
+    Args:
+        base: called in evaluation mode.
+        at_once: unit vectors in one call.
+    """
+    size = features(base)
+    if size is None or is_convolution(base):
+        return None
+    own = [*base.parameters(), *base.buffers()]
+    device = own[0].device if own else torch.device("cpu")
+    dtype = next((t.dtype for t in own if _is_wide(t.dtype)), torch.float32)
+    was = base.training
+    base.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            probe = torch.linspace(-1, 1, size[0], device=device, dtype=dtype)
+            first = base(torch.stack([torch.zeros_like(probe), probe]).unsqueeze(0))
+            if not is_dense(first) or first.shape != (1, 2, size[1]):
+                return None
+            shift, expected = first[0]  # (o,)
+            columns = [
+                base(rows.unsqueeze(0))[0] - shift
+                for rows in torch.eye(size[0], device=device, dtype=dtype).split(at_once)
+            ]
+    finally:
+        base.train(was)
+    weight = torch.cat(columns).T  # (o, i)
+    change = (expected - shift).float()
+    error = (weight.float() @ probe.float() - change).norm()
+    linear = bool(error <= 0.1 * change.norm())  # layers that round x to a few bits are this far off
+    return weight.contiguous() if linear else None

@@ -1,7 +1,7 @@
 """The layer: a frozen base with branches that add to it, where it sits in a model, and blocks that share a routing."""
 
 from ..layers import Site
-from .base_experts import fused_experts, summary
+from .base_experts import fused_experts
 from .experts_mixture import ExpertsMixture, experts_branches, matrix_sites
 from .inject import copy_sharing, inject, placement, take_out
 from .mixture import BlockMixture, Branch, ConvMixture, Mixture, plain_weight
@@ -20,6 +20,7 @@ from .sites import (
     named_sites,
 )
 from .sublayers import find_sublayers
+from .unadapted import summary, without_sizes
 
 __all__ = [
     "GROUPS",
@@ -50,4 +51,5 @@ __all__ = [
     "plain_weight",
     "summary",
     "take_out",
+    "without_sizes",
 ]

@@ -25,26 +25,3 @@ def fused_experts(model: nn.Module) -> list[tuple[str, Tensor]]:
         own = module.named_parameters(path, recurse=False)
         found += [(name, p) for name, p in own if p.ndim == 3 and min(p.shape) > 1]
     return found
-
-
-def summary(model: nn.Module) -> str:
-    """Return one line on what carries experts in a model and what does not.
-
-    Args:
-        model: the base, mixtures (*rows, i) -> (*rows, o) inside.
-    """
-    adapted = {id(m): m for m in model.modules() if isinstance(m, Mixture)}
-    kinds = [type(m.base).__name__ for m in adapted.values()]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "no layer"
-    said = f"experts on {counts}"
-    fused = fused_experts(model)
-    if fused:
-        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in fused))
-        share = sum(p.numel() for _, p in fused) / sum(
-            p.numel() for n, p in model.named_parameters() if ".branches." not in n
-        )
-        said += (
-            f"; {len(fused)} fused expert tensors of 3 axes ({names}), {share:.0%} of the base's weights, are not "
-            "linear layers and carry none: targets='moe-experts' adapts them"
-        )
-    return said + "."

@@ -15,6 +15,7 @@ from .base_experts import fused_experts
 from .fused_layouts import layout_of
 from .mixture import BlockMixture, Mixture
 from .narrow import Narrowing, ends_in, pattern
+from .unadapted import said_of_sizeless
 from .uncalled import is_left_out, lacks_its_encoder, maps_linearly
 
 GROUPS = ("all-linear", "attention", "ffn", "moe-experts")
@@ -251,8 +252,12 @@ def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool =
         if fused
         else ""
     )
+    sizeless = said_of_sizeless(model)
+    sizeless = f" {sizeless}." if sizeless else ""
     if not sites:
-        return f"{type(model).__name__} has no linear layer that can get experts (targets={target!r}).{tensors}"
+        return (
+            f"{type(model).__name__} has no linear layer that can get experts (targets={target!r}).{sizeless}{tensors}"
+        )
     endings = sorted({s.name.rsplit(".", 1)[-1] for s in sites if not s.name.rsplit(".", 1)[-1].isdigit()})
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], [*endings, *GROUPS], n=3, cutoff=0.4)
     hint = f" Near: {', '.join(near)}." if near else ""
@@ -262,7 +267,7 @@ def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool =
     already = f" {len(taken)} layers already carry experts." if taken else ""
     how = " A string is a regex on the whole name; a list holds name endings." if group else ""
     return (
-        f"targets={target!r} matches no linear layer of {type(model).__name__}.{kind}{hint} "
+        f"targets={target!r} matches no linear layer of {type(model).__name__}.{kind}{sizeless}{hint} "
         f"Linear layers end in: {', '.join(endings[:20])}.{already}{tensors}{how}"
     )
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError, UnadaptedWarning
 from ..experts.mixed import Kinds
 from ..formats.peft_experts import names_of
 from ..formats.peft_native import read_given
-from ..mixture import GROUPS, backbone_prefix, fused_experts
+from ..mixture import GROUPS, backbone_prefix, fused_experts, without_sizes
 from ..recipes import Recipe, make_recipe, recipe_class
 from ..tables import own_words
 from .moa_model import MoAModel
@@ -115,7 +115,8 @@ def build(
             if given_experts is not None:
                 given_experts.fill(out.mixtures(), names)
                 out.experts_changed()
-    if fused_experts(model) and any(recipe.targets in GROUPS for recipe in recipes) and given_experts is None:
+    left = bool(fused_experts(model)) or bool(without_sizes(model))
+    if left and any(recipe.targets in GROUPS for recipe in recipes) and given_experts is None:
         warnings.warn(f"{type(base).__name__}: {out.adapted_summary()}", UnadaptedWarning, stacklevel=2)
     return out
 

@@ -264,13 +264,13 @@ class Host(Switched, Sound):
 
         A layer that several parents share has one entry, under its first name; what layers share is its owner's.
         """
-        heads = tuple(f"base.{name}." for name in self.modules_to_save)
-        state = self.state_dict(keep_vars=True)
-        chosen = {
-            k: v
-            for k, v in state.items()
-            if ".branches." in k or k.startswith(("streams.", "shared_by_layers.", *heads))
-        }
+        whole = {"streams", "shared_by_layers", *(f"base.{name}" for name in self.modules_to_save)}
+        chosen: dict[str, Tensor] = {}
+        for name, module in self.named_modules(remove_duplicate=False):  # the base's own tensors are not even read
+            if name in whole:
+                chosen |= module.state_dict(prefix=f"{name}.", keep_vars=True)
+            elif isinstance(module, Mixture):
+                chosen |= module.branches.state_dict(prefix=f"{name}.branches.", keep_vars=True)
         first = {id(v): k for k, v in reversed(chosen.items())}
         return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
 
