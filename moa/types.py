@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import ContextError
-from .rows import check_task_ids, each_tensor, example_rows, in_streams, of_one_stream, repeat_to
+from .rows import ImageRows, check_task_ids, each_tensor, example_rows, in_streams, in_turn, of_one_stream
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,11 +142,13 @@ class Pinned:
         experts: (1,) or (B,) int64; -1 is the base as it is.
         highest: the largest of them; None where it is not known, as in compiled code.
         has_base: one of them may be -1.
+        images: of which example rows of images are; None where rows are the examples in turn.
     """
 
     experts: Tensor
     highest: int | None
     has_base: bool
+    images: ImageRows | None = None
 
     @staticmethod
     def of(experts: Sequence[int]) -> Pinned:
@@ -159,7 +161,7 @@ class Pinned:
         Raises:
             ShapeError: the rows of x are not a multiple of the number of examples.
         """
-        return example_rows(self.experts, x, "adapter_ids")
+        return example_rows(self.experts, x, "adapter_ids", self.images)
 
     def keep_base(self, y: Tensor, y0: Tensor) -> Tensor:
         """Return y (*rows, …) with the rows of y0, which broadcasts against it, in the examples that have no expert."""
@@ -205,6 +207,7 @@ class Context:
         enabled: False makes every mixture its base layer.
         pinned: the only experts that mixtures use, in place of their routers; None lets routers decide.
         ranks: (1,) or (B,) of elastic experts; None leaves it to routers and experts.
+        images: of which example rows of images are, in a part that sees some; None where rows are the examples in turn.
     """
 
     task_ids: Tensor | None = None
@@ -223,6 +226,7 @@ class Context:
     enabled: bool = True
     pinned: Pinned | None = None
     ranks: Tensor | None = None
+    images: ImageRows | None = None
     _checked: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _known: range | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -336,5 +340,7 @@ class Context:
                 check_task_ids(self.task_ids, known)
             self._checked, self._known = self.task_ids, known
         rows = x.shape[:-1]
-        ids = repeat_to(self.task_ids, rows[0], "task_ids") if rows else self.task_ids
-        return ids.reshape(ids.shape[0], *([1] * (len(rows) - 1)))
+        if not rows:
+            return self.task_ids
+        spread = in_turn if self.images is None else self.images.spread
+        return spread(self.task_ids, tuple(rows), "task_ids")

@@ -106,7 +106,9 @@ class Mixture(nn.Module):
             routing = branch.router(x, context)
             if context.trace is not None:
                 self._record(routing, x, branch.router, context)
-        return routing if context.ranks is None else routing.at(example_rows(context.ranks, x, "ranks").unsqueeze(-1))
+        if context.ranks is None:
+            return routing
+        return routing.at(example_rows(context.ranks, x, "ranks", context.images).unsqueeze(-1))
 
     def _record(self, routing: Routing, x: Tensor, router: Router, context: Context) -> None:
         assert context.trace is not None

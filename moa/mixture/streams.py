@@ -16,6 +16,7 @@ from ..rows import in_streams
 from ..types import Scope
 from .caches import cache_in_streams, is_cache
 
+POSITIONS = "position_ids"  # with three axes, several of each token: (n axes, B, S)
 FIRST_INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features")
 
 
@@ -143,13 +144,18 @@ class Fold:
         self.streams.scope.run_in(self.streams.n)
         return self._repeat(args, size), self._repeat(kwargs, size)
 
+    def _named(self, name: Any, value: Any, size: int) -> Any:
+        if name == POSITIONS and isinstance(value, Tensor) and value.ndim == 3:
+            return self._repeat(value.transpose(0, 1), size).transpose(0, 1)
+        return self._repeat(value, size)
+
     def _repeat(self, value: Any, size: int) -> Any:
         if isinstance(value, Tensor):
             if value.ndim < 2 or value.shape[0] != size:
                 return value
             return in_streams(value, self.streams.n)
         if isinstance(value, Mapping):
-            return {name: self._repeat(item, size) for name, item in value.items()}
+            return {name: self._named(name, item, size) for name, item in value.items()}
         if isinstance(value, (tuple, list)):
             return type(value)(self._repeat(item, size) for item in value)
         return cache_in_streams(value, self.streams.n, size) if is_cache(value) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..objective import Trace
+from ..rows import ImageRows
 from ..types import Context
 from .chosen import chosen_experts, take_ids
+from .images import images_by_themselves, placed_images
 from .inputs import Batch, as_masks, describe_batch, input_names, outermost
 from .scope import ModelScope
 
@@ -51,7 +54,8 @@ class Entry:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Enter the part's context; return the inputs without those that only the mixtures take."""
         around, given = self.scope.current(), len(kwargs)
-        if around.batch is None:
+        begins = around.batch is None
+        if begins:
             kwargs = dict(kwargs)
             ids = take_ids(kwargs, self.names)
             pinned = None if ids is None else chosen_experts(ids, self.scope.names, kwargs, args)
@@ -63,7 +67,12 @@ class Entry:
                 around.trace = _Own(self)
             if "task_ids" not in self.names:
                 kwargs.pop("task_ids", None)
-        self.scope.enter(self, self._context(around, self._by_name(args, kwargs)))
+        inputs = self._by_name(args, kwargs)
+        context = self._context(around, inputs)
+        context.images = self._images(module, inputs, around, begins)
+        if context.pinned is not None and context.images is not context.pinned.images:
+            context.pinned = dataclasses.replace(context.pinned, images=context.images)
+        self.scope.enter(self, context)
         return (args, kwargs) if len(kwargs) < given else None
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +84,18 @@ class Entry:
         self.scope.leave(self, outputs)
         if isinstance(trace, _Own) and trace.entry is self and outputs is not None:
             self.outside(outputs, trace)
+
+    def _images(self, module: nn.Module, inputs: dict[str, Any], around: Context, begins: bool) -> ImageRows | None:
+        """Return of which example rows of images are, in a part that sees some."""
+        if self.shared:  # texts and images
+            return placed_images(module, inputs)
+        if begins:
+            return images_by_themselves(inputs)
+        known = around.images
+        if known is None or known.tokens is None:  # inside of a part that sees images only
+            return known
+        texts = any(isinstance(inputs.get(name), Tensor) for name in ("input_ids", "inputs_embeds"))
+        return None if texts else dataclasses.replace(known, tokens=None)
 
     def _context(self, around: Context, inputs: dict[str, Any]) -> Context:
         batch = around.batch

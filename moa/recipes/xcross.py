@@ -56,16 +56,18 @@ class XCross(Recipe):
         Raises:
             ConfigError: an encoder-decoder, or a model whose width is not known.
         """
-        hidden_width(base)
+        if not hasattr(getattr(base, "config", None), "text_config"):  # of several parts: the streams' has its own
+            hidden_width(base)
         return self
 
     def streams(self, base: nn.Module, names: Sequence[str], scope: Scope) -> Streams:
         """Return the streams of the base, whose crossings have weights (2 n (n − 1), n · d).
 
         Raises:
-            ConfigError: layers outside one stack of blocks, or a body that is compiled already.
+            ConfigError: layers outside one stack of blocks, a body that is compiled already, or one whose width is not
+                known.
         """
         body, blocks = find_body(base, names)
-        width = hidden_width(base)
+        width = hidden_width(body)
         check_hooks_run(base, [body, *blocks])
         return Streams(self.n_experts, width, body, blocks, scope, beta=self.beta, gamma=self.gamma)
