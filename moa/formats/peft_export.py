@@ -16,7 +16,7 @@ from ..errors import ConfigError, FoldError
 from ..experts import ExpertBank
 from ..layers import as_factors, is_conv1d
 from ..mixture import Branch, ExpertsMixture, Mixture
-from ..mixture.change import Change, factor_change, mixed, single
+from ..mixture.change import Change, check_expert, factor_change, mixed, number_in, single
 from .atomic import staged
 from .card import model_card
 from .peft_kinds import KINDS, Kind
@@ -35,7 +35,8 @@ def export_expert(
 
     A family that peft has (see `KINDS`) is written as its own kind, number by number; every other as a LoRA.
 
-    Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along.
+    Its logits are those of the model with that expert pinned (`MoAModel.pin_expert`). Modules trained whole go along,
+    and so does the one expert of a layer that has no other.
     Where the base is a class of moa around a transformers model (task heads on an encoder), the adapter is for the
     model inside, and the heads lie beside it in heads.safetensors.
 
@@ -53,6 +54,7 @@ def export_expert(
         FoldError: experts that are not low-rank changes, or add a constant, or of several families, or at a place where
             peft's are not; the layer is named.
     """
+    check_expert(expert, (recipe.n_experts for recipe, _ in model.recipes))
     said = f"Expert {expert} of a mixture of adapters made by moa."
     kind = None if as_lora else _kind_of(model, expert)
     return _export(model, lambda mixture: _of_expert(mixture, expert), folder, said, overwrite, expert, kind)
@@ -222,8 +224,7 @@ def _only_bank(mixture: Mixture, kind: Kind, expert: int) -> tuple[ExpertBank, i
             f"{mixture.name}: a {kind.peft_type} adapter of peft stands on the input of a linear layer, one for each, "
             "and these experts do not."
         )
-    single(branch.bank, expert)
-    return branch.bank.own(expert)
+    return branch.bank.own(number_in(branch.bank, expert))
 
 
 def _of_expert(mixture: Mixture, expert: int) -> Delta:

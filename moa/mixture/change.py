@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -68,15 +68,42 @@ def mixed(bank: ExpertBank, weights: Tensor) -> Change:
 
 
 def single(bank: ExpertBank, expert: int) -> Change:
-    """Return the change (o, i) and the constant (o,) of one expert.
+    """Return the change (o, i) and the constant (o,) of one expert: a layer that has one keeps it for every number.
 
     Raises:
         ConfigError: no such expert.
     """
+    own = number_in(bank, expert)
+    constants = bank.constants()  # (E, o)
+    return bank.delta(own), None if constants is None else constants[own]
+
+
+def number_in(bank: ExpertBank, expert: int) -> int:
+    """Return which expert of a bank (E, …) an expert of the whole model is: its only one for every number.
+
+    Raises:
+        ConfigError: no such expert.
+    """
+    if bank.n_experts == 1 and expert > 0:
+        return 0
     if not 0 <= expert < bank.n_experts:
         raise ConfigError(f"expert {expert} does not exist: this layer has experts 0 to {bank.n_experts - 1}.")
-    constants = bank.constants()  # (E, o)
-    return bank.delta(expert), None if constants is None else constants[expert]
+    return expert
+
+
+def check_expert(expert: int, counts: Iterable[int]) -> None:
+    """Check that a model has an expert of a number; no tensors, so no shapes.
+
+    Args:
+        expert: its number.
+        counts: experts of each recipe.
+
+    Raises:
+        ConfigError: none of the recipes has as many.
+    """
+    most = max(counts, default=0)
+    if most and not 0 <= expert < most:
+        raise ConfigError(f"expert {expert} does not exist: this model has experts 0 to {most - 1}.")
 
 
 def factor_change(mixture: Mixture, of: Callable[[Branch], Change]) -> Delta:

@@ -80,8 +80,12 @@ def number_of(expert: Any, names: Sequence[str]) -> int:
 
 
 def common_names(recipes: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Return the names that all recipes give to experts of the same number; no tensors, so no shapes."""
-    together = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*recipes, strict=False))
+    """Return the names that all recipes give to experts of the same number; no tensors, so no shapes.
+
+    A recipe with one expert keeps it for every number where another has several.
+    """
+    several = [names for names in recipes if len(names) > 1] or recipes
+    together = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*several, strict=False))
     return tuple(names[0] for names in together)
 
 

@@ -10,7 +10,7 @@ from ..delta import Delta, Dense, Undo
 from ..errors import FoldError
 from ..folding.weights import check_untied
 from ..layers import as_weight, is_conv1d, matrix
-from ..mixture.change import factor_change, single
+from ..mixture.change import check_expert, factor_change, single
 from .host import Host
 
 
@@ -28,6 +28,7 @@ class HotSwitch:
 
     def __init__(self, model: Host) -> None:
         self.mixtures = model.mixtures()
+        self._counts = [branch.bank.n_experts for _, branch in model.branches()]
         self._undo: list[Undo] = []
         self._now: int | None = None
         for mixture in self.mixtures.values():
@@ -45,6 +46,8 @@ class HotSwitch:
             FoldError: experts that are not weight changes.
         """
         self.restore()
+        if expert is not None:
+            check_expert(expert, self._counts)
         try:
             for mixture in self.mixtures.values():
                 if expert is not None:

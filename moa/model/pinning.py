@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..mixture.change import check_expert
 from ..types import Pinned
 from .chosen import OURS, chosen_experts, number_of, take_ids
 from .host import Host
@@ -20,23 +20,26 @@ class Pinning(Host):
     def pin_expert(self, expert: int | str) -> contextlib.AbstractContextManager[None]:
         """Use one expert with weight 1 in place of the routers inside the block; what is trained whole stays trained.
 
-        It is the model that `export_expert` writes, as `adapter_ids` is, which chooses an expert for each example.
+        It is the model that `export_expert` writes, as `adapter_ids` is, which chooses an expert for each example. A
+        layer with one expert beside layers with several, such as MixLoRA's attention, keeps it for every number.
 
         Args:
             expert: its number or its name.
 
         Raises:
             ContextError: an unknown name.
-            ConfigError: at the first layer that has no such expert; inside `folded`.
+            ConfigError: no layer has such an expert, or, in a forward, one with several has not; inside `folded`.
         """
         number = number_of(expert, self.expert_names) if isinstance(expert, str) else expert
-        if number < 0:
-            raise ConfigError(f"expert {number} does not exist: experts are numbered from 0.")
+        check_expert(number, (recipe.n_experts for recipe, _ in self.recipes))
         return self._set("pin_expert", "pinned", Pinned.of([number]))
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of the experts in order, their numbers where they have none; those that all recipes have in common."""
+        """Names of the experts in order, their numbers where they have none.
+
+        They are those that all recipes with several experts have in common.
+        """
         return list(self.scope.names)
 
     def _chosen(self, ids: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Pinned | None:

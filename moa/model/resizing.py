@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Resized(Host):
         if name is None and folder is not None and any(recipe.expert_names for recipe, _ in self.recipes):
             name = next(iter(names_of([folder])), None)
         number = max(recipe.n_experts for recipe, _ in self.recipes)
-        self._resize([[*range(recipe.n_experts), None] for recipe, _ in self.recipes], name, given)
+        self._resize(self._orders(lambda numbers: [*numbers, None]), name, given)
         return number
 
     @outside
@@ -66,7 +66,12 @@ class Resized(Host):
         """
         self._check_resizable("remove_expert")
         number = number_of(expert, self.scope.names)
-        self._resize([[e for e in range(recipe.n_experts) if e != number] for recipe, _ in self.recipes])
+        self._resize(self._orders(lambda numbers: [e for e in numbers if e != number]))
+
+    def _orders(self, change: Callable[[range], Order]) -> list[Order]:
+        """Return the new order of each recipe's experts; one that has only one, where others have several, keeps it."""
+        counts = [recipe.n_experts for recipe, _ in self.recipes]
+        return [change(range(n)) if n > 1 or max(counts) == 1 else range(n) for n in counts]
 
     def _check_resizable(self, what: str) -> None:
         if any(is_sharded(parameter) for parameter in self.parameters()):

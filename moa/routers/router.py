@@ -76,17 +76,19 @@ class Router(nn.Module):
     def pinned(self, x: Tensor, pinned: Pinned) -> Routing:
         """Return the routing that uses only one expert on a row of x (*rows, i): its weight is 1.
 
-        An example that has no expert gets one all the same; the mixture puts its base's output in the place.
+        A layer with one expert keeps it, whatever the number. An example that has no expert gets one all the same; the
+        mixture puts its base's output in the place.
 
         Raises:
-            ConfigError: an expert is above n_experts - 1.
+            ConfigError: an expert is above n_experts - 1, and there are several.
             ShapeError: the rows of x are not a multiple of the number of examples.
         """
-        if pinned.highest is not None and pinned.highest >= self.n_experts:
+        only = self.n_experts == 1
+        if pinned.highest is not None and pinned.highest >= self.n_experts and not only:
             raise ConfigError(
                 f"expert {pinned.highest} does not exist: this layer has experts 0 to {self.n_experts - 1}."
             )
-        indices = pinned.rows(x).clamp(min=0)  # (1,) or (B, 1, …)
+        indices = pinned.rows(x).clamp(0, 0 if only else None)  # (1,) or (B, 1, …)
         indices = indices.unsqueeze(-1) if indices.numel() > 1 else indices
         return Routing(torch.ones_like(indices, dtype=torch.float32), indices, self.n_experts)
 

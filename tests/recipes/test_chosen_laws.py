@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 import moa
 from moa.errors import ConfigError, ContextError
 from moa.experts import FAMILIES
+from moa.model.hot_switch import hot_switch
 from moa.recipes.depth import by_depth
 from moa.types import Pinned
 from tests import laws, models
@@ -69,6 +72,67 @@ def test_each_example_has_its_expert_inside_the_bases_experts(kind: str) -> None
     banks = [p for n, p in model.named_parameters() if ".bank." in n]
     gradients = [torch.autograd.grad((out * weight).sum(), banks) for out in (together, apart)]
     laws.assert_close(*(torch.cat([g.flatten() for g in found]) for found in gradients), 1e-9, "gradients")
+
+
+def mixlora(path: Path) -> tuple[Any, str]:
+    options = {"targets": "all-linear", "dropout": 0.0, "rank": 3}
+    return models.randomise(moa.build(models.llama(), "mixlora", n_experts=3, k=2, **options), 0.3), "self_attn"
+
+
+def two_recipes(path: Path) -> tuple[Any, str]:
+    recipes = [
+        moa.make_recipe("topk", n_experts=3, k=2, targets="ffn"),
+        moa.make_recipe("fixed", n_experts=1, targets="attention"),
+    ]
+    return models.randomise(moa.build(models.llama(), recipes), 0.3), "self_attn"
+
+
+UNEVEN = {"mixlora": mixlora, "two recipes": two_recipes}
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
+@pytest.mark.parametrize("kind", list(UNEVEN))
+def test_layers_with_one_expert_keep_it(kind: str, tmp_path: Path) -> None:
+    """Whatever takes an expert by its number takes the same one; peft's loader of what is exported is the judge."""
+    model, single = UNEVEN[kind](tmp_path)
+    model.double().eval()
+    banks = {name: branch.bank for name, branch in model.branches()}
+    assert {bank.n_experts for name, bank in banks.items() if single in name} == {1} != {len(model.expert_names)}
+    assert model.expert_names == ["0", "1", "2"]
+    batch, base_state = models.token_batch(), models.llama().double()
+    with torch.no_grad():
+        pinned = []
+        for expert in range(3):
+            with model.pin_expert(expert):
+                pinned.append(model(**batch).logits)
+            plain = copy.deepcopy(base_state)
+            folder = moa.export_expert(model, expert, tmp_path / str(expert))
+            peers = peft.PeftModel.from_pretrained(plain, folder).double().eval()
+            laws.assert_close(pinned[-1], peers(**batch).logits, 1e-5, f"expert {expert} in peft")
+            if kind == "mixlora":  # whose gated blocks have no one weight
+                continue
+            with hot_switch(model) as switch:
+                switch.to(expert)
+                laws.assert_close(model(**batch).logits, pinned[-1], 1e-9, f"expert {expert} in the weights")
+        assert not torch.allclose(pinned[0], pinned[1], atol=1e-3)
+    for bad in (3, -1):
+        with pytest.raises(ConfigError, match="this model has experts 0 to 2"):
+            model.pin_expert(bad)
+        with pytest.raises(ConfigError, match="this model has experts 0 to 2"):
+            moa.export_expert(model, bad, tmp_path / "none")
+        if kind != "mixlora":
+            with pytest.raises(ConfigError, match="this model has experts 0 to 2"), hot_switch(model) as switch:
+                switch.to(bad)
+    assert model.add_expert() == 3 and model.expert_names == ["0", "1", "2", "3"]
+    model.remove_expert(0)
+    assert {branch.bank.n_experts for name, branch in model.branches() if single in name} == {1}
+    for expert in (0, 1):
+        with model.pin_expert(expert):
+            laws.assert_close(models.outputs_of(model, batch), pinned[expert + 1], 1e-9, "moved up by one")
+    model.save_pretrained(tmp_path / "saved")
+    again = moa.load(tmp_path / "saved", base=models.llama().double())
+    with again.pin_expert("1"):
+        laws.assert_close(models.outputs_of(again, batch), pinned[2], 1e-9, "after saving")
 
 
 @pytest.mark.parametrize("broken", ["all as the first", "no base", "in another order"])
