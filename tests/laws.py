@@ -82,6 +82,8 @@ BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "bottleneck": {"default": {}, "small": {"activation": "silu", "scale": 0.1, "start": "small"}},
     "conformer": {"default": {"kernel": 5}},
     "comp_lora": {"default": {"protected": 2}, "input": {"protected": 1, "sides": "input"}},
+    "soka": {"default": {}, "elbow": {"elbow": True}},
+    "mps": {"default": {}, "three": {"modes": 3}},
     "salt": {"default": {}, "one": {"n_scaled": 1}},
     "compacter": {"default": {"n": 2}, "glorot": {"n": 2, "start": "glorot"}},
     "hypelora": {"default": {"width": 8, "d_embedding": 5}, "frozen": {"width": 8, "depth": 4, "down": "frozen"}},
@@ -250,6 +252,8 @@ def make_bank(name: str, variant: str, d_in: int, d_out: int, n_experts: int, ra
         "olora",
     ):  # as many singular values, or columns, as its rank
         d_in, d_out = max(d_in, rank), max(d_out, rank)
+    if name == "soka":  # as many blocks, and numbers in each, as products
+        d_in, d_out = 4 * d_in, 4 * d_out
     if name in ("comp_lora", "salt"):  # something beside the directions that it protects, or scales
         d_in, d_out = max(d_in, 2), max(d_out, 2)
     if name == "compacter":

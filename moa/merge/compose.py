@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..delta import Delta, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
+from ..spectrum import numerical_rank, rank_for_energy
 
 
 def check_weights(weights: Sequence[float] | None, n: int, where: str) -> tuple[float, ...]:
@@ -112,14 +113,6 @@ def thin_svd(delta: Delta) -> tuple[Tensor, Tensor, Tensor]:
     return q_up @ u, s, vt @ q_down.T
 
 
-def numerical_rank(singular: Tensor, shape: Sequence[int]) -> int:
-    """Return how many singular values (q,) are above rounding: σ > max(o, i) · eps · σ_max."""
-    if singular.numel() == 0:
-        return 0
-    floor = max(shape) * torch.finfo(singular.dtype).eps * float(singular.max())
-    return int((singular > floor).sum())
-
-
 @dataclass(frozen=True, eq=False)
 class Squeezed:
     """A change at a lower rank, and how far it is from the one it came from.
@@ -141,28 +134,6 @@ class Squeezed:
     def relative(self) -> float:
         """error / norm; 0 for a zero change."""
         return self.error / self.norm if self.norm else 0.0
-
-
-def rank_for_energy(singular: Tensor, energy: float) -> int:
-    """Return the smallest k with Σ_{j≤k} σ_j² ≥ energy · Σ σ_j².
-
-    Args:
-        singular: (q,) descending.
-        energy: share of the squared norm to keep, (0, 1].
-
-    Returns:
-        k, 0 for a zero change.
-
-    Raises:
-        ConfigError: the share is outside (0, 1].
-    """
-    if not 0 < energy <= 1:
-        raise ConfigError(f"squeeze: energy is {energy}, expected a share of the squared norm in (0, 1].")
-    squares = singular.double().square()
-    # Tail sums from the smallest up, so that a share of 1 asks for the numerical rank and not for rounding noise.
-    tail = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
-    allowed = (1 - energy) * float(tail[0]) + torch.finfo(singular.dtype).eps ** 2 * float(tail[0])
-    return int((tail > allowed).sum())
 
 
 def squeeze(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..delta import Delta, Dense, LowRank
 from ..errors import ConfigError, ShapeError, unknown_name
-from .compose import numerical_rank, stack, thin_svd
+from ..spectrum import numerical_rank
+from .compose import stack, thin_svd
 from .consensus import weighted_sum
 
 

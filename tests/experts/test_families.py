@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import moa
+from experiments.families import root
 from moa.errors import ConfigError, FoldError
 from moa.experts import FAMILIES
 from moa.recipes import RECIPES
@@ -27,7 +28,7 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "salt": {"n_scaled": 3},
 }
 NEW = ["ia3", "vera", "shira", "core", "comp_lora", "salt", "loldu", "paca", "dylora", "lokr", "loha", "randlora"]
-NEW += ["dora", "oft", "boft"]
+NEW += ["soka", "tera", "mps", "dora", "oft", "boft"]
 WHOLE = ["dora", "oft", "boft"]
 # trainable numbers of one expert on a layer i -> o at rank r, by the paper's closed formula
 FORMULAS: dict[str, Any] = {
@@ -38,6 +39,9 @@ FORMULAS: dict[str, Any] = {
     "comp_lora": lambda i, o, r, name: r * (i + o),
     "salt": lambda i, o, r, name: 2 * 3 + 2 * r * (min(i, o) - 3),
     "loldu": lambda i, o, r, name: r,
+    "soka": lambda i, o, r, name: r * (root(o) * root(i) + o * i // (root(o) * root(i))),
+    "tera": lambda i, o, r, name: sum(root(d) + d // root(d) for d in (i, o)),
+    "mps": lambda i, o, r, name: r * (root(o) + r * o // root(o) + r * root(i) + i // root(i)),
     "dylora": lambda i, o, r, name: r * (i + o),
     "paca": lambda i, o, r, name: r * o,
     "loha": lambda i, o, r, name: 2 * r * (i + o),

@@ -9,7 +9,8 @@ import torch
 
 from moa.errors import ConfigError, ShapeError
 from moa.merge import Dense, LowRank, squeeze, stack
-from moa.merge.compose import numerical_rank, rank_for_energy, thin_svd
+from moa.merge.compose import thin_svd
+from moa.spectrum import numerical_rank, rank_for_energy
 
 from .tools import assert_close, factors
 

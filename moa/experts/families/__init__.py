@@ -13,16 +13,20 @@ from .ia3 import IA3, InputScaleBank, OutputScaleBank
 from .loha import LoHa, LoHaBank
 from .lokr import LoKr, LoKrBank
 from .loldu import LoLDU, LoLDUBank
+from .mps import MPS, MPSBank
 from .oft import OFT, OFTBank
 from .paca import PaCA, PaCABank
 from .randlora import RandLoRA, RandLoRABank
 from .salt import SALT, SALTBank
 from .shira import ShiRA, ShiRABank
+from .soka import SoKA, SoKABank
+from .tera import TeRA, TeRABank
 from .vera import VeRA, VeRABank
 
 __all__ = [
     "BOFT",
     "IA3",
+    "MPS",
     "OFT",
     "SALT",
     "BOFTBank",
@@ -52,6 +56,7 @@ __all__ = [
     "LoKrBank",
     "LoLDU",
     "LoLDUBank",
+    "MPSBank",
     "OFTBank",
     "OutputScaleBank",
     "PaCA",
@@ -61,6 +66,10 @@ __all__ = [
     "SALTBank",
     "ShiRA",
     "ShiRABank",
+    "SoKA",
+    "SoKABank",
+    "TeRA",
+    "TeRABank",
     "VeRA",
     "VeRABank",
 ]
