@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "types": {"errors", "rows"},
     "delta": {"errors"},
     "tables": {"errors"},
+    "spectrum": {"errors"},
     "layers": {"errors", "compat"},
     "kernels": {"errors", "types", "compat"},
     "routers": {"errors", "types", "rows", "tables", "kernels", "compat"},
