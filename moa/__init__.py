@@ -33,6 +33,7 @@ _HOMES = {
     "export_expert": "formats.peft_export",
     "fold": "folding.weights",
     "distill": "training.distill",
+    "initialize": "training.initialize",
     "MoaError": "errors",
 }
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .recipes import RECIPES, Recipe, make_recipe, register_recipe
     from .routers import Router
     from .training.distill import distill
+    from .training.initialize import initialize
     from .types import Context, Routing
 
 

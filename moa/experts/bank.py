@@ -166,6 +166,19 @@ class ExpertBank(nn.Module):
             "outputs, e.g. 'topk', 'dense', 'remix', 'xlora' or 'arrow'."
         )
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Names of the starts from data, of any shape, that `begin_at` knows; see `moa.initialize`."""
+        return ()
+
+    def begin_at(self, method: str, start: Tensor) -> None:
+        """Start at what data said, of a shape that is the method's own, e.g. (o, i); only for methods in `starts`.
+
+        Raises:
+            ConfigError: these experts cannot hold it.
+        """
+        raise ConfigError(f"{type(self).__name__} experts do not start by {method!r}.")
+
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"d_in={self.d_in}, d_out={self.d_out}, n_experts={self.n_experts}"

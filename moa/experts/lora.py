@@ -61,6 +61,16 @@ class LoRABank(FactoredBank):
         """
         read_factors(change, self.down[expert], self.up[expert], self.scaling)
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Where downs (E, r, i) can start."""
+        return ("eva",)
+
+    @torch.no_grad()
+    def begin_at(self, method: str, start: Tensor) -> None:
+        """Let the downs start at directions (E · r, i), dealt in turn: the first to the first expert, and so on."""
+        self.down.copy_(start.unflatten(0, (self.rank, self.n_experts)).transpose(0, 1))
+
 
 class StartedLoRABank(FactoredBank):
     """E LoRA experts whose factors start at components of W0: E_e(x) = s · (B_e A_e - B₀ A₀) x.

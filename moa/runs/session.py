@@ -167,12 +167,15 @@ class Run:
             arguments: for Trainer.
 
         Raises:
-            ConfigError: they cannot be made of these arguments.
+            ConfigError: they cannot be made of these arguments, or the strategy does not fit the recipe.
         """
         if arguments.deepspeed or arguments.fsdp:
             return  # made by another engine
         rows = concatenate_datasets([task.train for task in self.tasks])
-        trainer = self.trainer(model, arguments, rows, strategy=self.config.made_strategy())
+        strategy = self.config.made_strategy()
+        if strategy is not None:
+            strategy.check(model)
+        trainer = self.trainer(model, arguments, rows, strategy=strategy)
         try:
             trainer.create_optimizer_and_scheduler(max(1, arguments.max_steps))
         except (TypeError, ValueError, KeyError, ImportError, RuntimeError) as error:

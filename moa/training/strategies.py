@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import ConfigError, unknown_name
 from ..tables import check_numbers, check_types, put
+from .start_options import check_start
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -28,6 +29,13 @@ class Strategy:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse a model that cannot be trained so, whatever the shapes; `optimizer` may refuse it, too.
+
+        Raises:
+            ConfigError: it cannot.
+        """
 
     def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer | None:
         """Return the optimizer of a model; None leaves it to Trainer.
@@ -162,6 +170,64 @@ class LisaStrategy(Strategy):
         from .lisa_callback import LisaCallback
 
         return [LisaCallback(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})]
+
+
+@register_strategy("lora-sb")
+@dataclass(frozen=True, kw_only=True)
+class LoRASBStrategy(Strategy):
+    """Cores that start at the first step of their weight, `moa.initialize`; then Trainer's own way.
+
+    Args:
+        batches: of training rows that are looked at, in each process.
+        lr: of the first step.
+    """
+
+    batches: int = 8
+    lr: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_start("lora-sb", self.batches, self.lr)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse experts that do not start so, of any shape."""
+        from .initialize import fresh_layers
+
+        fresh_layers(model, "lora-sb")
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `InitializeCallback`."""
+        from .initialize_callback import InitializeCallback
+
+        return [InitializeCallback("lora-sb", self.batches, self.lr)]
+
+
+@register_strategy("eva")
+@dataclass(frozen=True, kw_only=True)
+class EvaStrategy(Strategy):
+    """LoRAs that start at the principal components of their inputs, `moa.initialize`; then Trainer's own way.
+
+    Args:
+        batches: of training rows that are looked at, in each process.
+    """
+
+    batches: int = 8
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_start("eva", self.batches, None)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse experts that do not start so, of any shape."""
+        from .initialize import fresh_layers
+
+        fresh_layers(model, "eva")
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `InitializeCallback`."""
+        from .initialize_callback import InitializeCallback
+
+        return [InitializeCallback("eva", self.batches)]
 
 
 def adam_options(arguments: Any) -> dict[str, Any]:

@@ -108,6 +108,29 @@ def test_a_run_steps_by_its_strategy_and_goes_on_where_it_stopped(
     assert further["scores"]["mixture"]["first"]["loss"] != results["scores"]["mixture"]["first"]["loss"]
 
 
+def test_a_run_starts_where_its_rows_say_and_a_resumed_one_goes_on(tmp_path: Path, base: Path) -> None:
+    made = run_values(tmp_path, base, {"name": "lora-sb", "lr": 0.05}, expert="core", save_bases=True)
+    made["training"] |= {"save_steps": 2, "lr_scheduler_type": "constant"}
+    results = train(parse(made)).results
+    plain = {**made, "output": str(tmp_path / "plain")}
+    plain.pop("strategy")
+    assert results["scores"] != train(parse(plain)).results["scores"]
+    again = {**made, "training": {**made["training"], "max_steps": 6}}
+    further = train(parse(again), resume=True).results["scores"]["mixture"]["first"]["loss"]
+    expected = train(parse({**again, "output": str(tmp_path / "straight")})).results["scores"]["mixture"]["first"]
+    assert further == pytest.approx(expected["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "says"), [("lora-sb", "expert='core'"), ("eva", "expert='lora'")])
+def test_a_start_that_does_not_fit_stops_before_anything_is_written(
+    tmp_path: Path, base: Path, name: str, says: str
+) -> None:
+    made = run_values(tmp_path, base, {"name": name}, expert="vera")
+    with pytest.raises(ConfigError, match=says):
+        train(parse(made))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_strategy_that_does_not_fit_the_recipe_stops_before_anything_is_written(tmp_path: Path, base: Path) -> None:
     made = run_values(tmp_path, base, {"name": "lora-pro"}, expert="ia3")
     made["recipe"].pop("rank")

@@ -85,6 +85,19 @@ class CoreBank(ExpertBank):
             middle = (slots * weights).sum(-2)
         return F.linear(middle, self.up.to(middle.dtype))
 
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """Where the bases (r, i), (o, r) can start: nowhere else where the base's weight must give them again."""
+        return () if "down" in self._non_persistent_buffers_set else ("lora-sb",)
+
+    @torch.no_grad()
+    def begin_at(self, method: str, start: Tensor) -> None:
+        """Let bases and cores start at an update (o, i): s · B R_e A is the sum of its r largest singular triplets."""
+        up, values, down = singular(start, self.rank)
+        self.up.copy_(up)
+        self.down.copy_(down)
+        self.core.copy_((values / self.scaling).diag())
+
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling:g}"
