@@ -56,6 +56,7 @@ ONLY_IN = {
         "model/moa_model.py",
         "model/heads.py",
         "monitor/callback.py",
+        "training/initialize_callback.py",
         "training/lisa_callback.py",
         "runs/*.py",
         "cli/main.py",
