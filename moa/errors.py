@@ -42,6 +42,10 @@ class FoldError(MoaError, RuntimeError):
     """A mixture that has no exact meaning as one weight."""
 
 
+class SaidElsewhere(MoaError):
+    """Another process of the same run has failed first, and says why; this one has nothing to add."""
+
+
 class MoaWarning(UserWarning):
     """Base class of every warning that moa gives on purpose."""
 

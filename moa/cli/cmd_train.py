@@ -20,6 +20,13 @@ def add(command: Command, help_asked: bool) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     """Train the mixture that a YAML file describes, score it before and after, and write a run folder."""
+    from ..runs.joint import joint
+
+    with joint():
+        _joint_run(arguments)
+
+
+def _joint_run(arguments: argparse.Namespace) -> None:
     from ..runs.config import read_config
     from ..runs.preflight import check_run
 

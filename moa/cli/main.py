@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
-from ..errors import MoaError, MoaWarning, plain_text, shown
+from ..errors import MoaError, MoaWarning, SaidElsewhere, plain_text, shown
 from ..runs.processes import say
 from . import (
     cmd_bench,
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings(arguments.command):
             _import(getattr(arguments, "imports", ()))
             arguments.run(arguments)
+    except SaidElsewhere:
+        return 2
     except MoaError as error:
         say(f"moa {arguments.command}: {error}", error=True)
         return 2

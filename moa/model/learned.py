@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objective import Objective, Trace
+from .averaged import check_averaged
 from .host import Host
 from .outputs import logits_of, loss_of, with_loss
 from .outside import LABELLED, LIKELIHOODS, asked_of, carried, hook_all, refuse_sampled, warn_of_lost
@@ -64,6 +65,7 @@ class Learned(Host):
 
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
+        check_averaged(self)
         samples = self.samples
         passes: list[tuple[Any, Tensor | None]] = []
         traces: list[Trace] = []

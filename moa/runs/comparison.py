@@ -27,8 +27,8 @@ from ..model.moa_model import MoAModel
 from ..monitor.statistics import LayerLoad, RoutingStatistics
 from .collate import Collator
 from .encode import EncodedTask, encode_rows
+from .evaluation_trace import EvaluationTrace
 from .run_model import load_tokenizer
-from .session import EvaluationTrace
 from .table_files import Rows
 from .task_rows import read_tasks
 from .tasks import Task

@@ -11,6 +11,7 @@ from ..errors import ConfigError, unknown_name
 from .arguments import check_device
 from .base_files import check_base
 from .config import TrainConfig, read_config
+from .joint import decided_by_first
 from .recipe_keywords import check_written
 from .run_folder import CONFIG, RunFolder
 from .task_rows import TaskRows, read_tasks
@@ -43,7 +44,8 @@ class Checked:
 def check_run(config: TrainConfig, resume: bool = False) -> Checked:
     """Return a configuration with its folder and its rows, all checked and nothing written.
 
-    What costs least is looked at first; torch is imported last, for what only a recipe and the device can tell.
+    What costs least is looked at first; torch is imported last, for what only a recipe and the device can tell. Of
+    several processes the first one looks at the folder, for all of them.
 
     Args:
         config: of the run.
@@ -53,7 +55,7 @@ def check_run(config: TrainConfig, resume: bool = False) -> Checked:
         ConfigError: an output that cannot be written or holds a run, nothing to resume or another configuration, a base
             or a task's file that cannot be used, a recipe that does not exist, a measure that these tasks do not have.
     """
-    folder = RunFolder(config, resume)
+    folder = decided_by_first(lambda: RunFolder(config, resume))
     check_base(config.base, config.max_length)
     check_written(config.recipe, bool(config.imports))
     rows = read_tasks(config.tasks, config.seed)

@@ -24,11 +24,3 @@ def say(*lines: str, kept: str = "", error: bool = False) -> None:
     if error or is_first():
         for line in lines:
             print(plain_text(line, kept), file=sys.stderr if error else sys.stdout, flush=True)
-
-
-def meet() -> None:
-    """Wait until every process of the run is here."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

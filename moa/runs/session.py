@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import concatenate_datasets
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     EarlyStoppingCallback,
@@ -24,21 +24,23 @@ from transformers import (
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from ..monitor.statistics import RoutingStatistics
-from ..objective.trace import Record
 from ..training.strategies import Strategy
-from ..types import Routing
 from . import baselines
 from .arguments import SHARES, unknown_argument
 from .baselines import Scores
 from .collate import Collator
 from .config import TrainConfig
 from .encode import IGNORED, EncodedTask
+from .evaluation_trace import EvaluationTrace
+from .joint import several
 from .metrics import Measures, measures_of
 from .packing import packed
 from .progress import ProgressBar
 from .run_model import build_model
 from .tasks import SMALLER_IS_BETTER, measured_together
 from .yaml_values import one_line
+
+PREPARED = "_is_accelerate_prepared"  # accelerate's mark
 
 
 def training_arguments(config: TrainConfig, output: str | Path | None = None) -> TrainingArguments:
@@ -69,6 +71,8 @@ def training_arguments(config: TrainConfig, output: str | Path | None = None) ->
     if measure in SMALLER_IS_BETTER:  # Trainer knows this of losses only
         defaults["greater_is_better"] = False
     options = {**defaults, **config.training}
+    if not several():
+        options.pop("ddp_backend", None)  # Trainer would look for a group of processes
     options |= {name: float(options[name]) for name in SHARES if name in options}  # torch takes no whole numbers
     try:
         return TrainingArguments(str(output or config.output), seed=config.seed, **options)
@@ -198,8 +202,9 @@ class Run:
         """
         arguments = self._quiet({})
         trainer = self.trainer(model, arguments, title=title)
+        was_prepared = hasattr(model, PREPARED)
         if statistics is not None:
-            model.context.trace = EvaluationTrace(model, statistics)
+            model.context.trace = EvaluationTrace(model, statistics, trainer.accelerator)
         try:
             scores: Scores = {}
             scored: dict[str, float] = {}
@@ -210,6 +215,8 @@ class Run:
             return scores
         finally:
             model.context.trace = None
+            if not was_prepared:
+                _as_it_came(trainer, model)
 
     def _quiet(self, changes: Mapping[str, Any]) -> TrainingArguments:
         """Return the run's arguments with changes, writing nothing."""
@@ -316,12 +323,7 @@ def _measure(trainer: Trainer, measures: Measures, into: dict[str, float] | None
     trainer.compute_metrics = scores
 
 
-class EvaluationTrace:
-    """Counts routings as they are made, and keeps none of them."""
-
-    def __init__(self, model: MoAModel, statistics: RoutingStatistics) -> None:
-        self.model, self.statistics = model, statistics
-
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
-        """Count one routing of weights (*rows, K); the context's task ids have as many rows as its n streams."""
-        self.statistics.add([Record(name, routing, mask, router)], self.model.context.task_ids)
+def _as_it_came(trainer: Trainer, model: MoAModel) -> None:
+    """Take off what preparing a model for evaluation put on it: training would find it prepared, and not wrap it."""
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    vars(model).pop(PREPARED, None)

@@ -23,10 +23,11 @@ from . import baselines
 from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
 from .generate import continuations
+from .joint import joint, meet
 from .metrics import measures_of
 from .packing import bins, check_packing
 from .preflight import Checked, check_run, check_scored
-from .processes import is_first, meet, say
+from .processes import is_first, say
 from .run_folder import FIGURE, MODEL, RESULTS
 from .run_model import build_model, load_tokenizer, with_heads_of
 from .session import Run, training_arguments
@@ -39,6 +40,7 @@ class Stopped(KeyboardInterrupt):
     """Ctrl-C, with the words that say how to go on."""
 
 
+@joint()
 def train(config: TrainConfig, resume: bool = False, checked: Checked | None = None) -> RunResult:
     """Return the run that a configuration describes, after training it.
 
@@ -114,8 +116,8 @@ def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tup
         say("before training")
         before = run.evaluate(model, title="before training")
     seconds = run.fit(model, arguments, monitored=True, checkpoint=folder.checkpoint)
+    model.save_pretrained(folder.work / MODEL, is_main_process=is_first())
     if is_first():
-        model.save_pretrained(folder.work / MODEL)
         tokenizer.save_pretrained(folder.work / MODEL)
     statistics = RoutingStatistics(n_tasks=len(tasks))
     say("after training")

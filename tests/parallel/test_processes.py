@@ -11,14 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import moa
-from moa.errors import CheckpointError, ConfigError
+from moa.errors import CheckpointError, ConfigError, ContextError
 from tests import models
 from tests.laws import assert_close
 
 from .processes import run_together
-from .steps import CASES, ONE_EACH, STEPS, base_of, by_task, learned, model_of, optimizer_of, same_draws, take_step
+from .steps import (
+    CASES,
+    ONE_EACH,
+    STEPS,
+    base_of,
+    by_task,
+    learned,
+    model_of,
+    optimizer_of,
+    rows_of,
+    same_draws,
+    take_step,
+)
 
 TOLERANCE = 2e-5  # of how far a weight moved: transformers forms losses and norms in fp32
 
@@ -85,6 +98,19 @@ def test_a_sharded_save_knows_its_base(two: Path) -> None:
             parameter.add_(0.1)
     with pytest.raises(CheckpointError, match="wrong base"):
         moa.load(two / "fsdp" / "topk-default", other)
+
+
+def test_a_model_prepared_for_evaluation_does_not_train_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate puts no DDP around a model that `trainer.evaluate()` has prepared."""
+    model = model_of("topk-default")
+    Accelerator(cpu=True).prepare_model(model, evaluation_mode=True)
+    batch = rows_of(0, 0)
+    batch.pop("task_ids")
+    assert model(**batch).loss.requires_grad, "one process needs no wrapper"
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *_: 2)
+    with pytest.raises(ContextError, match="prepared for evaluation, and nothing averages its gradients"):
+        model(**batch)
 
 
 def test_each_process_by_itself_is_an_option() -> None:
