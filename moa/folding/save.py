@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..formats.atomic import staged
+from ..formats.sharded import writes_whole
 from ..formats.tensor_writing import copy_rest
 from ..mixture import Mixture, copy_sharing, take_out
 from .weights import check_untied, fold, folded_change
@@ -23,7 +24,8 @@ def save_folded(
     """Write the base with every mixture folded in, as a checkpoint that transformers loads without moa.
 
     Sharded safetensors with the base's config; where the base came from a folder, its other files (tokenizer, licence)
-    go along. The folder appears whole or not at all. The model is left as it was.
+    go along. The folder appears whole or not at all. The model is left as it was. Of several
+    processes the first of each machine writes, and the others return.
 
     Args:
         model: whose mixtures are static, on a transformers base; layers (*rows, i) -> (*rows, o).
@@ -38,7 +40,7 @@ def save_folded(
     Raises:
         FoldError: a mixture has no exact weight; the layer and the reason are named.
         ConfigError: the base is not a transformers model, or `out` is the base's folder.
-        CheckpointError: `out` exists.
+        CheckpointError: `out` exists, or other processes hold parts of the model.
     """
     base: Any = model.base
     if not hasattr(base, "save_pretrained"):
@@ -48,6 +50,8 @@ def save_folded(
     source = Path(getattr(base, "name_or_path", "") or "")
     known = source != Path() and source.is_dir()
     check_folds(model, task_id)
+    if not writes_whole(model):
+        return Path(out)
     with staged(out, overwrite=overwrite, inputs=[source] if known else []) as partial:
         if known:
             copy_rest(source, partial)

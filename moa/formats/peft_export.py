@@ -22,6 +22,7 @@ from .card import model_card
 from .peft_kinds import KINDS, Kind
 from .peft_native import native_config, shared_tensors, write_native
 from .peft_parameters import stacked_factors
+from .sharded import writes_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # end of a base's class name -> peft's name for what it does, where that changes nothing but peft's class
@@ -44,13 +45,15 @@ def export_expert(
         model: a `MoAModel` whose experts are of one family that peft has, or low-rank changes (o, i) of any family,
             behind any router.
         expert: which of 0 … E - 1.
-        folder: made if it does not exist; it appears whole or not at all.
+        folder: made if it does not exist; it appears whole or not at all. Of several processes the first of each
+            machine writes it.
         overwrite: replace an adapter that moa wrote there.
         as_lora: write a LoRA, also where peft has the family, if its experts are low-rank changes.
 
     Raises:
         ConfigError: no such expert.
-        CheckpointError: the folder holds what moa did not write, e.g. the base, or cannot be written.
+        CheckpointError: the folder holds what moa did not write, e.g. the base, or cannot be written; or other
+            processes hold parts of the model.
         FoldError: experts that are not low-rank changes, or add a constant, or of several families, or at a place where
             peft's are not; the layer is named.
     """
@@ -118,7 +121,7 @@ def _export(
     kind: Kind | None = None,
 ) -> Path:
     """Write each layer's change (o, i), or an expert of a kind that peft has, as a PEFT folder; return its path."""
-    target = Path(folder)
+    target, here = Path(folder), writes_whole(model)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     fused: dict[str, int] = {}  # by tensor of the base's fused experts
@@ -184,6 +187,8 @@ def _export(
     }
     if kind is not None and expert is not None:
         tensors |= shared_tensors(model, kind, expert)
+    if not here:
+        return target
     with staged(target, overwrite=overwrite) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         if prefix and heads:

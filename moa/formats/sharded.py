@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..layers import is_dense
@@ -42,6 +43,22 @@ def is_matrix(tensor: Tensor) -> bool:
 
 
 def writes() -> bool:
-    """Tell whether this is the process that writes what all of them have gathered."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+    """Tell whether this process writes what all of them have: the first of its machine, or the only one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    return int(os.environ.get("LOCAL_RANK", torch.distributed.get_rank())) == 0
+
+
+def writes_whole(model: nn.Module) -> bool:
+    """Tell whether this process writes what is made of a model's own tensors (any shape), and needs no other for it.
+
+    Raises:
+        CheckpointError: other processes hold parts of them.
+    """
+    spread = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if spread is not None:
+        raise CheckpointError(
+            f"the values of {spread} are spread over processes: save the model with save_pretrained, load that in one "
+            "process, and write this from there."
+        )
+    return writes()

@@ -244,15 +244,15 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
     def _keys_to_ignore_on_save(self, value: Any) -> None:
         """transformers sets this in `post_init`; here it is derived."""
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config.json and model.safetensors: recipes, routers and experts, not the base. README.md is their card.
 
-        The write is atomic: a kill at any moment leaves the old or the new checkpoint. A model that FSDP2 has sharded
-        gathers its tensors: every process must call this, and the first one writes.
+        The write is atomic: a kill at any moment leaves the old or the new checkpoint. Of several processes the first
+        of each machine writes; a model that FSDP2 has sharded gathers its tensors, and all of them must call this.
 
         Args:
             save_directory: made if it does not exist.
-            is_main_process: False writes nothing.
+            is_main_process: whether this process writes, where that is not for the first of its machine.
             kwargs: `state_dict` may replace this model's, and is whole: then only one process needs to call this;
                 `push_to_hub=True` uploads afterwards; others that transformers passes change nothing here.
 
@@ -261,7 +261,8 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         """
         state = kwargs.get("state_dict")
         shared_out = state is None and any(is_sharded(p) for p in self.parameters())
-        if not is_main_process and not shared_out:
+        here = writes() if is_main_process is None else is_main_process
+        if not here and not shared_out:
             return
         self.settle()
         with self.scope.turns.beside():
@@ -270,7 +271,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
                 tensors = {name: state[name] for name in tensors}
             tensors = {name: whole(name, tensor) for name, tensor in tensors.items()}
             description = self.describe(state)
-        if not is_main_process or (shared_out and not writes()):
+        if not here:
             return
         checkpoint.write(Path(save_directory), description, tensors)
         write_card(Path(save_directory), description)

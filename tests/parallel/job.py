@@ -1,6 +1,6 @@
 """One of N processes that train every recipe, by DDP and then by FSDP2, and leave what they learned in a folder.
 
-`python -m tests.parallel.job RANK N FOLDER CASES`, see `test_processes.py`.
+See `test_processes.py`.
 """
 
 from __future__ import annotations
@@ -54,22 +54,18 @@ def sharded(case: str, rank: int, mesh: DeviceMesh, folder: Path) -> None:
     model.save_pretrained(folder / "fsdp" / case)
 
 
-def main(rank: int, world: int, folder: Path, cases: list[str]) -> None:
-    """Train every recipe both ways."""
+def main(rank: int, world: int, folder: str, cases: str) -> None:
+    """Train every recipe both ways, as process `rank` of `world`."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     wrong = []
     with same_draws():
-        for case in cases:
-            replicated(case, rank, world, folder)
+        for case in cases.split(","):
+            replicated(case, rank, world, Path(folder))
             try:
-                sharded(case, rank, mesh, folder)
+                sharded(case, rank, mesh, Path(folder))
             except RuntimeError:  # in every process alike; the other recipes are tried all the same
                 wrong.append(f"{case}:\n{traceback.format_exc()[-1500:]}")
     dist.destroy_process_group()
     if wrong:
         sys.exit("\n".join(wrong))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(","))

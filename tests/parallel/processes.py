@@ -18,20 +18,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **quiet, **more}
 
 
-def run_together(module: str, n: int, *arguments: str) -> None:
-    """Run `python -m module RANK N arguments…` for every rank, and fail with the words of the first that fails."""
+def run_together(job: str, n: int, *arguments: str) -> None:
+    """Run `main(rank, n, *arguments)` of a job, a module, in n processes, and fail with what they say if one fails."""
     strides = "ignore:Grad strides do not match bucket view strides"  # DDP's, of gradients with an axis of size 1
-    start = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-W", strides, "-m", module]
-    jobs = [
-        subprocess.Popen([*start, str(rank), str(n), *arguments], env=environment(), stderr=subprocess.PIPE, text=True)
-        for rank in range(n)
-    ]
-    said = []
-    try:
-        for job in jobs:
-            said.append(job.communicate(timeout=PATIENCE)[1])
-    finally:
-        for job in jobs:
-            job.kill()
-    wrong = [text for job, text in zip(jobs, said, strict=True) if job.returncode]
-    assert not wrong, "\n".join(text[-3000:] for text in wrong)
+    start = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-W", strides, "-m"]
+    command = [*start, "tests.parallel.fork", job, str(n), *arguments]
+    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-6000:]

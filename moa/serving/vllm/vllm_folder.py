@@ -16,6 +16,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ...formats.atomic import staged
 from ...formats.checkpoint import original_name, plain_config
+from ...formats.sharded import writes_whole
 from ...formats.tensor_writing import copy_rest
 from ...model.host import Host
 from ...recipes.origins import origins
@@ -30,7 +31,8 @@ def export_vllm(model: Host, folder: str | Path, *, overwrite: bool = False) -> 
     """Write base and mixtures as a folder that vLLM runs where moa is installed beside it, and return its path.
 
     The base's files are linked where they lie on the same disk, copied where they do not, and written from memory
-    where the base came from no folder of safetensors.
+    where the base came from no folder of safetensors. Of several processes the first of each machine writes, and the
+    others return.
 
     Args:
         model: a `MoAModel` on a causal language model.
@@ -40,11 +42,14 @@ def export_vllm(model: Host, folder: str | Path, *, overwrite: bool = False) -> 
     Raises:
         ConfigError: a base that is not a causal language model, or a mixture that is not a function of each row (i,):
             the reason and the next best thing are named.
+        CheckpointError: the folder exists, or other processes hold parts of the model.
     """
     base: Any = model.base
     if not type(base).__name__.endswith(GENERATES):
         raise ConfigError(f"vLLM is for causal language models; the base is a {type(base).__name__}.")
     check_servable(model)
+    if not writes_whole(model):
+        return Path(folder)
     with staged(folder, overwrite=overwrite) as out:
         _write(model, base, out)
     return Path(folder)

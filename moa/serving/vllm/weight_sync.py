@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from ...errors import CheckpointError
 from ...formats.atomic import replacing
+from ...formats.sharded import writes_whole
 from ...model.host import Host
 from .vllm_folder import MIXTURES
 
@@ -20,8 +21,13 @@ def save_mixtures(model: Host, folder: str | Path) -> Path:
     Args:
         model: that is being trained; the engine serves an export of it.
         folder: made if it does not exist; the exported one, or another.
+
+    Raises:
+        CheckpointError: other processes hold parts of the model.
     """
     target = Path(folder) / MIXTURES
+    if not writes_whole(model):
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"moa.{name}": tensor.cpu().contiguous() for name, tensor in model.adapter_state_dict().items()}
     with replacing(target) as temporary:
