@@ -2,6 +2,7 @@
 
 from ..layers import Site
 from .base_experts import fused_experts
+from .carriers import summary
 from .experts_mixture import ExpertsMixture, experts_branches, matrix_sites
 from .inject import copy_sharing, inject, placement, take_out
 from .mixture import BlockMixture, Branch, ConvMixture, Mixture, plain_weight
@@ -20,7 +21,7 @@ from .sites import (
     named_sites,
 )
 from .sublayers import find_sublayers
-from .unadapted import summary, without_sizes
+from .unadapted import without_sizes
 
 __all__ = [
     "GROUPS",

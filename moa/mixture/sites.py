@@ -16,7 +16,7 @@ from .fused_layouts import layout_of
 from .mixture import BlockMixture, Mixture
 from .narrow import Narrowing, ends_in, pattern
 from .unadapted import said_of_sizeless
-from .uncalled import is_left_out, lacks_its_encoder, maps_linearly
+from .uncalled import is_idle_in, is_left_out, maps_linearly
 
 GROUPS = ("all-linear", "attention", "ffn", "moe-experts")
 ALL = Narrowing()
@@ -147,16 +147,23 @@ def _is_attention(site: Site) -> bool:
     return re.search(r"attn|attention", site.name, re.IGNORECASE) is not None
 
 
-def _body(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Return the layers (i -> o) of a model's body that groups of targets mean."""
+def idle_sites(model: nn.Module) -> list[Site]:
+    """Return the linear layers (i -> o) of a model's body that groups of targets leave out for what they are."""
+    sites = linear_sites(model)
+    meant = {site.name for site in _body(model, sites)}
+    return [site for site in _body(model, sites, idle=True) if site.name not in meant]
+
+
+def _body(model: nn.Module, sites: Sequence[Site], *, idle: bool = False) -> list[Site]:
+    """Return the layers (i -> o) of a model's body that groups of targets mean, or also those that do nothing."""
     prefix = backbone_prefix(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()  # where the body has no name of its own
     body: list[Site] = []
     for site in sites:
         parent, _, child = site.name.rpartition(".")
         outside = not site.name.startswith(prefix) or site.module is head or is_convolution(site.module)
-        known = is_left_out(model.get_submodule(parent), child) or lacks_its_encoder(model, site.name)
-        if not outside and not known and maps_linearly(site.module):
+        known = is_left_out(model.get_submodule(parent), child) or is_idle_in(model, site.name)
+        if not outside and (idle or (not known and maps_linearly(site.module))):
             body.append(site)
     return body
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers import features, holds_codes
-from .base_experts import fused_experts
 from .mixture import Mixture
 
 
@@ -38,27 +37,3 @@ def said_of_sizeless(model: nn.Module) -> str:
         f"{len(found)} layers hold codes and do not show their sizes, of class {named}: set in_features and "
         "out_features on them to adapt them"
     )
-
-
-def summary(model: nn.Module) -> str:
-    """Return one line on what carries experts in a model and what does not.
-
-    Args:
-        model: the base, mixtures (*rows, i) -> (*rows, o) inside.
-    """
-    adapted = {id(m): m for m in model.modules() if isinstance(m, Mixture)}
-    kinds = [type(m.base).__name__ for m in adapted.values()]
-    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "no layer"
-    said = f"experts on {counts}"
-    fused = fused_experts(model)
-    if fused:
-        names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in fused))
-        share = sum(p.numel() for _, p in fused) / sum(
-            p.numel() for n, p in model.named_parameters() if ".branches." not in n
-        )
-        said += (
-            f"; {len(fused)} fused expert tensors of 3 axes ({names}), {share:.0%} of the base's weights, are not "
-            "linear layers and carry none: targets='moe-experts' adapts them"
-        )
-    sizeless = said_of_sizeless(model)
-    return f"{said}; {sizeless}." if sizeless else f"{said}."

@@ -23,7 +23,11 @@ LEFT_OUT = {
     r"\w*MambaMixer": r"dt_proj",
     r"WavLMAttention": r"[qkv]_proj|out_proj",
     r"\w*MHAttentionMap": r"k_linear|k_proj",
-    r"\w*Indexer": r".*",  # called, but only to rank keys: no gradient goes through a rank
+    r"\w*Indexer(Scorer)?": r".*",  # called, but only to rank keys: no gradient goes through a rank
+}
+# class of the model -> its layers that are called for an output which its head does not read
+FOR_NOBODY = {
+    r"BigBirdFor(MaskedLM|CausalLM|SequenceClassification|TokenClassification|QuestionAnswering)": r"bert\.pooler",
 }
 # what multiplies a weight into something; reads of its dtype, its device or its shape are none of it
 PRODUCTS = {
@@ -49,15 +53,19 @@ def is_left_out(parent: nn.Module, child: str) -> bool:
     return known or any(re.fullmatch(layers, child) for layers in kinds)
 
 
-def lacks_its_encoder(model: nn.Module, name: str) -> bool:
-    """Tell whether a layer (i -> o) attends to an encoder in a model that has none, as in BART's decoder used alone.
+def is_idle_in(model: nn.Module, name: str) -> bool:
+    """Tell whether a layer (i -> o) is known to do nothing in a whole model.
+
+    It attends to an encoder where there is none, as in BART's decoder used alone, or its output is not read, as that of
+    the pooler below a head of language.
 
     Args:
         model: any module; that it has no encoder is said by its configuration.
         name: dotted name of the layer.
     """
     alone = getattr(getattr(model, "config", None), "is_encoder_decoder", None) is False
-    return alone and "encoder_attn" in name.split(".")
+    kinds = (layers for kind, layers in FOR_NOBODY.items() if re.fullmatch(kind, type(model).__name__))
+    return (alone and "encoder_attn" in name.split(".")) or any(re.fullmatch(layers, name) for layers in kinds)
 
 
 def maps_linearly(module: nn.Module) -> bool:

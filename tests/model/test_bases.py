@@ -56,6 +56,18 @@ FUSED: dict[str, dict[str, Any]] = {
     "Jamba": {"num_experts": 4, "num_experts_per_tok": 2, **STATE},
     "Glm4Moe": ROUTED,
     "Phimoe": LOCAL,
+    "DeepseekV4": {
+        **{"num_key_value_heads": 1, "q_lora_rank": 8, "o_lora_rank": 4, "o_groups": 2, "moe_intermediate_size": 12},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "hc_mult": 2, "sliding_window": 4, "index_topk": 2},
+        **{
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "mlp_layer_types": ["hash_moe", "moe"],
+            "partial_rotary_factor": 0.5,
+        },
+        **{"layer_types": ["compressed_sparse_attention", "heavily_compressed_attention"]},
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+    },
     "Llama4": {"intermediate_size_mlp": 24, "num_local_experts": 4, "num_experts_per_tok": 1},
 }
 DENSE: dict[str, dict[str, Any]] = {
@@ -67,6 +79,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "FalconMamba": {"state_size": 4, "conv_kernel": 3, "time_step_rank": 4},
     "OPT": {"ffn_dim": 24, "word_embed_proj_dim": 8},
     "ModernBertDecoder": {},
+    "BigBird": {"attention_type": "original_full", "is_decoder": True, "max_position_embeddings": 64},
 }
 
 
@@ -149,6 +162,10 @@ def test_the_summary_counts_layers_and_fused_experts():
     share = sum(p.numel() for _, p in tensors) / sum(p.numel() for p in base("Mixtral").parameters())
     assert f"{share:.0%} of the base's weights" in said
     assert moa.build(models.llama(), "topk").adapted_summary() == "experts on 14 Linear."
+    grouped, ranks = "self_attn.o_a_proj", "indexer.kv_proj, indexer.gate_proj, indexer.q_b_proj, scorer.weights_proj"
+    left = {"BigBird": "1 linear layer (bert.pooler)", "DeepseekV4": f"6 linear layers ({grouped}, {ranks})"}
+    for kind, names in left.items():
+        assert names in built(kind).adapted_summary()
 
 
 @pytest.mark.parametrize("kind", ["Phi3", "Glm"])
