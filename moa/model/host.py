@@ -31,6 +31,7 @@ from ..recipes.origins import origins
 from .adapt import adapted, optimizer_groups
 from .chosen import common_names
 from .entries import close_entries, open_entries
+from .room import check_room
 from .running import hold_still
 from .sound import Sound
 from .switched import Switched
@@ -77,6 +78,7 @@ class Host(Switched, Sound):
         free = block_sites if recipe.where == "block" else all_sites
         chosen = recipe.sites(self.base) if sites is None else named_sites(self.base, free(self.base), sites)
         chosen = [s for s in chosen if not any(_inside(s.name, head) for head in self.modules_to_save)]
+        check_room(recipe, chosen, self.scope)
         shared = recipe.shared(chosen)
         if shared:
             owned = nn.ModuleDict(shared).to(*placement(chosen[0].module)).train(self.training)

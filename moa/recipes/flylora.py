@@ -12,6 +12,8 @@ from ..routers.balanced import check_bias_rate
 from ..routers.projection import Choice, check_choice, check_nonzeros, layer_seed
 from .recipe import TopKRecipe, register_recipe
 
+MOST = 2**20  # ranks of one LoRA, each an expert
+
 
 @register_recipe("flylora", "FlyLoRA, arXiv 2510.08396")
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class FlyLoRA(TopKRecipe):
                 f"in this recipe the rank is the number of experts: got rank={self.rank} and "
                 f"n_experts={self.n_experts}. Give one of them."
             )
+        if size > MOST:
+            raise ConfigError(f"rank and n_experts, which are one here, must be at most {MOST}, got {size}.")
         object.__setattr__(self, "n_experts", size)
         object.__setattr__(self, "rank", size)
         super().__post_init__()

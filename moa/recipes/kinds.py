@@ -12,6 +12,8 @@ from ..experts.family import family_class
 from ..experts.mixed import in_turn, kind_of, kinds
 from ..tables import check_places
 
+MOST = 2**16  # experts of several kinds in one bank
+
 
 class Wanted(Protocol):
     """What this file reads of a recipe, whose experts sit on layers (*rows, i) -> (*rows, o)."""
@@ -46,6 +48,8 @@ def family_of(recipe: Wanted) -> tuple[Family, int | tuple[int, ...]]:
     """
     e, rank, names = recipe.n_experts, recipe.rank, kinds(recipe.expert)
     ranks = tuple(rank) if isinstance(rank, Sequence) and not isinstance(rank, str) else (rank,)
+    if (names is not None or isinstance(rank, Sequence)) and e > MOST:
+        raise ConfigError(f"experts of several kinds are made one by one: n_experts must be at most {MOST}, got {e}.")
     if isinstance(rank, Sequence):
         rank = ranks[0] if len(set(ranks)) == 1 else in_turn("rank", ranks, e)
     found: Family

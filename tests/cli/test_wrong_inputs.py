@@ -133,6 +133,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a family": (sets("recipe.expert", "lroa"), "unknown expert family 'lroa'. Did you mean 'lora'?"),
     "a choice": (sets("recipe.start", "zro"), "unknown value 'zro' in recipe: start. Did you mean 'zero'?"),
     "more than there are": (sets("recipe.k", 9), "k must be at most n_experts, got k=9 with n_experts=4."),
+    "experts without end": (
+        sets("recipe.n_experts", 10**12),
+        "GiB free: take fewer or smaller experts (n_exp",
+    ),
     "a balance towards collapse": (sets("recipe.balance", -1.0), "balance must be at least 0"),
     "both spellings": (sets("recipe.r", 4), "rank is given twice"),
     "a module": (sets("import", "nothing_of_the_kind"), "nothing_of_the_kind cannot be imported"),
@@ -230,7 +234,7 @@ def test_files_that_are_no_configuration(
 def test_what_is_refused_costs_no_heavy_import(tmp_path: Path) -> None:
     """Every refusal that needs no model comes before torch and transformers."""
     late = {"a backend", "fp16 on a CPU", "a base with NaN", "texts without a token", "patience without evaluations"}
-    late |= {"a module"}
+    late |= {"a module", "experts without end"}
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": "bert", "max_position_embeddings": 64}))

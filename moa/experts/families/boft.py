@@ -110,6 +110,8 @@ class BOFT(Family):
             raise ConfigError(
                 f"a butterfly needs block_size ≥ 2 and n_factors ≥ 1, got {self.block_size} and {self.n_factors}."
             )
+        if self.n_factors > 64:  # each doubles the entries that a block's outputs come from
+            raise ConfigError(f"n_factors must be at most 64, got {self.n_factors}: no layer is so wide.")
         if self.n_factors > 1 and self.block_size % 2:
             raise ConfigError(f"a butterfly of several factors halves its blocks: block_size={self.block_size} is odd.")
 
