@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm test-quantised bench bench-gpu fuzz kills soak peft-suite clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm env-flower test-quantised bench bench-gpu fuzz kills soak peft-suite clean
 
 setup: .venv/.done
 
@@ -43,6 +43,16 @@ env-vllm: .envs/vllm/.done
 	.envs/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.envs/vllm/bin/python -m pip install --quiet 'trl>=1.0'
 	.envs/vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Flower pins packages that moa does not, too
+env-flower: .envs/flower/.done
+
+.envs/flower/.done: pyproject.toml
+	$(PYTHON) -m venv .envs/flower
+	.envs/flower/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.envs/flower/bin/python -m pip install --quiet transformers accelerate einops safetensors pyyaml regex 'flwr[simulation]>=1.42,<2'
+	.envs/flower/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 test-vllm: setup env-vllm

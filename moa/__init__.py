@@ -34,6 +34,7 @@ _HOMES = {
     "fold": "folding.weights",
     "distill": "training.distill",
     "initialize": "training.initialize",
+    "allocate_ranks": "federated.importance",
     "MoaError": "errors",
 }
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .delta import Delta
     from .errors import MoaError
     from .experts import FAMILIES, ExpertBank, Family, register_expert
+    from .federated.importance import allocate_ranks
     from .folding.weights import fold
     from .formats.peft_export import export_expert
     from .layers import Site

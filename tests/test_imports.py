@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "runs": MODEL | {"training", "monitor", "serving", "federated", "__init__"},
     "cli": MODEL | {"training", "monitor", "runs", "serving", "federated", "__init__"},
     "__main__": {"cli"},
-    "__init__": MODEL | {"training", "monitor"},
+    "__init__": MODEL | {"training", "monitor", "federated"},
 }
 # the framework is known where models meet it, and in the applications
 ONLY_IN = {

@@ -2,7 +2,9 @@
 
 from .aggregate import Aggregation, aggregate
 from .aggregators import AGGREGATORS, Aggregated, Aggregator, Factors, aggregator
+from .alternate import Alternation
 from .client import received, reply_of
+from .importance import RankPlan, allocate_ranks
 from .screening import Reply, Screen
 from .server import Download, Round, Server
 from .update import Update, prepare, update_of
@@ -12,8 +14,10 @@ __all__ = [
     "Aggregated",
     "Aggregation",
     "Aggregator",
+    "Alternation",
     "Download",
     "Factors",
+    "RankPlan",
     "Reply",
     "Round",
     "Screen",
@@ -21,6 +25,7 @@ __all__ = [
     "Update",
     "aggregate",
     "aggregator",
+    "allocate_ranks",
     "prepare",
     "received",
     "reply_of",
