@@ -177,8 +177,7 @@ class PeftModel:
     def _tasks_of(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         if Standing.recipe != "poly":
             return {}
-        rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return {"task_ids": torch.zeros(len(rows), dtype=torch.int64)}
+        return {"task_ids": torch.zeros(1, dtype=torch.int64)}  # of all: some of these models fold examples together
 
     # ---------------------------------------------------------------- names
 
@@ -334,8 +333,11 @@ def translated(config: Any, model: Any) -> dict[str, Any]:
         absent(f"init_lora_weights={config.init_lora_weights!r}")
     if "target_modules" not in options and Standing.recipe != "mixlora":
         options["target_modules"] = sorted(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model.config.model_type])
-    options.setdefault("r", config.r)
-    options.setdefault("lora_alpha", config.lora_alpha)
+    if Standing.recipe == "mixlora" and "target_modules" not in options and hasattr(model, "config"):  # and its blocks
+        own = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+        options["target_modules"] = [*sorted(own), "ffn"]
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        options.setdefault(name, getattr(config, name))
     if config.use_rslora:
         options["lora_alpha"] *= config.r**0.5
     return options

@@ -16,6 +16,15 @@ from ..experts.mixed import names_in
 from .atomic import replacing
 
 CARD = "README.md"
+# what only whoever publishes an adapter knows: the Hub's readers look for it
+TO_WRITE = {
+    "Uses": "what it is for, and what it is not for",
+    "Training data": "its source, its licence, its languages, and what was left out",
+    "Training procedure": "steps, batch size, learning rate, precision, hardware",
+    "Evaluation": "on which data, by which measure, over how many seeds, beside which baseline",
+    "Bias, risks and limits": "those of the base, and what training may have added",
+    "License": "the base's terms hold for whoever uses both",
+}
 
 
 def peft_version() -> str | None:
@@ -39,7 +48,18 @@ def model_card(base: str | None, what: str, task_type: str | None = None) -> str
     head += ["library_name: peft"]
     head += ["pipeline_tag: text-generation"] if task_type == "CAUSAL_LM" else []
     head += ["tags:", *([] if base is None else [f"- {json.dumps('base_model:adapter:' + base)}"]), "- lora"]
+    model = "AutoModelForCausalLM" if task_type == "CAUSAL_LM" else "AutoModel"
+    loaded = "model" if base is None else f"{model}.from_pretrained({json.dumps(base)})"
     lines = ["---", *head, "---", "", "# LoRA adapter", "", what, ""]
+    lines += ["## Use", "", "```python", "from peft import PeftModel"]
+    lines += [] if base is None else [f"from transformers import {model}"]
+    lines += ["", f'model = PeftModel.from_pretrained({loaded}, "path/to/this/folder")', "```", ""]
+    lines += [
+        "It needs the weights that it was trained on. `merge_and_unload()` folds it into them; several adapters of one "
+        'base are mixed, with a router that is trained or not, by `moa.build(base, router="topk", experts=[…])`.',
+        "",
+        *_to_write(),
+    ]
     number = peft_version()
     lines += ["### Framework versions", "", f"- PEFT {number}", ""] if number else []
     return "\n".join(lines)
@@ -115,7 +135,19 @@ def _mixture_text(folder: Path, description: Mapping[str, Any]) -> str:
         "import moa",
         "",
         f"model = moa.load({given})",
+        "with model.disable_adapter():  # the base as it came",
+        "    ...",
+        'moa.export_expert(model, 0, "expert0")  # one expert as a folder that peft loads, where it is a weight change',
         "```",
         "",
+        "`moa inspect` prints what is inside, and `moa.load(…, base=model)` puts it on a model that is loaded already, "
+        "whose weights must be those that it was trained on. Routers by task take `task_ids=` beside the inputs.",
+        "",
+        *_to_write(),
     ]
     return "\n".join(lines)
+
+
+def _to_write() -> list[str]:
+    """Return the headings under which its author says what no file can."""
+    return [line for title, what in TO_WRITE.items() for line in (f"## {title}", "", f"[To be written: {what}.]", "")]

@@ -25,6 +25,21 @@ def test_the_hub_reads_base_library_and_tags(tmp_path: Path, name: str) -> None:
     assert f"Recipe `{name}`" in card.text and "on 2 layers" in card.text
 
 
+def test_a_card_is_filled_in_as_far_as_a_file_can(tmp_path: Path) -> None:
+    """As PEFT's own tests want it: some text, and a place for what only its author knows."""
+    model = moa.build(models.llama(name_or_path="org/base"), "topk", n_experts=2)
+    model.save_pretrained(tmp_path / "mixture")
+    moa.export_expert(model, 1, tmp_path / "lora")
+    for folder, use in (
+        ("mixture", 'moa.load("mixture")'),
+        ("lora", 'AutoModelForCausalLM.from_pretrained("org/base")'),
+    ):
+        text = ModelCard.load(tmp_path / folder / "README.md").text
+        assert len(text) > 1000 and use in text
+        for title in ("Uses", "Training data", "Evaluation", "Bias, risks and limits", "License"):
+            assert f"## {title}\n" in text
+
+
 def test_a_base_made_in_memory_is_not_named(tmp_path: Path) -> None:
     moa.build(models.llama(), "topk", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
