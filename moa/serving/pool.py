@@ -1,4 +1,4 @@
-"""Many LoRA adapters on one base in one process. S-LoRA: Sheng et al. 2023, arXiv 2311.03285."""
+"""Many adapters on one base in one process. S-LoRA: Sheng et al. 2023, arXiv 2311.03285."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..delta import Delta, LowRank
 from ..errors import ConfigError, ContextError, ShapeError, unknown_name
+from ..merge.codec import BIT_WIDTHS
+from ..model.turns import Turns
 from .device_cache import DeviceCache, Resident
 from .host_adapters import HostAdapter, put_on_host
+from .scattered import weights_of, written
 
 
 @dataclass(frozen=True)
@@ -32,27 +36,39 @@ class _Batch:
 
 
 class AdapterPool:
-    """Thousands of LoRA adapters on the host, a few on the device, and batches whose examples have different ones.
+    """Thousands of adapters on the host, a few on the device, and batches whose examples have different ones.
 
-    y_b = W x_b + (x_b down_a^T) up_a with a the adapter of example b; each adapter's own rank, no padding. For
+    y_b = W x_b + (x_b down_a^T) up_a with a the adapter of example b; each adapter's own rank, no padding. A SHiRA's
+    change has a few entries: a batch that has no other adapter runs with them written into the base's weights, and the
+    stored values back afterwards, while other threads' batches wait; beside others it is a sparse product. For
     inference. An example's output does not depend on what else is in the batch.
 
     Args:
         model: a base without mixtures, in eval mode; its layers (*rows, i) -> (*rows, o) get hooks.
         capacity_bytes: of adapters on the device, at every moment.
         max_rank: the largest rank that `add` takes; None is any.
+        host_bits: 1, 2, 4 or 8 bits a number on the host, by `moa.merge.codec`, decoded on the device; None is as they
+            came. 1 bit is 1/32 of the host's memory, and other numbers than those that were trained.
         host: folder for the host's files; None is a temporary one that ends with the pool.
 
     Raises:
-        ConfigError: a capacity below 1.
+        ConfigError: a capacity below 1, or bits that the codec has not.
     """
 
     def __init__(
-        self, model: nn.Module, capacity_bytes: int, *, max_rank: int | None = None, host: str | Path | None = None
+        self,
+        model: nn.Module,
+        capacity_bytes: int,
+        *,
+        max_rank: int | None = None,
+        host_bits: int | None = None,
+        host: str | Path | None = None,
     ) -> None:
         if capacity_bytes < 1:
             raise ConfigError(f"capacity_bytes must be at least 1, got {capacity_bytes}.")
-        self.model, self.max_rank = model, max_rank
+        if host_bits not in (None, *BIT_WIDTHS):
+            raise ConfigError(f"host_bits is {host_bits}, expected one of {BIT_WIDTHS}, or None.")
+        self.model, self.max_rank, self.host_bits = model, max_rank, host_bits
         self.cache = DeviceCache(capacity_bytes, next(model.parameters()).device)
         self._folder = Path(tempfile.mkdtemp(prefix="moa-pool-") if host is None else host)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +78,7 @@ class AdapterPool:
         self._written = 0
         self._lock = threading.Lock()
         self._here = threading.local()
+        self._turns = Turns()
 
     @property
     def names(self) -> list[str]:
@@ -69,11 +86,11 @@ class AdapterPool:
         return list(self._hosts)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Put a PEFT LoRA folder, factors (r, i) and (o, r), into the pool, while others are served.
+        """Put a PEFT folder of a LoRA or SHiRA, changes (o, i), into the pool, while others are served.
 
         Raises:
             ConfigError: the name is taken, or the adapter by itself is larger than the device's capacity.
-            CheckpointError: a folder that is not a LoRA, or is for another base, or whose rank is too large.
+            CheckpointError: a folder that is neither, or is for another base, or whose rank is too large.
             NumericsError: NaN or infinity in a factor.
         """
         if name in self._hosts:
@@ -100,6 +117,18 @@ class AdapterPool:
         self._host(name)
         del self._hosts[name]
         self.cache.drop(name)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to bring adapters (r, i), (r, o) onto the device that requests will soon ask for; a hint.
+
+        A thread of its own copies them, on a GPU in a stream of its own, beside what runs; those that have no room
+        beside what is pinned come when they are asked for.
+
+        Raises:
+            ContextError: no such adapter.
+        """
+        for host in [self._host(name) for name in names]:
+            self.cache.prefetch(host)
 
     @contextlib.contextmanager
     def lease(self, name: str | None) -> Iterator[None]:
@@ -143,6 +172,7 @@ class AdapterPool:
 
     def close(self) -> None:
         """Take the hooks off the layers (*rows, i) -> (*rows, o), and remove the temporary files."""
+        self.cache.close()
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
@@ -160,17 +190,17 @@ class AdapterPool:
         with self._lock:
             self._written += 1
             file = self._folder / f"{self._written}.safetensors"
-        found = put_on_host(name, folder, self.model, file, self.max_rank)
+        found = put_on_host(name, folder, self.model, file, self.max_rank, self.host_bits)
         if found.n_bytes > self.cache.capacity_bytes:
             file.unlink()
             raise ConfigError(
                 f"adapter {name!r} has {found.n_bytes} bytes, the pool's device holds {self.cache.capacity_bytes}."
             )
         with self._lock:
-            for layer, *_ in found.layout:
-                if layer not in self._hooks:
-                    module = self.model.get_submodule(layer)
-                    self._hooks[layer] = module.register_forward_hook(partial(self._add, layer))
+            for part in found.parts:
+                if part.layer not in self._hooks:
+                    module = self.model.get_submodule(part.layer)
+                    self._hooks[part.layer] = module.register_forward_hook(partial(self._add, part.layer))
         self._hosts[name] = found
 
     @contextlib.contextmanager
@@ -189,13 +219,22 @@ class AdapterPool:
             for name in by_name:
                 pinned.append(self.cache.pin(hosts[name]))
             order = [example for examples in by_name.values() for example in examples]
-            self._here.batch = _Batch(
+            batch = _Batch(
                 len(ids),
                 list(pinned),
                 [len(examples) for examples in by_name.values()],
                 None if order == list(range(len(ids))) else torch.tensor(order, device=self.cache.device),
             )
-            yield
+            only = batch.residents[0] if batch.counts == [batch.size] else None
+            weights = weights_of(self.model, only.changes) if only is not None and only.is_sparse else None
+            if only is None or weights is None:
+                self._here.batch = batch
+                with self._turns.beside():
+                    yield
+            else:
+                self._here.batch = None  # the hooks have nothing to add
+                with self._turns.alone(), written(weights, only.changes):
+                    yield
         finally:
             self._here.batch = before
             for resident in pinned:
@@ -214,18 +253,22 @@ class AdapterPool:
         total = out.reshape(batch.size, rows, -1)  # (B, rows, o), a view
         own = x.reshape(batch.size, rows, -1)
         own = own if order is None else own.index_select(0, order)  # (n, rows, i)
-        factors = [resident.factors.get(layer) for resident in batch.residents]
-        dtype = next((pair[0].dtype for pair in factors if pair is not None), None)
+        changes = [resident.changes.get(layer) for resident in batch.residents]
+        dtype = next((change.stored.dtype for change in changes if change is not None), None)
         if dtype is None:
             return None  # no adapter of the batch has this layer
         parts = own.flatten(0, 1).to(dtype).split([count * rows for count in batch.counts])
-        added = [
-            part.new_zeros(len(part), total.shape[-1]) if pair is None else part.mm(pair[0].T).mm(pair[1])
-            for part, pair in zip(parts, factors, strict=True)
-        ]
+        added = [_changed(part, change, total.shape[-1]) for part, change in zip(parts, changes, strict=True)]
         change = torch.cat(added).to(out.dtype).view(-1, *total.shape[1:])  # (n, rows, o)
         if order is None:
             total.add_(change)
         else:
             total.index_add_(0, order, change)
         return total.view_as(out)
+
+
+def _changed(x: Tensor, change: Delta | None, d_out: int) -> Tensor:
+    """Return ΔW x, (T, o), of rows x (T, i)."""
+    if isinstance(change, LowRank):
+        return x.mm(change.down.T).mm(change.up.T)
+    return x.new_zeros(len(x), d_out) if change is None else change.before(x.T).dense().T

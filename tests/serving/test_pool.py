@@ -188,6 +188,7 @@ def test_soak(folders):
         pool.add(f"new{n}", folders[kind])
         pool.replace(f"new{n}", folders[draw.choice(kinds)])
         pool.remove(f"new{n}")
+        pool.prefetch(draw.sample(list(held), 3))
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:5]
