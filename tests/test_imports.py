@@ -65,6 +65,7 @@ ONLY_IN = {
     "peft": {"nowhere"},
     "vllm": {"serving/vllm/*.py"},
     "flwr": {"federated/flower.py"},
+    "opacus": {"federated/private.py"},
     "datasets": {"runs/*.py", "cli/main.py"},
     "matplotlib": {"monitor/figures.py", "monitor/report.py"},
 }

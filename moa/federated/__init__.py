@@ -5,6 +5,7 @@ from .aggregators import AGGREGATORS, Aggregated, Aggregator, Factors, aggregato
 from .alternate import Alternation
 from .client import received, reply_of
 from .importance import RankPlan, allocate_ranks
+from .private import Spent, train_privately
 from .screening import Reply, Screen
 from .server import Download, Round, Server
 from .update import Update, prepare, update_of
@@ -22,6 +23,7 @@ __all__ = [
     "Round",
     "Screen",
     "Server",
+    "Spent",
     "Update",
     "aggregate",
     "aggregator",
@@ -29,5 +31,6 @@ __all__ = [
     "prepare",
     "received",
     "reply_of",
+    "train_privately",
     "update_of",
 ]
