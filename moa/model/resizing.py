@@ -66,6 +66,9 @@ class Resized(Host):
         """
         self._check_resizable("remove_expert")
         number = number_of(expert, self.scope.names)
+        most = max(recipe.n_experts for recipe, _ in self.recipes)
+        if most == 1:
+            raise ConfigError(f"expert {expert!r} is the only one that is left: unload() takes the mixture out.")
         self._resize(self._orders(lambda numbers: [e for e in numbers if e != number]))
 
     def _orders(self, change: Callable[[range], Order]) -> list[Order]:

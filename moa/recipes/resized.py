@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from ..errors import ConfigError
 from .recipe import Recipe
 
 
@@ -29,4 +30,9 @@ def resized(recipe: Recipe, order: Sequence[int | None], name: str | None = None
     chosen = next((field for field in dataclasses.fields(recipe) if field.name == "k" and field.default == 0), None)
     if chosen is not None and dataclasses.replace(recipe, k=0).k == recipe.k:  # type: ignore[call-arg]
         return dataclasses.replace(recipe, **changes, k=0)  # type: ignore[arg-type,call-arg]
+    if any(field.name == "k" for field in dataclasses.fields(recipe)) and recipe.k > len(order):
+        raise ConfigError(
+            f"{len(order)} of {recipe.n_experts} experts would be left, and k={recipe.k} act on a row: add one first, "
+            f"or build with k={len(order)}."
+        )
     return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]

@@ -163,9 +163,7 @@ def test_wrong_moments_and_experts_are_refused(tmp_path: Path) -> None:
     folders = adapters.write(tmp_path, models.llama, n=3, ranks=(4, 4, 8))
     other = adapters.write(tmp_path / "o", models.llama, n=1, targets=["gate_proj"])[0]
     model = moa.build(models.llama(), "topk", experts=folders[:2], k=2).eval()
-    unchanged(
-        model, lambda: model.remove_expert(0), ConfigError, "k must be at most n_experts, got k=2 with n_experts=1"
-    )
+    unchanged(model, lambda: model.remove_expert(0), ConfigError, "1 of 2 experts would be left, and k=2 act on a row")
     unchanged(model, lambda: model.remove_expert("adapter9"), ContextError, "unknown expert 'adapter9'")
     unchanged(model, lambda: model.remove_expert(2), ContextError, "expert 2 does not exist")
     unchanged(model, lambda: model.add_expert(folders[2]), ConfigError, "rank=8, and the experts of this model 4")
@@ -179,7 +177,7 @@ def test_wrong_moments_and_experts_are_refused(tmp_path: Path) -> None:
     with model.pin_expert(0):
         unchanged(model, lambda: model.add_expert(name="x"), ConfigError, "what pin_expert runs on")
     one = moa.build(models.llama(), "fixed", n_experts=1, rank=2)
-    unchanged(one, lambda: one.remove_expert(0), ConfigError, "n_experts must be at least 1")
+    unchanged(one, lambda: one.remove_expert(0), ConfigError, "the only one that is left")
     with one.folded(), pytest.raises(ConfigError, match="add_expert needs the frozen base"):
         one.add_expert()
     assert model.add_expert(name="law") == 2 and model.expert_names == ["adapter0", "adapter1", "law"]
@@ -204,3 +202,9 @@ def test_a_window_that_saw_two_numbers_counts_the_latest() -> None:
     summary = statistics.summary()
     assert {load.n_experts for load in summary.values()} == {4} and set(summary) == set(model.mixtures())
     assert all(load.rows == rows for load in summary.values())
+
+
+def test_the_last_expert_is_taken_out_with_the_mixture() -> None:
+    model = models.randomise(moa.build(models.llama(), "dense", n_experts=2))
+    model.remove_expert(0)
+    unchanged(model, lambda: model.remove_expert(0), ConfigError, r"the only one that is left: unload\(\)")
