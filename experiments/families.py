@@ -29,7 +29,7 @@ from moa.types import Routing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 COMMAND = "python -m experiments.families"
-BEGIN, END = f"<!-- made by {COMMAND} -->", "<!-- end -->"
+BEGIN, END = f"<!-- made by {COMMAND} -->", f"<!-- end of {COMMAND} -->"
 # keywords that fit the small sizes here
 KEYWORDS: dict[str, dict[str, Any]] = {
     "compacter": {"n": 2},
@@ -103,7 +103,8 @@ REASONS = {
 def main() -> None:
     """Write the tables into the page."""
     text = PAGE.read_text(encoding="utf-8")
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END, 1)[1]
     PAGE.write_text(f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}", encoding="utf-8")
 
 

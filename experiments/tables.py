@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGES = HERE / "README.md", HERE.parent / "docs" / "scaling.md"
+PAGES = HERE / "README.md", HERE.parent / "docs" / "scaling.md", HERE.parent / "docs" / "families.md"
 COMMANDS = {"monitor": "python -m experiments.bench.monitor"}  # results that do not hold their own
 OURS = "moa topk 8x8 k=2"
 
@@ -280,6 +280,29 @@ def demo() -> str:
     return f"{table(header, rows)}\n\n{made_by('demo')}; rates: {made_by('demo_tuning')}"
 
 
+def family_costs() -> str:
+    """What each family costs on an encoder and a decoder, and beside peft's own."""
+    if not (HERE / "results" / "families.json").exists():
+        return "Not measured yet: `python -m experiments.family_figures` measures them."
+    found = result("families")
+    keys = ("step_over_base", "saved_over_x", "decode_over_base", "peft_step_over_moa", "loop_step_over_moa")
+    texts = []
+    for kind, families in found["rows"].items():
+        rows = []
+        for name, row in families.items():
+            cells = [f"{row['parameters']:,}" if "parameters" in row else ""]
+            cells += ["" if row.get(key) is None else number(row[key]) for key in keys]
+            cells.append(f"{row['checkpoint_bytes'] / 1e3:,.0f}" if "checkpoint_bytes" in row else "")
+            cells.append(number(row["forward_64_over_4"]) if "forward_64_over_4" in row else "")
+            rows.append([f"`{name}`", *cells])
+        header = [kind, "parameters", "step / base", "kept / x", "decode / base", "peft's step / ours"]
+        header += ["loop over peft's / 8 routed", "checkpoint, kB", "forward, 64 experts / 4"]
+        texts.append(table(header, rows))
+        texts += [f"`{name}`: {row['error']}." for name, row in families.items() if "error" in row]
+    line = made_by("families").replace("(results/", "(../experiments/results/")
+    return "\n\n".join([*texts, line])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -295,6 +318,7 @@ TABLES: dict[str, Callable[[], str]] = {
         merged_accuracy,
         expert_parallel,
         demo,
+        family_costs,
     )
 }
 

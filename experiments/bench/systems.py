@@ -74,7 +74,13 @@ def with_all_trained(model: nn.Module) -> nn.Module:
     return model
 
 
-def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return a model's own loss."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor], loss_of: Callable[..., Tensor] = loss_of) -> int:
     """Return the bytes of distinct storages saved for backward by a training forward, parameters left out."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     found: dict[int, int] = {}
@@ -87,7 +93,7 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(**batch).loss
+        loss = loss_of(model, batch)
     assert loss.requires_grad
     return sum(found.values())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class StructuredBank(ExpertBank):
     rows is mixed in weight space. Nothing is kept for the backward pass beyond x and the routing.
 
     Attributes:
-        direct: `on_rows` costs less than the change formed, in training, too.
+        few: up to so many rows of an expert, `on_rows` costs less than the change formed, in training, too.
     """
 
-    direct: ClassVar[bool] = False
+    few: float = 0
 
     def change(self, tensors: Tensors) -> Tensor:
         """Return ΔW (o, i) of one expert, its scale included.
@@ -50,12 +50,12 @@ class StructuredBank(ExpertBank):
 
     def changes(self, x: Tensor | None = None) -> Changes:
         """Return what the kernel needs on x (*rows, i): on few rows without a gradient, `on_rows` costs the least."""
-        few_rows = x is not None and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS
+        decodes = x is not None and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS
+        few = max(self.few, FEW_ROWS) if decodes else self.few
         known = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         own = {name: known[name] for name in self.per_expert}
         shared = {name: p for name, p in self.named_parameters() if name not in own}
-        apply = self.on_rows if self.direct or few_rows else None
-        return Changes(self.n_experts, self.d_out, self.change, apply, own, shared)
+        return Changes(self.n_experts, self.d_out, self.change, self.on_rows if few else None, own, shared, few)
 
     def expert_forward(self, x: Tensor, expert: int) -> Tensor:
         """Return ΔW_e x, (*rows, o), of x (*rows, i)."""
@@ -76,6 +76,19 @@ class StructuredBank(ExpertBank):
     def fused(self) -> FusedChanges:
         """The base in one step with the experts, on rows (*rows, i)."""
         return FusedChanges(self)
+
+
+def few_for_factors(rank: int, forming: int, d_in: int, d_out: int) -> float:
+    """Return up to how many rows (n, i) two products with factors cost less than ΔW (o, i) and one with it.
+
+    Args:
+        rank: R of the factors, n R (i + o) for n rows.
+        forming: of ΔW, so many numbers for each of its entries, beside the n o i of its product.
+        d_in: i.
+        d_out: o.
+    """
+    more = rank * (d_in + d_out) - d_in * d_out
+    return math.inf if more <= 0 else forming * d_in * d_out / more
 
 
 class FusedChanges(Fused):

@@ -5,6 +5,7 @@ Nothing of an expert's size is kept for the backward pass: a change is formed ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ class Changes:
         n_experts: E.
         d_out: o.
         form: one expert's tensors -> its change ΔW (o, i).
-        apply: rows (*rows, i) and one expert's tensors -> ΔW x (*rows, o), where that costs less than ΔW; else None.
+        apply: rows (*rows, i) and one expert's tensors -> ΔW x (*rows, o), without ΔW; or None.
+        few: up to so many rows of an expert, `apply` costs less than ΔW.
         own: name -> tensor (E, …), one slice for each expert.
         shared: name -> tensor of any shape that all experts read, where it is trained.
     """
@@ -39,6 +41,11 @@ class Changes:
     apply: Callable[[Tensor, Tensors], Tensor] | None
     own: Tensors
     shared: Tensors
+    few: float = math.inf
+
+    def applies(self, n_rows: int) -> bool:
+        """Return whether an expert that n rows chose, (n, i), forms no ΔW."""
+        return self.apply is not None and n_rows <= self.few
 
     def of(self, expert: int) -> dict[str, Tensor]:
         """Return one expert's tensors, of any shape."""
@@ -151,18 +158,17 @@ class _Mixed(torch.autograd.Function):
         ctx.changes = changes
         with exact_dtypes(x):
             groups = _groups(weights, indices, changes.n_experts)
-            if len(x) == 1 and changes.apply is None:
+            if len(x) == 1 and not changes.applies(x.shape[1]):
                 return _one_weight(x, weights, groups, changes, base, bias)
             n_rows = x.shape[:2]
             y = x.new_zeros(*n_rows, changes.d_out) if base is None else F.linear(x, base.to(x.dtype), _as(bias, x))
             flat = weights.flatten()
             for group in groups:
                 given, own = _take(x, group.units), changes.of(group.expert)
-                out = (
-                    F.linear(given, changes.form(own).to(x.dtype))
-                    if changes.apply is None
-                    else changes.apply(given, own)
-                )
+                if changes.apply is not None and changes.applies(given.shape[:2].numel()):
+                    out = changes.apply(given, own)
+                else:
+                    out = F.linear(given, changes.form(own).to(x.dtype))
                 _add(y, group.units, (out * flat[group.places].view(-1, 1, 1).to(out.dtype)).to(y.dtype))
             return y
 
@@ -175,7 +181,7 @@ class _Mixed(torch.autograd.Function):
         with exact_dtypes(x):
             back = _Backward(changes, tensors, needs[6:])
             to_weights = weights.new_zeros(weights.numel()) if needs[1] else None
-            if len(x) == 1 and changes.apply is None:
+            if len(x) == 1 and not changes.applies(x.shape[1]):
                 to_x = back.through_one_weight(x, weights, indices, base, grad, needs[0], to_weights)
             else:
                 to_x = back.through_rows(x, weights, indices, base, grad, needs[0], to_weights)
@@ -294,7 +300,8 @@ class _Backward:
         for group in _groups(weights, indices, self.changes.n_experts):
             scale = weights.flatten()[group.places].view(-1, 1, 1).to(grad.dtype)  # (n, 1, 1)
             given, above = _take(x, group.units), _take(grad, group.units)
-            through = self._through_change if self.changes.apply is None else self._through_apply
+            applies = self.changes.applies(given.shape[:2].numel())
+            through = self._through_apply if applies else self._through_change
             back, to_scale = through(group.expert, given, above, scale)  # (n, L, i), (n,)
             if to_x is not None:
                 _add(to_x, group.units, back)

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...layers import Site
 from ..bank import ExpertBank
 from ..family import Family, register_expert
-from ..structured import StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors, few_for_factors
 
 
 class LoHaBank(StructuredBank):
@@ -40,6 +41,7 @@ class LoHaBank(StructuredBank):
         for name in self.per_expert:
             shape = (d_out, self.rank) if name.endswith("up") else (self.rank, d_in)
             setattr(self, name, nn.Parameter(torch.empty(n_experts, *shape)))
+        self.few = few_for_factors(self.rank**2, 2 * self.rank, d_in, d_out)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -53,6 +55,13 @@ class LoHaBank(StructuredBank):
         """Return s · (U V) ⊙ (U' V'), (o, i), of one expert."""
         left = tensors["left_up"] @ tensors["left_down"]
         return left * (tensors["right_up"] @ tensors["right_down"]) * self.scaling
+
+    def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
+        """Return ΔW x (*rows, o) of x (*rows, i), by the r² pairs of components."""
+        up = tensors["left_up"].unsqueeze(2) * tensors["right_up"].unsqueeze(1)  # (o, r, r)
+        down = tensors["left_down"].unsqueeze(1) * tensors["right_down"]  # (r, r, i)
+        hidden = F.linear(x, down.flatten(0, 1).to(x.dtype)) * self.scaling  # (*rows, r²)
+        return F.linear(hidden, up.flatten(1).to(x.dtype))
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""

@@ -37,7 +37,7 @@ class LoKrBank(StructuredBank):
     Source: arXiv 2309.14859, §3.3.
     """
 
-    direct = True  # two thin products in place of one with the whole ΔW
+    few = math.inf  # two thin products in place of one with the whole ΔW
 
     def __init__(
         self, d_in: int, d_out: int, n_experts: int, inner: tuple[int, int], outer: tuple[int, int], **options: Any

@@ -7,13 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ...delta import Delta, Dense
 from ...errors import ConfigError
 from ...layers import Site
+from ...types import Routing
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import divides, weight_of
-from ..structured import StructuredBank, Tensors
+from ..fused import Fused
+from ..slotwise import slots
 
 
 def cayley(skew: Tensor, terms: int = 0) -> Tensor:
@@ -36,7 +40,7 @@ def cayley(skew: Tensor, terms: int = 0) -> Tensor:
     return out
 
 
-class OFTBank(StructuredBank):
+class OFTBank(ExpertBank):
     """E rotations of a weight's inputs: W_e = W0 blockdiag(R_e)^T, R_e orthogonal blocks (i / b, b, b).
 
     | parameter | shape | start |
@@ -71,21 +75,61 @@ class OFTBank(StructuredBank):
         """Set the rotations (E, i / b, b (b - 1) / 2) to zero: no rotation."""
         nn.init.zeros_(self.rotation)
 
-    def change(self, tensors: Tensors) -> Tensor:
-        """Return W0 (blockdiag(R)^T - I), (o, i), of one expert."""
-        above: Tensor = tensors["rotation"]  # (n, b (b - 1) / 2)
-        weight = self.site.weight().detach().to(above.dtype)
-        rows, columns = torch.triu_indices(self.block_size, self.block_size, 1, device=above.device)
-        upper = above.new_zeros(len(above), self.block_size, self.block_size)
-        upper = upper.index_put((torch.arange(len(above), device=above.device)[:, None], rows, columns), above)
-        turned = cayley(upper - upper.mT, self.terms)  # (n, b, b)
-        blocks = weight.unflatten(1, (-1, self.block_size))  # (o, i / b, b)
-        turned = turned.expand(blocks.shape[1], -1, -1)
-        return (torch.einsum("onc,nkc->onk", blocks, turned) - blocks).flatten(1)
+    def turns(self) -> Tensor:
+        """Return R_e - I of each expert's blocks, (E, i / b, b, b), or (E, 1, b, b) where all blocks share one."""
+        above = self.rotation  # (E, n, b (b - 1) / 2)
+        b = self.block_size
+        rows, columns = torch.triu_indices(b, b, 1, device=above.device)
+        places = (rows * b + columns).expand(*above.shape[:-1], -1)
+        upper = above.new_zeros(*above.shape[:-1], b * b).scatter(-1, places, above).unflatten(-1, (b, b))
+        return cayley(upper - upper.mT, self.terms) - torch.eye(b, dtype=above.dtype, device=above.device)
+
+    def turned(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Return what blocks (*rows, n, b, b) add to the rows that they rotate, (*rows, i) of x (*rows, i)."""
+        blocks = x.unflatten(-1, (-1, self.block_size))  # (*rows, i / b, b)
+        turn = turn.expand(*turn.shape[:-3], blocks.shape[-2], -1, -1).to(x.dtype)
+        return torch.einsum("...nk,...nkc->...nc", blocks, turn).flatten(-2)
+
+    def mixed(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e (x R_e - x), (*rows, i) of x (*rows, i): the rotations are mixed, once for each routing."""
+        x, mixed = F.dropout(x, self.dropout, self.training), self.rotation.new_zeros(())
+        for weight, (turn,) in slots(routing, self.turns()):
+            mixed = mixed + weight[..., None, None].to(turn.dtype) * turn  # (*rows of the routing, n, b, b)
+        return self.turned(x, mixed)
+
+    def expert_forward(self, x: Tensor, expert: int) -> Tensor:
+        """Return W0 (x R_e - x), (*rows, o), of x (*rows, i)."""
+        return F.linear(self.turned(x, self.turns()[expert]), self.site.weight().detach().to(x.dtype))
+
+    def delta(self, expert: int) -> Delta:
+        """Return W0 (blockdiag(R_e)^T - I), (o, i)."""
+        turn = self.turns()[expert].detach()
+        return Dense(self.turned(self.site.weight().detach().to(turn.dtype), turn.mT))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return W0 Σ_e w_e (x R_e - x), (*rows, o), of x (*rows, i)."""
+        return F.linear(self.mixed(x, routing), self.site.weight().detach().to(x.dtype))
+
+    @property
+    def fused(self) -> FusedRotation:
+        """The base's product with the rows that are rotated, (*rows, i): the experts have none of their own."""
+        return FusedRotation(self)
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, block_size={self.block_size}"
+
+
+class FusedRotation(Fused):
+    """W0 (x + Σ_e w_e (x R_e - x)) + b on rows (*rows, i)."""
+
+    __slots__ = ()
+
+    bank: OFTBank
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return base and mixture together, (*rows, o), as one product."""
+        return F.linear(x + self.bank.mixed(x, routing), weight, bias)
 
 
 @register_expert("oft", "Qiu et al. 2023, arXiv 2306.07280")

@@ -16,7 +16,7 @@ from ...layers import Site
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import Frozen, generator
-from ..structured import StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors, few_for_factors
 
 
 class RandLoRABank(StructuredBank):
@@ -49,6 +49,8 @@ class RandLoRABank(StructuredBank):
         self.bases = bases
         self.short, self.long = sorted((self.d_in, self.d_out))
         self.n_bases = math.ceil(self.short / self.rank)
+        whole = self.rank * self.n_bases
+        self.few = few_for_factors(whole, whole, self.d_in, self.d_out)
         self.inner = nn.Parameter(torch.empty(n_experts, self.rank, self.n_bases))
         self.outer = nn.Parameter(torch.empty(n_experts, self.n_bases, self.short))
         self.reset_parameters()

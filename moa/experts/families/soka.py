@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ class SoKABank(StructuredBank):
     Source: arXiv 2506.15251, the Kronecker-product SVD: W0 ≈ Σ_j σ_j U_j ⊗ V_j with A⁰_j = √σ_j U_j, B⁰_j = √σ_j V_j.
     """
 
-    direct = True  # thin products in place of one with the whole ΔW
+    few = math.inf  # thin products in place of one with the whole ΔW
     equal_at_init = True
     per_expert: ClassVar[tuple[str, ...]] = ("left", "right")
 

@@ -50,7 +50,7 @@ class TeRABank(StructuredBank):
         trained vectors as diagonal factors.
     """
 
-    direct = True  # two thin products in place of one with the whole ΔW
+    few = math.inf  # two thin products in place of one with the whole ΔW
     equal_at_init = True
 
     def __init__(
