@@ -115,7 +115,7 @@ def study(grid: Grid) -> dict[str, Any]:
         arms[arm] = {
             "exact": server.row.exact,
             "ranks": RANKS[:least] if own_ranks else [RANK] * least,
-            "layers": len(list(server.tensors)),
+            "layers": len(dict(build(None, config).mixtures())),
             "seconds": round(time.perf_counter() - begun, 1),
             "train_loss": [round(m["loss"], 4) for m in result.train_metrics_clientapp.values()],
             "accuracy": [round(m["accuracy"], 4) for m in result.evaluate_metrics_clientapp.values()],

@@ -25,7 +25,8 @@ class Update:
         trained: names among them that training moves: what is sent.
         scalings: by the name of a bank whose down (E, r, i) and up (E, r, o) are the factors of its changes, their s.
         curved: by the name of a bank whose changes are not a mean where its tensors are, its class.
-        constants: by the name of a tensor of experts that stays as it is, in a checkpoint or not, a digest of it.
+        constants: by the name of a tensor of experts that stays as it is, in a checkpoint or not, a digest of it; and
+            the s of experts that are not factors.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,7 +69,9 @@ def update_of(model: MoAModel, weight: float = 1.0) -> Update:
         if in_bank:
             if _is_factored(module):
                 scalings[prefix] = module.scaling
-            elif not module.averages and next(module.parameters(recurse=False), None) is not None:
+                continue
+            constants[f"{prefix}.scaling"] = repr(module.scaling)  # the mean of such tensors knows one s
+            if not module.averages and next(module.parameters(recurse=False), None) is not None:
                 curved[prefix] = type(module).__name__
     return Update(tensors, weight, frozenset(moved & tensors.keys()), scalings, curved, constants)
 

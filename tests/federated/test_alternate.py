@@ -52,6 +52,23 @@ def step(alternation, which, seed):
             optimizer.zero_grad()
 
 
+def test_one_optimizer_over_both_sides_moves_only_one():
+    """Neither momentum nor weight decay nor a gradient that was left reaches what rests."""
+    one = client(16)
+    everything = [p for p in one.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(everything, lr=0.1, weight_decay=0.5)
+    one.model(torch.randn(16, 6), torch.randint(3, (16,))).backward()
+    optimizer.step()  # every parameter has momentum, and a gradient
+    for which, rests in (("own", 1), ("shared", 0)):
+        before = bits(one)
+        with one.phase(which):
+            one.model(torch.randn(16, 6), torch.randint(3, (16,))).backward()
+            optimizer.step()
+        after = bits(one)
+        assert all(torch.equal(after[rests][n], t) for n, t in before[rests].items())
+        assert any(not torch.equal(after[1 - rests][n], t) for n, t in before[1 - rests].items())
+
+
 def bits(alternation):
     inside = tuple(f"{name}." for name in alternation.shared)
     state = copy.deepcopy(alternation.model.state_dict())

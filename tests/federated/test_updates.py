@@ -227,6 +227,11 @@ def test_what_all_share_must_be_the_same():
         pair.append(update_of(prepare(moa.build(base, **lora), "ffa")))
     with pytest.raises(ConfigError, match=r"client 1: .*bank.down is frozen"):
         aggregate(pair, "ffa")
+    scaled = [update_of(client_of("core")), update_of(client_of("core"))]
+    assert aggregate(scaled, "fedsb").tensors
+    others = [update_of(mixture("fixed", n_experts=1, expert="core", alpha=alpha)) for alpha in (2, 4)]
+    with pytest.raises(ConfigError, match=r"client 1: .*bank.scaling is frozen"):
+        aggregate(others, "fedsb")
     counts = [Update({"n": torch.tensor([n])}, 1.0, frozenset({"n"})) for n in (1, 2)]
     with pytest.raises(ConfigError, match=r"n holds whole numbers \(torch.int64\) that differ"):
         aggregate(counts)
