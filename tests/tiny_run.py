@@ -136,11 +136,11 @@ def train_with(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> No
     monkeypatch.setattr(Run, "trainer", trainer)
 
 
-def assert_refused(config: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(config: Path, message: str, capsys: pytest.CaptureFixture[str], *words: str) -> None:
     """Fail unless `moa train` ends with one line that holds a message, and nothing in the folder is new or gone."""
     before = sorted(config.parent.rglob("*"))
     capsys.readouterr()
-    assert main(["train", str(config)]) == 2
+    assert main(["train", str(config), *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("moa train: ") and message in error
     assert sorted(config.parent.rglob("*")) == before

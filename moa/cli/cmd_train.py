@@ -14,7 +14,11 @@ def add(command: Command, help_asked: bool) -> None:
     train = command("train", _train, "run a training configuration", _keys() if help_asked else "")
     train.add_argument("config", help="YAML file; moa init writes one to start from")
     train.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint-N of the run")
-    train.add_argument("--dry-run", action="store_true", help="check all that can be checked before the base is loaded")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check what a run checks before it trains, and write nothing; a base on the hub is not fetched for it",
+    )
     add_set(train)
 
 
@@ -29,14 +33,23 @@ def _train(arguments: argparse.Namespace) -> None:
 def _joint_run(arguments: argparse.Namespace) -> None:
     from ..runs.config import read_config
     from ..runs.preflight import check_run
+    from ..runs.yaml_values import is_folder
 
     config = read_config(arguments.config, arguments.overrides, recipe=False)
     checked = check_run(config, arguments.resume)
     if arguments.dry_run:
-        for rows in checked.rows:
-            say(f"{rows.name}: {len(rows.train)} training rows, {len(rows.eval)} evaluation rows")
-        for note in (note for rows in checked.rows for note in rows.notes):
-            say(f"note: {note}")
+        if is_folder(config.base):
+            from ..runs.progress import one_bar
+            from ..runs.train import prepare
+
+            one_bar()
+            prepare(checked)
+        else:
+            for rows in checked.rows:
+                say(f"{rows.name}: {len(rows.train)} training rows, {len(rows.eval)} evaluation rows")
+            for note in (note for rows in checked.rows for note in rows.notes):
+                say(f"note: {note}")
+            say(f"note: {config.base} is not a folder here, so base, tokens and model are checked when it is fetched.")
         say(f"writes {config.output}", "dry run: nothing was written")
         return
     from ..runs.progress import one_bar

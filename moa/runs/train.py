@@ -59,6 +59,41 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
     started = time.monotonic()
     checked = checked or check_run(config, resume)
     folder = checked.folder
+    model, run, arguments, rows = prepare(checked)
+
+    meet()
+    if is_first():
+        folder.begin(rows)
+    meet()
+    try:
+        results, routing = _trained(checked, model, run, arguments)
+    except BaseException as error:
+        way_on = folder.way_on()
+        if is_first():
+            folder.abandon()
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(way_on) from error
+        raise
+    results["seconds"]["total"] = time.monotonic() - started
+    if is_first():
+        (folder.work / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        folder.commit()
+    meet()
+    return RunResult(Path(config.output), results, routing)
+
+
+def prepare(checked: Checked) -> tuple[MoAModel, Run, Any, dict[str, Any]]:
+    """Return a run that is ready to train: model, run, TrainingArguments, and what its rows are known by.
+
+    Nothing is written; what should be known of rows and model is said.
+
+    Args:
+        checked: what `check_run` returned.
+
+    Raises:
+        ConfigError: see `train`.
+    """
+    config, folder = checked.config, checked.folder
     arguments = training_arguments(config, folder.work)
     tokenizer = load_tokenizer(config.base)
     transformers.set_seed(config.seed)
@@ -85,26 +120,7 @@ def train(config: TrainConfig, resume: bool = False, checked: Checked | None = N
     weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     run = Run(config, tasks, tokenizer)
     folder.check_space(4 * weights)  # the model twice, and two moments
-
-    meet()
-    if is_first():
-        folder.begin(rows)
-    meet()
-    try:
-        results, routing = _trained(checked, model, run, arguments)
-    except BaseException as error:
-        way_on = folder.way_on()
-        if is_first():
-            folder.abandon()
-        if isinstance(error, KeyboardInterrupt):
-            raise Stopped(way_on) from error
-        raise
-    results["seconds"]["total"] = time.monotonic() - started
-    if is_first():
-        (folder.work / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        folder.commit()
-    meet()
-    return RunResult(Path(config.output), results, routing)
+    return model, run, arguments, rows
 
 
 def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tuple[dict[str, Any], str]:

@@ -162,6 +162,7 @@ def test_training_refuses_in_one_line_and_writes_nothing(
     change(tmp_path, values)
     config = written(tmp_path, values)
     assert_refused(config, message, capsys)
+    assert_refused(config, message, capsys, "--dry-run")
 
 
 CHATTED = [{"role": "user", "content": "it"}, {"role": "assistant", "content": "was"}]
@@ -209,6 +210,7 @@ def test_generation_refuses_in_one_line_and_writes_nothing(
     change(tmp_path, values)
     config = written(tmp_path, values)
     assert_refused(config, message, capsys)
+    assert_refused(config, message, capsys, "--dry-run")
 
 
 @pytest.mark.parametrize(
