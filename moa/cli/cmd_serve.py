@@ -100,7 +100,7 @@ def _by_transformers(arguments: argparse.Namespace) -> None:
 
     applied = find_applied(arguments.model)
     if arguments.dry_run:
-        print(" ".join(["transformers", "serve", arguments.model, *arguments.rest]), "(with the mixture)")
+        say(" ".join(["transformers", "serve", arguments.model, *arguments.rest]) + " (with the mixture)")
         return
     from ..runs.transformers_server import check_server, serve
     from ..serving.servable import reasons
@@ -115,5 +115,5 @@ def _by_transformers(arguments: argparse.Namespace) -> None:
     why = "--engine says so" if arguments.engine else "vLLM is not installed"
     if refused is not None:
         why = f"vLLM cannot serve it: {refused}"
-    print(f"transformers' own server, one request at a time, on {arguments.model}, since {why}", flush=True)
+    say(f"transformers' own server, one request at a time, on {arguments.model}, since {why}")
     serve(arguments.model, arguments.rest, model, tokenizer)
