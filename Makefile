@@ -1,6 +1,8 @@
 # Every target sets itself up: `make demo` and `make test` work on a fresh clone with Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
+# for the rehearsal of a GPU machine; pyenv, where there is one, is told which
+PYTHON312 ?= env PYENV_VERSION=$(shell pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) python3.12
 
 .PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm env-flower test-quantised bench bench-gpu fuzz kills soak peft-suite clean
 
@@ -70,8 +72,23 @@ test-quantised: setup .envs/quantised/.done
 bench: setup
 	$(BIN)/python -m experiments.bench
 
+# all that is measured on a GPU, in one call of eight minutes: experiments/gpu/README.md
 bench-gpu: setup
-	$(BIN)/python -m experiments.bench.gpu
+	$(BIN)/python -m experiments.gpu --out runs/gpu --seconds 480
+
+# the same without a GPU, at toy sizes: on today's packages, and on those that a GPU machine was seen to have
+.PHONY: gpu-rehearsal env-gpu
+gpu-rehearsal: setup env-gpu
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m experiments.gpu.rehearsal --out runs/rehearsal/today
+	OMP_NUM_THREADS=1 .envs/gpu/bin/python -W ignore -m experiments.gpu.rehearsal --out runs/rehearsal/gpu
+
+env-gpu: .envs/gpu/.done
+
+.envs/gpu/.done: experiments/gpu/machine.txt
+	$(PYTHON312) -m venv .envs/gpu
+	.envs/gpu/bin/python -m pip install --quiet --requirement experiments/gpu/machine.txt
+	.envs/gpu/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --out experiments/results/fuzz.json

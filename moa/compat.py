@@ -35,6 +35,11 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def is_captured(value: Tensor) -> bool:
+    """Return whether a value, of any shape, is one of a graph that is being captured: nothing may wait for it."""
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def next_node() -> int:
     """Return the number that autograd gives to the next node which this thread makes."""
     return torch._C._autograd._get_sequence_nr()

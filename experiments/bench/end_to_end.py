@@ -15,107 +15,25 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import moa
 from moa.runs.demo import cache_folder
 
 from .common import interleaved, write
-from .kernel_baselines import mola_loop
+from .model_systems import adapters, inputs, systems, trained
 
 COMMAND = "python -m experiments.bench.end_to_end"
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-N_EXPERTS, RANK, K = 8, 8, 2
-
-
-class LoopLinear(nn.Module):
-    """A frozen linear and experts behind a softmax top-k gate, one Python pass per expert, as MoLA runs them."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__()
-        self.base = base
-        self.gate = nn.Linear(base.in_features, N_EXPERTS, bias=False)
-        self.down = nn.Parameter(torch.randn(N_EXPERTS, RANK, base.in_features) / base.in_features**0.5)
-        self.up = nn.Parameter(torch.randn(N_EXPERTS, RANK, base.out_features) * 0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (*rows, o) of x (*rows, i)."""
-        kept, indices = self.gate(x).topk(K, -1)
-        flat = (value.reshape(-1, value.shape[-1]) for value in (kept.softmax(-1), indices))
-        mixed = mola_loop(x.reshape(-1, x.shape[-1]), self.down, self.up, *flat)
-        return self.base(x) + mixed.view(*x.shape[:-1], -1)
 
 
 def base_model(folder: str) -> Any:
     """Return the decoder in fp32."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def loop(folder: str) -> nn.Module:
-    """Return the decoder with a `LoopLinear` for every linear of its blocks."""
-    model = base_model(folder).requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in LINEARS:
-                setattr(module, name, LoopLinear(child))
-    return model
-
-
-def adapters(folder: str, into: str) -> list[str]:
-    """Return folders of 8 LoRAs of rank 8 in peft's format."""
-    model = peft.get_peft_model(
-        base_model(folder), peft.LoraConfig(r=RANK, target_modules=LINEARS, init_lora_weights=False)
-    )
-    paths = [str(Path(into) / str(e)) for e in range(N_EXPERTS)]
-    for path in paths:
-        model.save_pretrained(path)
-    return paths
-
-
-def systems(folder: str, experts: Callable[[], list[str]]) -> dict[str, Callable[[], nn.Module]]:
-    """Return name -> what makes the model."""
-
-    def xlora() -> nn.Module:
-        model = base_model(folder)
-        model.config.use_cache = False  # its training forward refuses a cache
-        named = {str(e): path for e, path in enumerate(experts())}
-        config = peft.XLoraConfig(
-            task_type="CAUSAL_LM", hidden_size=model.config.hidden_size, adapters=named, use_trainable_adapters=True
-        )
-        return peft.get_peft_model(model, config)
-
-    def of(config: peft.PeftConfig) -> nn.Module:
-        return peft.get_peft_model(base_model(folder), config)
-
-    return {
-        "frozen base": lambda: base_model(folder).requires_grad_(False),
-        "moa topk 8x8 k=2": lambda: moa.build(base_model(folder), "topk", N_EXPERTS, K, rank=RANK, targets=LINEARS),
-        "peft LoRA r64": lambda: of(peft.LoraConfig(r=64, target_modules=LINEARS, task_type="CAUSAL_LM")),
-        "peft Poly 8x8": lambda: of(
-            peft.PolyConfig(r=RANK, n_skills=N_EXPERTS, n_tasks=4, target_modules=LINEARS, task_type="CAUSAL_LM")
-        ),
-        "peft X-LoRA 8x8": xlora,
-        "peft Arrow 8x8 k=2": lambda: peft.create_arrow_model(base_model(folder), experts(), peft.ArrowConfig(top_k=K)),
-        "MoLA-style loop 8x8 k=2": lambda: loop(folder),
-    }
-
-
-def trained(name: str) -> bool:
-    """Return whether the system has a training step: Arrow has none, nor has the base alone."""
-    return name not in ("frozen base", "peft Arrow 8x8 k=2")
-
-
-def inputs(name: str, batch: int, length: int) -> dict[str, Tensor]:
-    """Return the arguments of a forward; Poly takes tasks."""
-    ids = torch.randint(5, 40_000, (batch, length), generator=torch.Generator().manual_seed(0))
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**found, "task_ids": torch.arange(batch) % 4} if "Poly" in name else found
 
 
 def training_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
@@ -155,7 +73,7 @@ def peak_bytes(name: str, options: argparse.Namespace) -> int:
 
 def alone(name: str, options: argparse.Namespace, experts: Callable[[], list[str]]) -> None:
     """Print the peak of one training step of one system."""
-    model = systems(options.model, experts)[name]()
+    model = systems(partial(base_model, options.model), experts)[name]()
     step = training_step(model, inputs(name, options.batch, options.length))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
@@ -187,13 +105,13 @@ def main() -> None:
 
         def experts() -> list[str]:
             if not made:
-                made.extend(adapters(options.model, into))
+                made.extend(adapters(partial(base_model, options.model), into))
             return made
 
         if options.only:
             alone(options.only, options, experts)
             return
-        models = {name: make() for name, make in systems(options.model, experts).items()}
+        models = {name: make() for name, make in systems(partial(base_model, options.model), experts).items()}
     steps = {n: training_step(m, inputs(n, options.batch, options.length)) for n, m in models.items() if trained(n)}
     times = interleaved(steps, options.rounds, warmup=1)
     decodes = interleaved(

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from ..compat import is_captured
 from ..objective import Objective, Trace
 from .averaged import check_averaged
 from .host import Host
@@ -145,7 +146,9 @@ class Learned(Host):
 
     def _add_up(self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace], labels: Any) -> Tensor:
         total, self.last_losses = self.objective.total(losses, examples, traces)
-        self.objective.diagnose(total, traces, labels, self._kind() == "decoder", self.branches(), self.steps_done + 1)
+        if not is_captured(total):
+            decoder = self._kind() == "decoder"
+            self.objective.diagnose(total, traces, labels, decoder, self.branches(), self.steps_done + 1)
         self._notice(traces)
         return total
 

@@ -8,16 +8,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from experiments.gpu.compiled import (
+    ARCHITECTURES,
+    SHARED_LIMIT,
+    Report,
+    mixture_kernels,
+    reports,
+    routed_kernels,
+    slot_kernels,
+)
+from experiments.gpu.shapes import Shape
 from moa.kernels.triton import launches, thin
-from moa.kernels.triton import triton_concat as concat
-from moa.kernels.triton import triton_grouped as grouped
-
-from .aot import ARCHITECTURES, SHARED_LIMIT, Report, reports, routed_reports
 
 ROOT = Path(__file__).parents[2]
 MATRIX_OP = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
@@ -56,67 +63,79 @@ GROUPED_FORWARD = {"grouped_shrink_kernel", "grouped_expand_kernel", "combine_ke
 GROUPED = {*GROUPED_FORWARD, "grouped_gram_kernel", "add_chunks_kernel"}
 
 
+BF16 = torch.bfloat16
+USUAL = Shape(8192, 1024, 512)  # 8 experts of rank 8, k = 2
+LARGE = replace(USUAL, n_experts=16, rank=16)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_training_kernels_fit_without_spills(arch, monkeypatch):
-    """8 experts of rank 8, k = 2, the usual layer."""
-    found = reports(concat, arch, monkeypatch)
+def test_training_kernels_fit_without_spills(arch):
+    found = reports(mixture_kernels, "triton_concat", arch, USUAL, BF16)
     check(found, arch, TRAINING, MATRIX_OP[arch])
     assert all(report.registers <= 200 for report in found), found
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_shrink_with_its_router_fits_without_spills(arch, monkeypatch):
-    found = routed_reports(arch, monkeypatch)
+def test_a_shrink_with_its_router_fits_without_spills(arch):
+    found = reports(routed_kernels, arch, USUAL, BF16)
     check(found, arch, {"routed_shrink_kernel", "expand_kernel"}, MATRIX_OP[arch])
     assert all(report.registers <= 200 for report in found), found
 
 
-def test_a_larger_shrink_with_its_router_fits_the_smallest_shared_memory(monkeypatch):
-    found = routed_reports(120, monkeypatch, n_experts=16, rank=16)
-    check(found, 120, {"routed_shrink_kernel", "expand_kernel"}, "HMMA")
+def test_a_larger_shrink_with_its_router_fits_the_smallest_shared_memory():
+    check(reports(routed_kernels, 120, LARGE, BF16), 120, {"routed_shrink_kernel", "expand_kernel"}, "HMMA")
 
 
-def test_a_dense_layer_fits_without_spills(monkeypatch):
-    check(reports(concat, 90, monkeypatch, rank=16, k=None), 90, TRAINING, "HGMMA")
+def test_a_dense_layer_fits_without_spills():
+    dense = replace(USUAL, rank=16, k=None)
+    check(reports(mixture_kernels, "triton_concat", 90, dense, BF16), 90, TRAINING, "HGMMA")
 
 
-def test_a_larger_layer_fits_the_smallest_shared_memory(monkeypatch):
-    found = reports(concat, 120, monkeypatch, n_experts=16, rank=16, with_bias=True, with_backward=False)
+def test_a_larger_layer_fits_the_smallest_shared_memory():
+    found = reports(mixture_kernels, "triton_concat", 120, LARGE, BF16, bias=True, backward=False)
     check(found, 120, FORWARD, "HMMA")
 
 
-@pytest.mark.parametrize("arch", [90, 120])
-def test_decode_kernels_fit_without_spills(arch, monkeypatch):
-    sizes = {"n_rows": 1, "d_in": 256} if arch == 90 else {"n_rows": 64, "n_experts": 16, "rank": 16}
-    check(reports(concat, arch, monkeypatch, with_backward=False, **sizes), arch, DECODE, "HMMA")
+@pytest.mark.parametrize(("arch", "shape"), [(90, Shape(1, 256, 512)), (120, replace(LARGE, rows=64))])
+def test_decode_kernels_fit_without_spills(arch, shape):
+    check(reports(mixture_kernels, "triton_concat", arch, shape, BF16, backward=False), arch, DECODE, "HMMA")
 
 
-def test_grouped_kernels_fit_without_spills(monkeypatch):
-    check(reports(grouped, 90, monkeypatch, n_experts=64, rank=16), 90, GROUPED, "H")
+def test_grouped_kernels_fit_without_spills():
+    many = replace(USUAL, n_experts=64, rank=16)
+    check(reports(mixture_kernels, "triton_grouped", 90, many, BF16), 90, GROUPED, "H")
 
 
-def test_odd_sizes_and_a_single_slot_compile(monkeypatch):
+def test_slot_kernels_fit_without_spills():
+    check(reports(slot_kernels, 90, Shape(700, 256, 256, 64, 48), BF16), 90, GROUPED, "H")
+
+
+def test_odd_sizes_and_a_single_slot_compile():
     """The JIT turns strides of 1 into constants, and loads that are not aligned into narrow ones, which may spill."""
-    odd = {"n_rows": 333, "d_in": 523, "d_out": 111, "n_experts": 5, "rank": 3, "k": 1, "with_backward": False}
-    assert {report.name for report in reports(concat, 90, monkeypatch, **odd)} == FORWARD
-    assert {report.name for report in reports(grouped, 90, monkeypatch, **odd)} == GROUPED_FORWARD
+    odd = Shape(333, 523, 111, 5, 3, 1)
+    for engine, names in (("triton_concat", FORWARD), ("triton_grouped", GROUPED_FORWARD)):
+        found = reports(mixture_kernels, engine, 90, odd, BF16, backward=False)
+        assert {report.name for report in found} == names
 
 
-def test_fp32_rows_are_multiplied_exactly(monkeypatch):
-    found = reports(concat, 90, monkeypatch, dtype=torch.float32, with_backward=False)
+def test_fp32_rows_are_multiplied_exactly():
+    found = reports(mixture_kernels, "triton_concat", 90, USUAL, torch.float32, backward=False)
     check(found, 90, FORWARD)
     assert not any(report.matrix_ops for report in found)
 
 
-def test_another_number_of_rows_compiles_nothing(monkeypatch):
+def test_another_number_of_rows_compiles_nothing():
     """Row counts are not specialised: the same kernels serve 4097 and 8192 rows."""
-    one, other = (reports(concat, 90, monkeypatch, n_rows=n, with_backward=False) for n in (4097, 8192))
+    one, other = (
+        reports(mixture_kernels, "triton_concat", 90, replace(USUAL, rows=n), BF16, backward=False)
+        for n in (4097, 8192)
+    )
     assert one == other
 
 
 def test_the_report_sees_spills(monkeypatch):
     """Twice the columns in one tile is what the launchers avoid: it must not pass."""
     monkeypatch.setattr(launches, "shrink_sizes", lambda *_: thin.Sizes(64, 128, 64, 4, 3))
-    found = reports(concat, 80, monkeypatch, n_experts=16, rank=16, with_backward=False)
+    found = reports(mixture_kernels, "triton_concat", 80, LARGE, BF16, backward=False)
     with pytest.raises(AssertionError, match="shrink_kernel"):
         check(found, 80, FORWARD)

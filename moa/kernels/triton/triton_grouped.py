@@ -19,13 +19,31 @@ from ..engine import Gradients, Operands
 from ..plan import Plan, sort_slots
 from . import by_expert, triton_concat
 from .launches import on_device, precision, rows_of
-from .thin import FUSED
+from .thin import FUSED, Sizes
 from .triton_concat import why_not
 
 __all__ = ["backward", "forward", "slot_gradients", "slot_products", "why_not"]
 
-_TILE = 64  # slots of a product's tile
 _CHUNK = 512  # slots that one program of a weight gradient adds up
+
+
+def shrink_sizes(rank: int, itemsize: int) -> Sizes:
+    """Return the tiles of a product over features: slots, ranks, features."""
+    return Sizes(64, _ranks(rank), 128 // itemsize, 4, 3)
+
+
+def expand_sizes(rank: int, itemsize: int) -> Sizes:
+    """Return the tiles of a product over ranks."""
+    return Sizes(64, min(_ranks(rank), 128 // itemsize), 128, 4, 2)
+
+
+def gram_sizes(rank: int, itemsize: int) -> Sizes:
+    """Return the tiles of a weight gradient, whose product is over slots."""
+    return Sizes(128 // itemsize, _ranks(rank), 128, 4, 3)
+
+
+def _ranks(rank: int) -> int:
+    return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 class Groups:
@@ -36,7 +54,6 @@ class Groups:
         self.weights, self.rank = weights, rank
         self.n_rows, self.k = indices.shape
         self.n_experts = n_experts
-        self.block_c = min(64, max(16, triton.next_power_of_2(rank)))
         self.shared = {
             "N_EXPERTS": n_experts,
             "EXPERTS": triton.next_power_of_2(n_experts),
@@ -54,12 +71,13 @@ class Groups:
     def shrink(self, x: Tensor, factor: Tensor) -> Tensor:
         """Return each slot's x factorᵀ (T, K, r)."""
         out = x.new_empty(self.n_rows, self.k, self.rank)
-        ends, tiles = self.ends(_TILE)
-        d, block_d = x.shape[1], 128 // x.itemsize
-        by_expert.grouped_shrink_kernel[(tiles, triton.cdiv(self.rank, self.block_c))](
+        size = shrink_sizes(self.rank, x.itemsize)
+        ends, tiles = self.ends(size.block_t)
+        d = x.shape[1]
+        by_expert.grouped_shrink_kernel[(tiles, triton.cdiv(self.rank, size.block_c))](
             x, factor, self.plan.order, self.plan.offsets, ends, out, d, x.stride(0), **self.shared,
-            EVEN=d % block_d == 0, BLOCK_T=_TILE, BLOCK_C=self.block_c, BLOCK_D=block_d,
-            num_warps=4, num_stages=3, **FUSED,
+            EVEN=d % size.block_d == 0, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+            **size.options,
         )  # fmt: skip
         return out
 
@@ -67,11 +85,11 @@ class Groups:
         """Return each row's Σ_j weight_j values_j factor[e_j] (+ bias), (T, d)."""
         d = factor.shape[-1]
         parts = values.new_empty(self.n_rows * self.k, d)
-        ends, tiles = self.ends(_TILE)
-        by_expert.grouped_expand_kernel[(tiles, triton.cdiv(d, 128))](
+        size = expand_sizes(self.rank, values.itemsize)
+        ends, tiles = self.ends(size.block_t)
+        by_expert.grouped_expand_kernel[(tiles, triton.cdiv(d, size.block_d))](
             values, self.weights, factor, self.plan.order, self.plan.offsets, ends, parts, d, *self.weights.stride(),
-            **self.shared, BLOCK_T=_TILE, BLOCK_C=min(self.block_c, 128 // values.itemsize), BLOCK_D=128,
-            num_warps=4, num_stages=2, **FUSED,
+            **self.shared, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d, **size.options,
         )  # fmt: skip
         out = values.new_empty(self.n_rows, d)
         by_expert.combine_kernel[(self.n_rows, triton.cdiv(d, 1024))](
@@ -82,18 +100,20 @@ class Groups:
     def gram(self, values: Tensor, right: Tensor, like: Tensor) -> Tensor:
         """Return each expert's Σ over its slots of (weight · values)ᵀ right, (E, r, d)."""
         d = right.shape[1]
+        size = gram_sizes(self.rank, right.itemsize)
         ends, chunks = self.ends(_CHUNK)
         parts = right.new_empty(chunks, self.rank, d, dtype=torch.float32)
-        by_expert.grouped_gram_kernel[(chunks, triton.cdiv(self.rank, self.block_c), triton.cdiv(d, 128))](
+        grid = (chunks, triton.cdiv(self.rank, size.block_c), triton.cdiv(d, size.block_d))
+        by_expert.grouped_gram_kernel[grid](
             values, self.weights, right, self.plan.order, self.plan.offsets, ends, parts, d, right.stride(0),
             *self.weights.stride(), **self.shared, CHUNK=_CHUNK,
-            BLOCK_T=128 // right.itemsize, BLOCK_C=self.block_c, BLOCK_D=128,
-            num_warps=4, num_stages=3, **FUSED,
+            BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d, **size.options,
         )  # fmt: skip
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
-        size = self.rank * d
-        grid = (self.n_experts, triton.cdiv(size, 1024))
-        by_expert.add_chunks_kernel[grid](parts, ends, out, size, BLOCK=1024, **FUSED)
+        total = self.rank * d
+        by_expert.add_chunks_kernel[(self.n_experts, triton.cdiv(total, 1024))](
+            parts, ends, out, total, BLOCK=1024, **FUSED
+        )
         return out
 
 

@@ -1,0 +1,81 @@
+"""Small shapes under NVIDIA's compute-sanitizer, beside the other checks: `python -m experiments.gpu.sanitizer`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .machine import Machine
+
+TOOLS = ("memcheck", "racecheck")
+SECONDS = 150.0
+Check = Callable[[], dict[str, Any]]
+
+
+def started(machine: Machine) -> dict[str, Check]:
+    """Start both tools in processes of their own, and return what waits for each."""
+    if machine.toy:  # without the tool, the program alone, and only when it is asked for
+        return {tool: lambda: _ended(*_start([], ["--toy"])) for tool in TOOLS[:1]}
+    if shutil.which("compute-sanitizer") is None:
+        return {tool: lambda: {"holds": False, "said": "compute-sanitizer is not here"} for tool in TOOLS}
+    return {
+        tool: partial(_ended, *_start(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"], []))
+        for tool in TOOLS
+    }
+
+
+def _start(prefix: list[str], arguments: list[str]) -> tuple[subprocess.Popen[bytes], Path, float]:
+    # Each tensor gets memory of its own, so that a read beyond its end is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    log = Path(tempfile.mkdtemp()) / "log"
+    command = [*prefix, sys.executable, "-m", "experiments.gpu.sanitizer", *arguments]
+    process = subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment)
+    return process, log, time.time() + SECONDS
+
+
+def _ended(process: subprocess.Popen[bytes], log: Path, until: float) -> dict[str, Any]:
+    try:
+        process.wait(max(1.0, until - time.time()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    lines = log.read_text(errors="replace").splitlines()
+    done = any(line.endswith("all shapes ran") for line in lines)
+    said = [line for line in lines if "=========" in line][:30] or lines[-8:]
+    return {"holds": process.returncode == 0 and done, "code": process.returncode, "said": said}
+
+
+def main() -> None:
+    """Run every kernel on shapes that no block divides."""
+    import torch
+
+    from moa.kernels import Gate, gated_linear, low_rank_mixture
+
+    from .shapes import Shape, draw
+
+    device, dtype = ("cpu", torch.float16) if "--toy" in sys.argv else ("cuda", torch.bfloat16)
+    shapes = (Shape(5, 40, 72, 4, 3), Shape(333, 200, 136, 5, 7), Shape(600, 256, 256), Shape(130, 72, 40, k=None))
+    for shape in (shape.toy() if device == "cpu" else shape for shape in shapes):
+        leaves, indices, grad = draw(shape, device)
+        given = [*(leaf.to(dtype).requires_grad_() for leaf in leaves[:3]), leaves[3].float().requires_grad_()]
+        for engine in ("triton_concat", "triton_grouped"):
+            y = low_rank_mixture(*given, indices, engine=engine)
+            torch.autograd.grad(y, given, grad.to(dtype))
+        if shape.k is not None:
+            gate = torch.randn(shape.n_experts, shape.d_in, device=device).requires_grad_()
+            base = torch.randn(shape.d_out, shape.d_in, device=device).to(dtype)
+            y = gated_linear(given[0], base, None, Gate(gate, shape.k), given[1], given[2], engine="triton_concat")[0]
+            torch.autograd.grad(y, gate, grad.to(dtype))
+    print("all shapes ran")
+
+
+if __name__ == "__main__":
+    main()

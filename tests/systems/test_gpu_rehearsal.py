@@ -1,0 +1,134 @@
+"""The measurement of a GPU, gone through without one. Run: pytest tests/systems/test_gpu_rehearsal.py"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.gpu import pretended
+from experiments.gpu.__main__ import SECTIONS, main
+from experiments.gpu.book import Book, Row
+from experiments.gpu.machine import Machine, over
+from experiments.gpu.page import goal, page
+
+ROOT = Path(__file__).parents[2]
+
+
+def rehearse(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """Return what a rehearsal wrote and printed."""
+    command = [sys.executable, "-W", "ignore", "-m", "experiments.gpu", "--out", str(out), "--rehearse", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    file = out / "gpu.json"
+    return json.loads(file.read_text()) if file.exists() else {}, done.stdout
+
+
+def test_every_way_through_the_sections(tmp_path):
+    """One row of each kind; the warm-up compiles for a GPU, the rest runs in the interpreter."""
+    content, said = rehearse(tmp_path, "quick", "--seconds", "600")
+    failing = content["sections"].pop("failures")
+    assert "error" in failing["raises"]
+    assert list(content["sections"]) == [section.name for section in SECTIONS]
+    for section, rows in content["sections"].items():
+        assert rows, section
+        for name, row in rows.items():
+            assert "error" not in row, f"{section}, {name}: {row['error']}"
+            assert row["found"].get("holds", True), f"{section}, {name}: {row['found']}"
+    assert not any(left for section, left in content["left over"].items() if section != "failures")
+    assert "under way" not in content
+    for wanted in ("## Goals", "## Times", "moa / frozen base", "Sizes(", "_GPU_COLUMNS"):
+        assert wanted in said
+
+
+def test_rows_that_fail_leave_the_rest_be(tmp_path):
+    """One raises, one hangs, one ends its process, one loses the device, and one has no time."""
+    content, said = rehearse(tmp_path, "quick", "--seconds", "60", "--only", "failures")
+    rows = content["sections"]["failures"]
+    assert rows["raises"]["error"].startswith("ValueError: as it should")
+    assert "ran for more than" in rows["hangs"]["error"]
+    assert rows["ends the process"]["error"] == "the process ended with code 17"
+    assert "illegal memory access" in rows["loses the device"]["error"]
+    assert rows["is well"]["found"] == {"answer": 42}
+    assert content["left over"]["failures"] == ["has no time"]
+    assert "for want of time: 1 rows" in said and said.count("**failed**") == 4
+
+
+def test_no_time_at_all_is_said(tmp_path):
+    content, said = rehearse(tmp_path, "quick", "--seconds", "0", "--only", "failures")
+    assert not content and "# moa on one GPU" in said
+
+
+def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
+    main(["--out", str(tmp_path / "none")])
+    assert "not measured: torch sees no CUDA device" in capsys.readouterr().out
+    assert not list((tmp_path / "none").iterdir())
+
+
+def test_a_run_is_taken_up_where_it_ended(tmp_path):
+    ran = []
+
+    def row(name: str, seconds: float = 1.0) -> Row:
+        return Row(name, lambda: ran.append(name), seconds)
+
+    book = Book(tmp_path / "gpu.json")
+    assert book.run("s", [row("one"), row("long", 1e9)], deadline=2e9) == ["long"]
+    assert Book(tmp_path / "gpu.json").run("s", [row("one"), row("two")], deadline=2e9) == []
+    assert ran == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", [name for name in vars(pretended.Cuda) if not name.startswith("_")])
+def test_the_pretended_device_has_the_arguments_of_the_real_one(name):
+    mine, real = getattr(pretended.Cuda, name), getattr(torch.cuda, name)
+    if inspect.isclass(mine):
+        if issubclass(mine, BaseException):
+            return
+        pairs = [(n, getattr(mine, n), getattr(real, n)) for n in vars(mine) if not n.startswith("_")]
+        pairs.append(("__new__", mine.__new__, real.__init__ if name == "graph" else real.__new__))
+    else:
+        pairs = [(name, mine, real.__init__ if inspect.isclass(real) else real)]
+    for what, own, theirs in pairs:
+        try:
+            known = inspect.signature(theirs).parameters
+        except ValueError:  # written in C
+            continue
+        if any(p.kind is p.VAR_POSITIONAL for p in known.values()):
+            continue
+        for parameter in inspect.signature(own).parameters.values():
+            if parameter.name not in ("self", "cls") and parameter.kind is not parameter.VAR_KEYWORD:
+                assert parameter.name in known, f"torch.cuda.{name}, {what}: it has no {parameter.name}"
+
+
+def test_everything_asked_of_the_device_is_pretended():
+    source = inspect.getsource(Machine)
+    asked = {part.split("(")[0].split(" ")[0].rstrip(":") for part in source.split("self.cuda.")[1:]}
+    assert asked <= set(vars(pretended.Cuda)), asked
+
+
+def test_a_graph_refuses_what_waits_for_the_device():
+    machine = pretended.Rehearsal()
+    x = torch.arange(3.0)
+    captured = machine.capture(lambda: x * 2)
+    x += 1
+    captured.replay()
+    assert captured.output.tolist() == [2.0, 4.0, 6.0]
+    with pytest.raises(RuntimeError, match="waits for the device"):
+        machine.capture(lambda: x * float(x.sum()))
+
+
+def test_times_are_compared_and_goals_judged():
+    times = pretended.Rehearsal().compare({"one": lambda: None, "other": lambda: None})
+    assert times["one"]["median_ms"] >= 0 and times["one"]["rounds"] == 1
+    assert over({"a": {"median_ms": 3.0}, "b": {"median_ms": 2.0}}, "a", "b") == 1.5
+    assert over({"a": {"median_ms": 3.0}, "b": {"error": "out of memory"}}, "a", "b") is None
+    assert goal("r", 1.3, at_most=1.25)["holds"] is False and goal("r", 1.5, at_least=1.3)["holds"] is True
+    text = page({"sections": {"s": {"r": {"found": {"goals": [goal("g", None, at_most=1)]}, "seconds": 1}}}})
+    assert "| r: g | not measured | ≤ 1 |" in text
