@@ -136,7 +136,8 @@ def watch(options: argparse.Namespace, arguments: list[str]) -> None:
             return
         under_way = _under_way(file)
         if under_way is None and code != LOST:
-            sys.exit(f"experiments.gpu: the process ended with code {code} outside of any row.")
+            print(f"experiments.gpu: the process ended with code {code} outside of any row: the rest is not measured.")
+            return
         if under_way is not None:
             said = said or f"the process ended with code {code}"
             Book(file).fail(under_way["section"], under_way["row"], said, time.time() - under_way["since"])
@@ -157,11 +158,14 @@ def main(arguments: list[str] | None = None) -> None:
         except Lost:
             sys.exit(LOST)
         return
+    os.environ.pop("TRITON_INTERPRET", None)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not importlib.import_module("torch").cuda.is_available():
         print("not measured: torch sees no CUDA device. `--rehearse whole` goes through all of it at toy sizes.")
         return
+    # Nothing is fetched, and what libraries warn of is not read here.
+    os.environ.update({"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"})
     watch(options, arguments)
     text = page(Book(options.out / "gpu.json").content)
     (options.out / "gpu.md").write_text(text)

@@ -62,12 +62,13 @@ class Book:
     def save(self) -> None:
         """Write the file in one step."""
         scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps(self.content, indent=1) + "\n")
+        scratch.write_text(json.dumps(self.content, indent=1, default=str) + "\n")
         os.replace(scratch, self.path)
 
     def put(self, section: str, row: str, value: Any, seconds: float) -> None:
         """Keep what a row found."""
         self.rows(section)[row] = {"found": value, "seconds": round(seconds, 2)}
+        self.content.pop("under way", None)
         self.save()
 
     def begin(self, section: str, row: Row) -> None:
@@ -107,6 +108,5 @@ class Book:
                 if any(words in said for words in LOST):
                     raise Lost(said) from error
             else:
-                self.content.pop("under way", None)
                 self.put(section, row.name, found, time.time() - start)
         return left

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,25 +17,10 @@ from ..bench.model_systems import OURS, adapters, loop, systems, trained
 from .book import Row
 from .machine import Machine, Step, over
 from .page import goal
+from .shapes import PROMPT, SIZES, TOY, Size
 
 BASE, LORA, GROUPED = "frozen base", "peft LoRA r64", "HF's grouped mixture 8x8 k=2"
-VOCAB, PROMPT, TOKENS, CACHE = 32_000, 16, 16, 512
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Llama-shaped model, and the tokens of its training step."""
-
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    batch: int
-    length: int
-
-
-SIZES = {"1 B": Size(2048, 8192, 16, 32, 8, 1024), "0.2 B": Size(1024, 2816, 16, 16, 1, 512)}
-TOY = Size(32, 48, 1, 4, 2, 4)
+VOCAB, TOKENS, CACHE = 32_000, 16, 512
 
 
 def base_model(machine: Machine, size: Size) -> Any:

@@ -14,9 +14,10 @@ from moa.kernels.triton import launches
 from ..bench.kernels import make_inputs
 from ..bench.model_systems import LINEARS, OURS
 from .book import Row
-from .end_to_end import BASE, LORA, SIZES, TOY, base_step, ids_of, made
+from .end_to_end import BASE, LORA, base_step, ids_of, made
 from .machine import Machine
 from .page import goal
+from .shapes import SIZES, TOY
 
 
 def per_layer(machine: Machine) -> dict[str, Any]:

@@ -4,6 +4,7 @@ in its place (`pretended.py`), so that every line of this file runs without a GP
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -147,6 +148,7 @@ class Machine:
     def free(self) -> None:
         """Give cached memory back."""
         self.cuda.synchronize()
+        gc.collect()
         self.cuda.empty_cache()
 
 

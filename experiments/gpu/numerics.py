@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -18,8 +19,7 @@ from moa.kernels.reference import low_rank_mixture_reference
 from . import recipes, sanitizer
 from .book import Row
 from .machine import Machine
-from .shapes import NUMERICS, Shape, draw
-from .warm import ENGINES, EVERY_DTYPE
+from .shapes import ENGINES, EVERY_DTYPE, LAYER, NUMERICS, PAST, REPLAYED, ROUTED, SLOTS, Shape, draw
 
 # Added to twice the error of plain PyTorch: half a unit in the last place of 16-bit dtypes, some ten in fp32.
 EPS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -107,8 +107,7 @@ def mixture(machine: Machine, engine: str, shape: Shape, dtype: torch.dtype, fas
 
 def layer(machine: Machine, engine: str, dtype: torch.dtype) -> dict[str, Any]:
     """Return the errors of a frozen linear with its mixture in one call."""
-    shape = Shape(600, 512, 768)
-    shape = machine.pick(shape, shape.toy())
+    shape = machine.pick(LAYER, LAYER.toy())
     leaves, indices, grad = draw(shape, machine.device)
     weight = torch.randn(shape.d_out, shape.d_in, device=machine.device).to(dtype) / shape.d_in**0.5
 
@@ -127,7 +126,7 @@ def layer(machine: Machine, engine: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def router(machine: Machine, n_experts: int, dtype: torch.dtype) -> dict[str, Any]:
     """Return the errors of the shrink with its router in it, and on how many rows it chose other experts."""
-    n, d, o = machine.pick((4096, 512, 768), (70, 64, 40))
+    n, d, o = machine.pick((ROUTED.rows, ROUTED.d_in, ROUTED.d_out), (70, 64, 40))
     rng = torch.Generator(machine.device).manual_seed(0)
     sizes = ((n, d), (n_experts, d), (n_experts, 8, d), (n_experts, 8, o), (o, d), (n, o))
     drawn = [torch.randn(*size, device=machine.device, generator=rng) / size[-1] ** 0.5 for size in sizes]
@@ -149,7 +148,7 @@ def router(machine: Machine, n_experts: int, dtype: torch.dtype) -> dict[str, An
 
 def slots(machine: Machine, engine: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Return the errors of `grouped_linear` and `grouped_sum`."""
-    n, d, e, width = machine.pick((700, 256, 64, 48), (40, 33, 5, 20))
+    n, d, e, width = machine.pick((SLOTS.rows, SLOTS.d_in, SLOTS.n_experts, SLOTS.rank), (40, 33, 5, 20))
     rng = torch.Generator(machine.device).manual_seed(0)
     sizes = ((n, d), (e, width, d), (n, 2, width))
     x, weight, values = (torch.randn(*s, device=machine.device, generator=rng).to(dtype) for s in sizes)
@@ -194,7 +193,7 @@ def repeated(machine: Machine, engine: str, shape: Shape) -> dict[str, Any]:
 
 def replayed(machine: Machine, engine: str, rows: int, routed: bool) -> dict[str, Any]:
     """Return whether a replayed graph gives what a call gives, for new inputs and other experts in its buffers."""
-    shape = Shape(rows, 1024, 1024)
+    shape = replace(NUMERICS["usual"], rows=rows)
     shape = machine.pick(shape, shape.toy())
     cases = [draw(shape, machine.device, seed) for seed in (0, 1)]
     x, a, b, weights = cast(cases[0][0], machine.low)
@@ -222,7 +221,7 @@ def replayed(machine: Machine, engine: str, rows: int, routed: bool) -> dict[str
 
 def huge(machine: Machine, engine: str) -> dict[str, Any]:
     """Return the errors of the last rows where T·d is past 2^31, and of the gradients of all of them."""
-    shape = machine.pick(Shape(2**19 + 77, 4160, 4160, 4, 8), Shape(70, 64, 64, 4, 8))
+    shape = machine.pick(PAST, Shape(70, 64, 64, 4, 8))
     rng = torch.Generator(machine.device).manual_seed(0)
     n, d, e, r = shape.rows, shape.d_in, shape.n_experts, shape.rank
     options = {"dtype": machine.low, "device": machine.device, "generator": rng}
@@ -257,9 +256,19 @@ def compiled(machine: Machine) -> dict[str, Any]:
     return three_way(gradients(function, given, indices, grad), plain, exact, EPS[torch.float32])
 
 
-def rows(machine: Machine, _: Any) -> Iterator[Row]:
+def rows(machine: Machine, found: Callable[[], dict[str, Any]]) -> Iterator[Row]:
     """Yield the rows: each kernel in each dtype, then what else must hold."""
-    checks = sanitizer.started(machine)
+    title = "compute-sanitizer"
+    checks = sanitizer.Checks(machine, [name.removeprefix(f"{title} ") for name in found()])
+    try:
+        yield from _rows(machine)
+        for tool in sanitizer.TOOLS:
+            yield Row(f"{title} {tool}", partial(checks.ended, tool), 20, kind="sanitizer", slow=True)
+    finally:
+        checks.close()
+
+
+def _rows(machine: Machine) -> Iterator[Row]:
     low = machine.low
     for label, dtype in machine.dtypes.items():
         for fast in (False, True) if dtype == torch.float32 else (False,):
@@ -280,7 +289,7 @@ def rows(machine: Machine, _: Any) -> Iterator[Row]:
         for name in ("16 rows", "odd sizes", "usual", "one hot expert", "64 experts"):
             run = partial(repeated, machine, engine, NUMERICS[name])
             yield Row(f"same bits {engine}, {name}", run, kind="same bits")
-        for n in (1, 16, 512):
+        for n in REPLAYED:
             for routed in (False, True):
                 title = f"replayed graph {engine}, {n} rows{', its router' if routed else ''}"
                 yield Row(title, partial(replayed, machine, engine, n, routed), kind=f"replayed {routed}")
@@ -288,10 +297,3 @@ def rows(machine: Machine, _: Any) -> Iterator[Row]:
     yield from recipes.rows(machine)
     for engine in ENGINES:
         yield Row(f"T·d past 2^31 {engine}", partial(huge, machine, engine), 6, kind="huge")
-    for tool, check in checks.items():
-        yield Row(f"compute-sanitizer {tool}", check, 20, kind="sanitizer", slow=True)
-
-
-def worst(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the rows that do not hold."""
-    return {name: row for name, row in found.items() if not row.get("found", {}).get("holds", False)}

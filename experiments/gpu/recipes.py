@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from moa.recipes import RECIPES
 from ..bench.systems import N_TASKS, decoder, recipe, with_all_trained
 from .book import Row
 from .machine import Machine
+from .pretended import choose_as_on_a_gpu
 
+REAL = (4, 64, 2, 128)  # rows, length, layers, width
 NEAR = 2e-3  # of the largest value: fp32 sums in another order, through two blocks
 
 
@@ -47,7 +51,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
 
 def against_cpu(machine: Machine, name: str) -> dict[str, Any]:
     """Return how far loss and gradients are from a CPU's, without what is drawn at random, and a step in 16 bits."""
-    rows, length, *size = machine.pick((4, 64, 2, 128), (2, 5, 1, 64))
+    rows, length, *size = machine.pick(REAL, (2, 5, 1, 64))
     batch = batch_of(name, rows, length)
     loss, grads = step(model_of(name, *size).eval(), batch)
     there = {key: value.to(machine.device) for key, value in batch.items()}
@@ -72,6 +76,26 @@ def against_cpu(machine: Machine, name: str) -> dict[str, Any]:
         "error": apart[farthest],
         "finite in 16 bits": finite,
     }
+
+
+def compile_step(name: str, dtype: torch.dtype) -> None:
+    """Take a step of a recipe as on a GPU, where launches are only compiled: no value in it means anything."""
+    rows, length, *size = REAL
+    choose_as_on_a_gpu()
+
+    def zeros(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: make(*args, **kwargs).zero_()  # what no kernel writes must be finite
+
+    with ExitStack() as stack:
+        for owner, function in ((torch, "empty_like"), (Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, function, zeros(getattr(owner, function))))
+        for module in ("engine", "dispatch"):  # triton engines can run here: nothing of them does
+            stack.enter_context(mock.patch(f"moa.kernels.{module}.why_not", lambda name: None))
+        model = model_of(name, *size).to(dtype)
+        for mode in (False, True):
+            model.train(mode)
+            if mode or dtype == torch.float32:
+                step(model, batch_of(name, rows, length))
 
 
 def rows(machine: Machine) -> Iterator[Row]:

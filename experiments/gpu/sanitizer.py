@@ -8,28 +8,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .machine import Machine
 
 TOOLS = ("memcheck", "racecheck")
-SECONDS = 150.0
-Check = Callable[[], dict[str, Any]]
+SECONDS = 100.0
 
 
-def started(machine: Machine) -> dict[str, Check]:
-    """Start both tools in processes of their own, and return what waits for each."""
-    if machine.toy:  # without the tool, the program alone, and only when it is asked for
-        return {tool: lambda: _ended(*_start([], ["--toy"])) for tool in TOOLS[:1]}
-    if shutil.which("compute-sanitizer") is None:
-        return {tool: lambda: {"holds": False, "said": "compute-sanitizer is not here"} for tool in TOOLS}
-    return {
-        tool: partial(_ended, *_start(["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"], []))
-        for tool in TOOLS
-    }
+class Checks:
+    """Both tools, each in a process of its own that runs beside other checks, and nothing is left of it at the end.
+
+    Args:
+        machine: a rehearsal runs the program without a tool, when it is asked for.
+        done: the tools that have been run already.
+    """
+
+    def __init__(self, machine: Machine, done: Collection[str]) -> None:
+        self.toy, self.left = machine.toy, [tool for tool in TOOLS if tool not in done]
+        self.here = self.toy or shutil.which("compute-sanitizer") is not None
+        self.running = {} if self.toy or not self.here else {tool: self._start(tool) for tool in self.left}
+
+    def _start(self, tool: str) -> tuple[subprocess.Popen[bytes], Path, float]:
+        prefix = [] if self.toy else ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        return _start(prefix, ["--toy"] if self.toy else [])
+
+    def ended(self, tool: str) -> dict[str, Any]:
+        """Return what a tool said, once it has ended or its time is over."""
+        if not self.here:
+            return {"holds": False, "said": "compute-sanitizer is not here"}
+        return _ended(*(self.running.pop(tool, None) or self._start(tool)))
+
+    def close(self) -> None:
+        """End what nobody waited for."""
+        for process, _, _ in self.running.values():
+            process.kill()
+            process.wait()
 
 
 def _start(prefix: list[str], arguments: list[str]) -> tuple[subprocess.Popen[bytes], Path, float]:

@@ -62,6 +62,31 @@ NUMERICS: dict[str, Shape] = {
     "strided rows": Shape(500, 512, 512, strided=True),
     **{f"rank {r}": Shape(600, 520, 776, 4, r) for r in (1, 2, 4, 16, 32, 100, 256)},
 }
+ENGINES = ("triton_concat", "triton_grouped")
+# Those that are checked in every dtype; the others in bf16 only.
+EVERY_DTYPE = ("usual", "odd sizes", "64 rows", "0 rows", "one hot expert", "dense", "rank 1", "rank 256")
+LAYER = Shape(600, 512, 768)
+ROUTED = Shape(4096, 512, 768)
+SLOTS = Shape(700, 256, 256, 64, 48)
+REPLAYED = (1, 16, 512)  # rows
+PAST = Shape(2**19 + 77, 4160, 4160, 4, 8)  # T·d is past 2^31
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama-shaped model, and the tokens of its training step."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    batch: int
+    length: int
+
+
+SIZES = {"1 B": Size(2048, 8192, 16, 32, 8, 1024), "0.2 B": Size(1024, 2816, 16, 16, 1, 512)}
+TOY = Size(32, 48, 1, 4, 2, 4)
+PROMPT = 16  # tokens before those that are decoded
 
 
 def draw(shape: Shape, device: torch.device | str = "cpu", seed: int = 0) -> tuple[list[Tensor], Tensor | None, Tensor]:

@@ -6,65 +6,95 @@ Compiling needs no GPU. A job is what one row will launch; processes share the j
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from moa.kernels.triton import decode
+from moa.recipes import RECIPES
 
+from . import recipes
 from .book import Row
 from .machine import Machine
-from .shapes import NUMERICS, REGRET, Shape
+from .shapes import (
+    ENGINES,
+    EVERY_DTYPE,
+    LAYER,
+    NUMERICS,
+    PAST,
+    PROMPT,
+    REGRET,
+    REPLAYED,
+    ROUTED,
+    SIZES,
+    SLOTS,
+    Shape,
+)
 from .tiles import SWEEPS, tiles_kernels
-
-ENGINES = ("triton_concat", "triton_grouped")
-# Shapes that are checked in every dtype; the others in bf16 only.
-EVERY_DTYPE = ("usual", "odd sizes", "64 rows", "0 rows", "one hot expert", "dense", "rank 1", "rank 256")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is compiled together: an engine's kernels of one shape, or "routed", "slots", or the name of a sweep."""
+    """What is compiled together.
+
+    Args:
+        what: an engine, "routed", "slots", the name of a sweep, or "recipe NAME".
+        shape: of the mixture; a recipe has its own.
+        dtype: of the rows.
+        tf32: fp32 products run in it.
+        backward: with the kernels of the gradients.
+    """
 
     what: str
-    shape: Shape
+    shape: Shape = field(default_factory=Shape)
     dtype: str = "bfloat16"
     tf32: bool = False
-    bias: bool = False
     backward: bool = True
+
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def jobs() -> Iterator[Job]:
     """Yield the jobs of all sections, those that are needed first to begin with."""
-    for dtype, tf32 in (("bfloat16", False), ("float16", False), ("float32", False), ("float32", True)):
+    for dtype, tf32 in (*((dtype, False) for dtype in DTYPES), ("float32", True)):
         for name, shape in NUMERICS.items():
             if shape.rows and (dtype == "bfloat16" or name in EVERY_DTYPE):
                 for engine in ENGINES:
                     if engine == "triton_concat" or shape.k is not None:
                         yield Job(engine, shape, dtype, tf32)
+    for dtype in DTYPES:
+        yield from (Job(engine, LAYER, dtype) for engine in ENGINES)
+        yield from (Job("routed", replace(ROUTED, n_experts=n), dtype) for n in (8, 16))
+        yield Job("slots", SLOTS, dtype)
+    for rows, engine in itertools.product(REPLAYED, ENGINES):
+        yield Job(engine, replace(NUMERICS["usual"], rows=rows), backward=False)
+    yield Job("routed", replace(NUMERICS["usual"], rows=REPLAYED[-1]))
+    yield from (Job(engine, PAST) for engine in ENGINES)
     usual = Shape()
-    for dtype in ("bfloat16", "float32"):
-        for n_experts in (8, 16):
-            yield Job("routed", Shape(4096, 512, 768, n_experts), dtype)
-    yield Job("slots", Shape(700, 256, 256, 64, 48))
     yield Job("triton_concat", usual)
     yield Job("routed", usual)
-    for engine in ENGINES:
-        yield Job(engine, replace(usual, n_experts=64, rank=16))
-    for rows in (1, 16, decode.MAX_ROWS):
-        yield Job("triton_concat", replace(usual, rows=rows), backward=False)
+    yield from (Job(engine, replace(usual, n_experts=64, rank=16)) for engine in ENGINES)
+    yield from (Job("triton_concat", replace(usual, rows=n), backward=False) for n in (1, 16, decode.MAX_ROWS))
+    for size in SIZES.values():
+        linears = {(size.width, o) for o in (size.width, size.width // 4, size.inner)} | {(size.inner, size.width)}
+        for d_in, d_out in sorted(linears):
+            shape = Shape(size.batch * size.length, d_in, d_out)
+            yield from (Job(what, shape) for what in ("routed", "triton_concat"))
+            for rows in (1, 32, PROMPT, 32 * PROMPT):
+                yield Job("triton_concat", replace(shape, rows=rows), backward=False)
     for n_experts, rank, k in REGRET:
-        for engine in ENGINES:
-            yield Job(engine, replace(usual, n_experts=n_experts, rank=rank, k=k))
-    for sweep in SWEEPS:
-        yield Job(sweep, usual)
+        yield from (Job(engine, replace(usual, n_experts=n_experts, rank=rank, k=k)) for engine in ENGINES)
+    yield from (Job(f"recipe {name}", dtype=dtype) for name in RECIPES for dtype in ("float32", "bfloat16"))
+    yield from (Job(sweep) for sweep in SWEEPS)
 
 
 def compile_job(job: Job, arch: int) -> list[tuple[str, Any]]:
@@ -79,11 +109,14 @@ def compile_job(job: Job, arch: int) -> list[tuple[str, Any]]:
             return compiled.routed_kernels(arch, job.shape, dtype)
         if job.what == "slots":
             return compiled.slot_kernels(arch, job.shape, dtype)
-        if job.what in SWEEPS:
-            with compiled.compile_only(arch) as launched:
+        if job.what in ENGINES:
+            return compiled.mixture_kernels(job.what, arch, job.shape, dtype, backward=job.backward)
+        with compiled.compile_only(arch) as launched:
+            if job.what in SWEEPS:
                 tiles_kernels(job.what, job.shape)
-            return compiled.distinct(launched)
-        return compiled.mixture_kernels(job.what, arch, job.shape, dtype, job.bias, job.backward)
+            else:
+                recipes.compile_step(job.what.removeprefix("recipe "), dtype)
+        return compiled.distinct(launched)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
