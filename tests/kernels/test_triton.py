@@ -118,9 +118,10 @@ def test_odd_sizes_and_a_single_slot_compile():
         assert {report.name for report in found} == names
 
 
-def test_fp32_rows_are_multiplied_exactly():
-    found = reports(mixture_kernels, "triton_concat", 90, USUAL, torch.float32, backward=False)
-    check(found, 90, FORWARD)
+@pytest.mark.parametrize(("engine", "names"), [("triton_concat", FORWARD), ("triton_grouped", GROUPED_FORWARD)])
+def test_fp32_rows_are_multiplied_exactly(engine, names):
+    found = reports(mixture_kernels, engine, 90, replace(USUAL, n_experts=64), torch.float32, backward=False)
+    check(found, 90, names)
     assert not any(report.matrix_ops for report in found)
 
 

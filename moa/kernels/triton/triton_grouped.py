@@ -29,17 +29,21 @@ _CHUNK = 512  # slots that one program of a weight gradient adds up
 
 def shrink_sizes(rank: int, itemsize: int) -> Sizes:
     """Return the tiles of a product over features: slots, ranks, features."""
-    return Sizes(64, _ranks(rank), 128 // itemsize, 4, 3)
+    return Sizes(64, _ranks(rank), 128 // itemsize, _warps(itemsize), 3)
 
 
 def expand_sizes(rank: int, itemsize: int) -> Sizes:
     """Return the tiles of a product over ranks."""
-    return Sizes(64, min(_ranks(rank), 128 // itemsize), 128, 4, 2)
+    return Sizes(64, min(_ranks(rank), 128 // itemsize), 128, _warps(itemsize), 2)
 
 
 def gram_sizes(rank: int, itemsize: int) -> Sizes:
     """Return the tiles of a weight gradient, whose product is over slots."""
-    return Sizes(128 // itemsize, _ranks(rank), 128, 4, 3)
+    return Sizes(128 // itemsize, _ranks(rank), 128, _warps(itemsize), 3)
+
+
+def _warps(itemsize: int) -> int:
+    return 8 if itemsize == 4 else 4  # exact fp32 products run without matrix units: with four warps their sums spill
 
 
 def _ranks(rank: int) -> int:
