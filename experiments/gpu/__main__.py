@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .book import Book, Lost, Row
+from .book import PATIENCE, Book, Lost, Row
 from .page import page
 
 
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--seconds", type=float, default=480.0, help="time for all of it")
     found.add_argument("--only", nargs="+", choices=names, metavar="SECTION", help=", ".join(names))
     found.add_argument("--commit", help="what is measured, where there is no git")
+    found.add_argument("--cache", type=Path, help="kernels that were compiled elsewhere: see pack.py")
     found.add_argument("--rehearse", choices=["quick", "whole"], help="without a GPU, at toy sizes")
     found.add_argument("--until", type=float, help=argparse.SUPPRESS)  # a process of its own: see `watch`
     return found
@@ -147,6 +149,14 @@ def _under_way(file: Path) -> Any:
     return json.loads(file.read_text()).get("under way") if file.exists() else None
 
 
+def unpacked(packed: Path, out: Path) -> str:
+    """Return a folder with the kernels of a file that `pack.py` wrote; it lies beside the results, not in them."""
+    folder = out.resolve().parent / f".{out.resolve().name}-triton"
+    with tarfile.open(packed) as file:
+        file.extractall(folder, filter="data")
+    return str(folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and print the page."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -154,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.until is not None:
         try:
-            work(options, Book(options.out / "gpu.json"))
+            work(options, Book(options.out / "gpu.json", PATIENCE if options.rehearse else 1.0))
         except Lost:
             sys.exit(LOST)
         return
@@ -166,6 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     # Nothing is fetched, and what libraries warn of is not read here.
     os.environ.update({"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"})
+    if options.cache:
+        os.environ["TRITON_CACHE_DIR"] = unpacked(options.cache, options.out)
     watch(options, arguments)
     text = page(Book(options.out / "gpu.json").content)
     (options.out / "gpu.md").write_text(text)

@@ -13,6 +13,7 @@ from typing import Any
 
 # The context of a GPU is lost after such an error: nothing can be run in that process any more.
 LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert", "CUDA error")
+PATIENCE = 20.0  # in a rehearsal, where other work may share the machine
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ class Book:
 
     Args:
         path: the file, read if it is there.
+        patience: multiplies the time after which a row is taken to hang.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, patience: float = 1.0) -> None:
+        self.path, self.patience = path, patience
         self.content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sections": {}}
 
     def rows(self, section: str) -> dict[str, Any]:
@@ -74,7 +76,12 @@ class Book:
     def begin(self, section: str, row: Row) -> None:
         """Say which row is under way, and when it is taken to hang: see `run.py`."""
         now = time.time()
-        self.content["under way"] = {"section": section, "row": row.name, "since": now, "until": now + row.limit}
+        self.content["under way"] = {
+            "section": section,
+            "row": row.name,
+            "since": now,
+            "until": now + self.patience * row.limit,
+        }
         self.save()
 
     def fail(self, section: str, row: str, error: str, seconds: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .book import Row
+from .book import PATIENCE, Row
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Hanging(Row):
 
     @property
     def limit(self) -> float:
-        """Half a second."""
-        return 0.5
+        """Half a second, in a rehearsal."""
+        return 0.5 / PATIENCE
 
 
 def rows(_: Any, __: Any) -> Iterator[Row]:

@@ -27,6 +27,7 @@ WAITING = {
     ATEN.masked_select.default,
     ATEN.equal.default,
     ATEN._unique2.default,
+    ATEN.lift_fresh.default,  # a tensor made of the host's numbers: a copy that waits
 }
 
 

@@ -124,7 +124,7 @@ def compile_job(job: Job, arch: int) -> list[tuple[str, Any]]:
 def rows(machine: Machine, _: Any) -> Iterator[Row]:
     """Yield the one row of this section."""
     cores = len(os.sched_getaffinity(0))
-    yield Row("kernels", lambda: warm(machine.arch, cores, machine.pick(0, 1)), seconds=5)
+    yield Row("kernels", lambda: warm(machine.arch, cores, machine.pick(0, 1)), seconds=20)
 
 
 def warm(arch: int, processes: int, at_most: int = 0, seconds: float = 75.0, report: bool = False) -> dict[str, Any]:
