@@ -13,6 +13,7 @@ from torch import Tensor
 from ..delta import Delta
 from ..errors import BackendError
 from .host_adapters import HostAdapter
+from .small_products import Factors, factors_of
 
 
 class Resident:
@@ -23,6 +24,7 @@ class Resident:
 
     Attributes:
         changes: by layer.
+        factors: by layer, for few rows on a CPU.
         pins: how many use it.
         is_sparse: all its changes are of a few entries.
     """
@@ -30,15 +32,23 @@ class Resident:
     def __init__(self, host: HostAdapter) -> None:
         self.host, self.pins = host, 0
         self.changes: dict[str, Delta] = {}
+        self.factors: dict[str, Factors] = {}
         self.is_sparse = all(part.rank is None for part in host.parts)
         self.loaded, self.failed = threading.Event(), False
         self._copied: torch.cuda.Event | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether NumPy sees all its factors, down (i, r) and up (r, o)."""
+        return len(self.factors) == len(self.changes)
 
     def load(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         """Copy the numbers, (n,), to a device; on a GPU beside what runs there, if a stream is given."""
         try:
             with torch.cuda.stream(stream):
                 self.changes = self.host.on(device)
+                found = {layer: factors_of(change) for layer, change in self.changes.items()}
+                self.factors = {layer: pair for layer, pair in found.items() if pair is not None}
                 if stream is not None:
                     self._copied = torch.cuda.Event()
                     self._copied.record(stream)

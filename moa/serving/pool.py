@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 import threading
@@ -23,6 +24,7 @@ from ..model.turns import Turns
 from .device_cache import DeviceCache, Resident
 from .host_adapters import HostAdapter, put_on_host
 from .scattered import weights_of, written
+from .small_products import MOST_ROWS, add_small
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,16 @@ class _Batch:
     residents: list[Resident]
     counts: list[int]  # examples of each
     order: Tensor | None  # (n,) the examples that have one, sorted; None where they are in order and all there
+
+    @functools.cached_property
+    def small(self) -> bool:
+        """Tell whether each adapter has few examples, and factors that NumPy can see."""
+        return max(self.counts) <= MOST_ROWS and all(resident.is_small for resident in self.residents)
+
+    @functools.cached_property
+    def rows(self) -> Any:
+        """`order` as an array (n,)."""
+        return None if self.order is None else self.order.numpy()
 
 
 class AdapterPool:
@@ -251,6 +263,8 @@ class AdapterPool:
             raise ShapeError(f"{layer} sees {n_rows} rows, no multiple of the {batch.size} adapter_ids of the batch.")
         rows, order = n_rows // batch.size, batch.order
         total = out.reshape(batch.size, rows, -1)  # (B, rows, o), a view
+        if rows == 1 and self._added_small(layer, batch, total[:, 0], x):
+            return total.view_as(out)
         own = x.reshape(batch.size, rows, -1)
         own = own if order is None else own.index_select(0, order)  # (n, rows, i)
         changes = [resident.changes.get(layer) for resident in batch.residents]
@@ -265,6 +279,14 @@ class AdapterPool:
         else:
             total.index_add_(0, order, change)
         return total.view_as(out)
+
+    def _added_small(self, layer: str, batch: _Batch, y: Tensor, x: Tensor) -> bool:
+        """Add a decoding step's changes to y (B, o) in place of x (*rows, i) and return True, where NumPy can."""
+        fits = batch.small and y.dtype == x.dtype == torch.float32 and y.is_contiguous()
+        if fits:
+            factors = [resident.factors.get(layer) for resident in batch.residents]
+            add_small(y, x.reshape(batch.size, -1), batch.rows, batch.counts, factors)
+        return fits
 
 
 def _changed(x: Tensor, change: Delta | None, d_out: int) -> Tensor:

@@ -86,6 +86,28 @@ def test_a_request_does_not_depend_on_the_batch(pool):
     )
 
 
+def test_a_decoding_step_takes_the_way_of_few_rows_and_gives_what_the_others_give(pool, monkeypatch):
+    """In order, out of order, a layer that an adapter does not have, and more rows than that way is for."""
+    from moa.serving import pool as module
+
+    ways: list[int] = []
+    real = module.add_small
+    monkeypatch.setattr(module, "add_small", lambda y, *rest: (ways.append(len(y)), real(y, *rest)))
+    for ids in (["a", "a", "b"], ["b", None, "a", "b"], ["c", "a"]):
+        inputs = batch(len(ids), 1)
+        found = pool(**inputs, adapter_ids=ids).logits
+        assert ways and set(ways) == {len(ids)}
+        ways.clear()
+        monkeypatch.setattr(module, "MOST_ROWS", 0)
+        torch.testing.assert_close(found, pool(**inputs, adapter_ids=ids).logits, rtol=1e-5, atol=1e-6)
+        monkeypatch.undo()
+        monkeypatch.setattr(module, "add_small", lambda y, *rest: (ways.append(len(y)), real(y, *rest)))
+        pool(**batch(len(ids), 2), adapter_ids=ids)
+        assert not ways, "a prefill has more rows"
+    pool(**batch(9, 1), adapter_ids=["a"] * 9)
+    assert not ways
+
+
 def test_evicted_and_reloaded_is_the_same_bit_for_bit(folders):
     sizes = AdapterPool(models.llama(), 10**6)
     for name, folder in folders.items():
