@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .compat import padding_of
 from .errors import ConfigError, ShapeError
+from .offload import brought_in
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -142,7 +143,7 @@ class Site:
     place: str = "input"
 
     def weight(self) -> Tensor:
-        """Return the layer's weight W0 (o, i), dequantised where the base is quantised.
+        """Return the layer's weight W0 (o, i), dequantised where the base is quantised, fetched where it is offloaded.
 
         Raises:
             ConfigError: the module has no weight that can be read as one matrix, or cannot run where it would say it.
@@ -150,7 +151,8 @@ class Site:
         why = "choose a family that does not start from the base's weight."
         kind = type(self.module).__name__
         try:
-            found = dequantised(self.module)
+            with brought_in(self.module):
+                found = dequantised(self.module)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise ConfigError(f"{self.name}: reading the weight of a {kind} failed ({error}): {why}") from error
         if found is None:

@@ -9,6 +9,7 @@ from ..delta import all_finite
 from ..errors import FoldError, NumericsError
 from ..mixture import Branch, Mixture
 from ..mixture.change import Change, layer_change, mixed
+from ..offload import execution_device
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def folded_change(mixture: Mixture, task: int | None = None) -> dict[str, Tensor
         return mixed(branch.bank, routing.dense())
 
     if not mixture.is_dense():
-        raise FoldError(f"{mixture.name}: a {type(mixture.base).__name__} holds no dense weight to fold into.")
+        raise FoldError(f"{mixture.name}: {not_at_hand(mixture.base)}")
     found: dict[str, Tensor] = {}
     for part in mixture.slices():
         changes = [layer_change(layer, static) for layer in part.layers]
@@ -49,6 +50,17 @@ def folded_change(mixture: Mixture, task: int | None = None) -> dict[str, Tensor
             "would put that into the base: training diverged."
         )
     return found
+
+
+def not_at_hand(base: nn.Module) -> str:
+    """Return why a layer (i -> o) without a dense weight at hand has none to change, and what to do."""
+    kind = type(base).__name__
+    if execution_device(base) is None:
+        return f"a {kind} holds no dense weight to fold into."
+    return (
+        f"the weight of this {kind} is offloaded, and comes back as it was each time the layer runs: load the base "
+        "whole, put the experts on it with moa.load, and fold there."
+    )
 
 
 def _not_constant(mixture: Mixture, branch: Branch, task: int | None) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..delta import all_finite
 from ..errors import CheckpointError, MoaWarning, NumericsError, shown
+from ..offload import value_of
 from .atomic import replacing, said_of
 from .description import check_claims, check_description
 from .headers import read_header
@@ -243,13 +244,14 @@ def fingerprint(
         for name, tensor in found.items()
         if is_matrix(tensor) and (gathered is None or not is_sharded(tensor))
     }
+    at_home = {original_name(name): name for name in found}
     names = sorted(own)
     chosen = [names[i * len(names) // n_tensors] for i in range(min(n_tensors, len(names)))] if names else []
     if len(names) <= n_tensors:
         chosen = names
     probes = {}
     for name in chosen:
-        flat = whole(name, own[name]).detach().reshape(-1)
+        flat = whole(name, value_of(base, at_home[name], own[name])).detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
         probes[name] = {
             "shape": list(own[name].shape),
@@ -269,6 +271,7 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
     Raises:
         CheckpointError: a matrix is missing, of another shape or of other values.
     """
+    at_home = {original_name(n): n for n, _ in base.named_parameters()}
     own = {original_name(n): p for n, p in base.named_parameters()}
     if not stored["fingerprint"]:
         warnings.warn(
@@ -288,7 +291,7 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
             raise CheckpointError(
                 f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(tensor.shape)}."
             )
-        flat = whole(name, tensor).detach().reshape(-1)
+        flat = whole(name, value_of(base, at_home[name], tensor)).detach().reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, len(probe["values"]), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].float().cpu()
         if not torch.allclose(values, torch.tensor(probe["values"], dtype=torch.float32), rtol=1e-2, atol=1e-5):

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from ..errors import ConfigError
 from ..layers import Site
+from ..offload import execution_device
 from .mixture import Mixture
 
 
@@ -64,10 +66,21 @@ def copy_sharing(model: nn.Module, own: Iterable[str] = ()) -> nn.Module:
 
 
 def placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return where new parameters go: the layer's device; fp32 whatever the base is in, fp64 for an fp64 base."""
+    """Return where new parameters go: the layer's device; fp32 whatever the base is in, fp64 for an fp64 base.
+
+    Raises:
+        ConfigError: the layer's weights are on the meta device, and nothing brings them to another one when it runs.
+    """
     tensors = [*module.parameters(), *module.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type == "meta":  # offloaded: accelerate brings the weights to this device when the layer runs
-        device = torch.device(getattr(getattr(module, "_hf_hook", None), "execution_device", None) or "meta")
+        found = execution_device(module)
+        if found is None:
+            raise ConfigError(
+                f"the weights of a {type(module).__name__} are on the meta device, without values, and nothing brings "
+                "them to another when it runs: load the base first (from_pretrained, or to_empty and load_state_dict), "
+                "or let accelerate dispatch it (device_map, cpu_offload, disk_offload)."
+            )
+        device = found
     double = any(t.dtype == torch.float64 for t in tensors)
     return device, torch.float64 if double else torch.float32

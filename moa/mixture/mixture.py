@@ -200,8 +200,9 @@ class Mixture(nn.Module):
         return {part.weight: as_weight(self.base, change)} | ({} if shift is None else {part.bias: shift})
 
     def is_dense(self) -> bool:
-        """Return whether the base holds its weights (o, i) as floats."""
-        return matrix(self.base) is not None
+        """Return whether the base holds its weights (o, i) as floats, and has them at hand."""
+        weight = matrix(self.base)
+        return weight is not None and not weight.is_meta
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""

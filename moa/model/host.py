@@ -25,6 +25,7 @@ from ..mixture import (
 from ..mixture.preview import Preview
 from ..mixture.streams import Streams
 from ..objective.trace import Trace
+from ..offload import check_trainable
 from ..recipes import Recipe
 from ..recipes.lent import mixtures_with
 from ..recipes.origins import origins
@@ -123,6 +124,7 @@ class Host(Switched, Sound):
             if name not in self.modules_to_save:
                 self.whole.append(Whole(self.base, name))
                 self.modules_to_save.append(name)
+        check_trainable(self.base)
         hold_still(self.base, [whole.module for whole in self.whole])
 
     @alone

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..delta import Delta, Dense, Undo
 from ..errors import FoldError
-from ..folding.weights import check_untied
-from ..layers import as_weight, is_conv1d, matrix
+from ..folding.weights import check_untied, not_at_hand
+from ..layers import as_weight, is_conv1d
 from ..mixture.change import check_expert, factor_change, single
 from .host import Host
 
@@ -33,10 +33,12 @@ class HotSwitch:
         self._now: int | None = None
         for mixture in self.mixtures.values():
             check_untied(model.base, mixture)
-            if mixture.why_not_fold is not None or matrix(mixture.base) is None:
+            if mixture.why_not_fold is not None:
                 raise FoldError(
                     f"{mixture.name}: a {type(mixture.base).__name__} has no weight to write an expert into."
                 )
+            if not mixture.is_dense():
+                raise FoldError(f"{mixture.name}: {not_at_hand(mixture.base)}")
 
     def to(self, expert: int | None) -> None:
         """Put an expert's changes (o, i) in place of those that are in the weights now; None leaves the base.

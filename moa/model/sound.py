@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericsError
 from ..formats.sharded import is_sharded
+from ..offload import check_trainable
 from ..types import Context
 from .stepping import Stepped
 
@@ -55,7 +56,13 @@ class Sound(Stepped):
         self._router_tensors = self._sound_at = None
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode as every module does, and look at the routers anew, of weights (E, i) and the like."""
+        """Set training mode as every module does, and look at the routers anew, of weights (E, i) and the like.
+
+        Raises:
+            ConfigError: what is trained has been offloaded.
+        """
+        if mode:
+            check_trainable(self)
         self._router_tensors = self._sound_at = None
         return super().train(mode)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..experts.families import ShiRABank
 from ..experts.families.shira import largest_places
-from ..layers import is_conv1d, matrix
+from ..layers import is_conv1d
 
 
 def choose_entries(
@@ -42,13 +42,14 @@ def choose_entries(
         raise ConfigError("this model has no experts of the family 'shira', whose entries could be chosen.")
     weights: dict[str, Tensor] = {}
     for name, bank in banks.items():
-        base = model.mixtures()[name].base
+        mixture = model.mixtures()[name]
+        base = mixture.base
         if "places" in bank._non_persistent_buffers_set:
             raise ConfigError(
                 f"{name}: the places of its experts come from a seed or the weight: build with mask='given'."
             )
-        if matrix(base) is None:
-            raise ConfigError(f"{name}: a {type(base).__name__} holds no dense weight to take a gradient of.")
+        if not mixture.is_dense():
+            raise ConfigError(f"{name}: a {type(base).__name__} holds no dense weight at hand to take a gradient of.")
         weights[name] = base.weight
     before = {name: weight.requires_grad for name, weight in weights.items()}
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
