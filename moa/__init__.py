@@ -35,6 +35,7 @@ _HOMES = {
     "distill": "training.distill",
     "initialize": "training.initialize",
     "allocate_ranks": "federated.importance",
+    "transfer": "training.transfer",
     "MoaError": "errors",
 }
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .routers import Router
     from .training.distill import distill
     from .training.initialize import initialize
+    from .training.transfer import transfer
     from .types import Context, Routing
 
 

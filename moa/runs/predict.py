@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
-from ..training.distill import gives_numbers
+from ..training.divergence import gives_numbers
 from .applied import task_id
 from .collate import Collator
 from .encode import encode_texts

@@ -5,27 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from ..errors import ConfigError, FoldError, NumericsError, unknown_name
+from ..errors import ConfigError, FoldError, NumericsError
 from ..folding.mean_routing import branch_key, mean_change, mean_routings
 from ..merge import Squeezed, squeeze
 from ..mixture import Branch, copy_sharing, take_out
-from ..model.inputs import describe_batch
-from ..model.outputs import logits_of, loss_of
-from ..types import Context
+from .divergence import check_objective, check_steps, divergence, gap
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
 
-OBJECTIVES = ("kl", "mse")
 LOSSLESS = 1e-9  # relative error in float64 below which a squeeze has lost nothing
 
 
@@ -109,18 +104,8 @@ def distill(
     """
     if rank < 1:
         raise ConfigError(f"rank must be at least 1, got {rank}.")
-    if objective not in OBJECTIVES:
-        raise ConfigError(unknown_name("objective", objective, OBJECTIVES, "moa.distill"))
-    if objective == "kl" and gives_numbers(model):
-        raise ConfigError("this model gives numbers, of which a softmax says nothing: set objective='mse'.")
-    if steps < 0 or (steps and data is None):
-        raise ConfigError(f"steps={steps}: gradient steps need data and cannot be negative.")
-    if not 0 < lr < math.inf:
-        raise ConfigError(f"lr must be a positive number, got {lr}.")
-    if isinstance(data, Iterator):
-        raise ConfigError("data is an iterator, which can be gone through once: pass a list or a DataLoader.")
-    if data is not None and next(iter(data), None) is None:
-        raise ConfigError("data holds no batch.")
+    check_objective(objective, model, "moa.distill")
+    check_steps(steps, lr, data)
     if not model.mixtures():
         raise ConfigError("this model has no mixtures to distil.")
     if model.streams is not None:
@@ -134,10 +119,10 @@ def distill(
         losses: dict[str, float] = {}
         divergences: dict[str, float] = {}
         if data is not None:
-            losses, divergences["closed form"] = _measure(model, student, data, objective, "closed form")
+            losses, divergences["closed form"] = gap(model, student, data, objective, ("mixture", "closed form"))
         if steps and data is not None and not exact:
             _refine(model, student, data, steps, lr, objective, progress)
-            refined, divergences["refined"] = _measure(model, student, data, objective, "refined")
+            refined, divergences["refined"] = gap(model, student, data, objective, ("mixture", "refined"))
             losses |= refined
     finally:
         model.train(was)
@@ -180,65 +165,6 @@ def _student(model: MoAModel, rank: int) -> MoAModel:
     return student.eval()
 
 
-@torch.no_grad()
-def _measure(
-    model: MoAModel, student: MoAModel, data: Iterable[Mapping[str, Any]], objective: str, stage: str
-) -> tuple[dict[str, float], float]:
-    """Return the mean losses of the mixture and of the LoRA, under its stage's name, and their divergence per row."""
-    totals = {"mixture": 0.0, stage: 0.0}
-    items, divergence, rows = 0, 0.0, 0
-    for batch in data:
-        theirs, ours = model(**batch), student(**batch)
-        count = _labelled(model, batch.get("labels"))
-        for name, outputs in (("mixture", theirs), (stage, ours)):
-            loss = loss_of(outputs)
-            if count and loss is not None:
-                totals[name] += float(loss) * count
-        items += count if loss_of(theirs) is not None else 0
-        per_row = _divergence(model, batch, theirs, ours, objective)
-        divergence += float(per_row.double().sum())
-        rows += per_row.numel()
-    return {name: total / items for name, total in totals.items()} if items else {}, divergence / max(rows, 1)
-
-
-def _labelled(model: MoAModel, labels: Any) -> int:
-    """Return how many labels a batch's mean loss is over, so that batches of unlike sizes weigh as they should."""
-    if not isinstance(labels, Tensor):
-        return 0
-    if labels.is_floating_point():
-        return labels.shape[0]
-    return int(((labels[:, 1:] if labels.ndim == 2 and model._shifts() else labels) != -100).sum())
-
-
-def gives_numbers(model: MoAModel) -> bool:
-    """Tell whether outputs (B, C) of a model are numbers to regress, at least those of some tasks."""
-    config = model.config
-    if getattr(config, "regressions", ()) or getattr(config, "problem_type", None) == "regression":
-        return True
-    return "ForSequenceClassification" in type(model.base).__name__ and getattr(config, "num_labels", 2) == 1
-
-
-def _divergence(model: MoAModel, batch: Mapping[str, Any], theirs: Any, ours: Any, objective: str) -> Tensor:
-    """Return the divergence of each row that counts, (n,), between the outputs of the mixture and of the LoRA.
-
-    Raises:
-        ConfigError: the model returns no logits.
-    """
-    target, logits = (out if isinstance(out, Tensor) else logits_of(out) for out in (theirs, ours))
-    if not isinstance(target, Tensor) or not isinstance(logits, Tensor):
-        raise ConfigError(f"a {type(model.base).__name__} returns no logits: there are no outputs to compare.")
-    wide = torch.promote_types(target.dtype, torch.float32)
-    target, logits, there = target.to(wide), logits.to(wide), torch.isfinite(target)  # heads lack some outputs: −∞
-    if objective == "kl":
-        log_p, log_q = F.log_softmax(target, -1), F.log_softmax(logits, -1)
-        per_row = torch.where(there, log_p.exp() * (log_p - log_q), 0).sum(-1)
-    else:
-        per_row = torch.where(there, logits - target, 0).square().sum(-1) / there.sum(-1)
-    told = describe_batch(batch, kind=model._kind(), labels=batch.get("labels"))
-    mask = Context(masks=(*told.decoder, *told.attention)).mask_for(target)
-    return per_row[mask] if mask is not None else per_row.reshape(-1)
-
-
 def _refine(
     model: MoAModel,
     student: MoAModel,
@@ -256,7 +182,7 @@ def _refine(
     for number, batch in enumerate(bar):
         with torch.no_grad():
             theirs = model(**batch)
-        value = _divergence(model, batch, theirs, student(**batch), objective).mean()
+        value = divergence(model, batch, theirs, student(**batch), objective).mean()
         reached = float(value.detach())
         if not math.isfinite(reached):
             raise NumericsError(f"the divergence from the mixture is {reached} at step {number}: lower lr={lr}.")
