@@ -5,41 +5,15 @@ Every ratio of time or memory is the peer's over moa's: above 1, moa is faster o
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
-HERE = Path(__file__).resolve().parent
+from .family_tables import family_costs, family_learning
+from .table_text import HERE, made_by, number, result, table
+
 PAGES = HERE / "README.md", HERE.parent / "docs" / "scaling.md", HERE.parent / "docs" / "families.md"
-COMMANDS = {"monitor": "python -m experiments.bench.monitor"}  # results that do not hold their own
 OURS = "moa topk 8x8 k=2"
-
-
-def result(name: str) -> dict[str, Any]:
-    """Return what results/NAME.json holds."""
-    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    return found
-
-
-def made_by(name: str) -> str:
-    """Return the line that says which command made a result, at which commit, and where it is."""
-    found = result(name)
-    commit = found.get("environment", found)["commit"]
-    return f"`{found.get('command', COMMANDS.get(name))}` at {commit[:7]}: [{name}.json](results/{name}.json)"
-
-
-def number(value: float) -> str:
-    """Return three digits or so."""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in markdown, its first column left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def whole_steps() -> str:
@@ -280,29 +254,6 @@ def demo() -> str:
     return f"{table(header, rows)}\n\n{made_by('demo')}; rates: {made_by('demo_tuning')}"
 
 
-def family_costs() -> str:
-    """What each family costs on an encoder and a decoder, and beside peft's own."""
-    if not (HERE / "results" / "families.json").exists():
-        return "Not measured yet: `python -m experiments.family_figures` measures them."
-    found = result("families")
-    keys = ("step_over_base", "saved_over_x", "decode_over_base", "peft_step_over_moa", "loop_step_over_moa")
-    texts = []
-    for kind, families in found["rows"].items():
-        rows = []
-        for name, row in families.items():
-            cells = [f"{row['parameters']:,}" if "parameters" in row else ""]
-            cells += ["" if row.get(key) is None else number(row[key]) for key in keys]
-            cells.append(f"{row['checkpoint_bytes'] / 1e3:,.0f}" if "checkpoint_bytes" in row else "")
-            cells.append(number(row["forward_64_over_4"]) if "forward_64_over_4" in row else "")
-            rows.append([f"`{name}`", *cells])
-        header = [kind, "parameters", "step / base", "kept / x", "decode / base", "peft's step / ours"]
-        header += ["loop over peft's / 8 routed", "checkpoint, kB", "forward, 64 experts / 4"]
-        texts.append(table(header, rows))
-        texts += [f"`{name}`: {row['error']}." for name, row in families.items() if "error" in row]
-    line = made_by("families").replace("(results/", "(../experiments/results/")
-    return "\n\n".join([*texts, line])
-
-
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -319,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
         expert_parallel,
         demo,
         family_costs,
+        family_learning,
     )
 }
 

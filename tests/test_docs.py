@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import moa
-from experiments import tables
+from experiments import table_text, tables
 from moa.experts import FAMILIES
 from moa.merge import METHODS
 from moa.recipes import RECIPES, make_recipe
@@ -232,7 +232,7 @@ def test_every_result_says_how_it_was_made() -> None:
         found = tables.result(file.stem)
         environment = found.get("environment", found)
         assert {"device", "python", "torch", "commit"} <= environment.keys(), file.name
-        assert found.get("command", tables.COMMANDS.get(file.stem)), file.name
+        assert found.get("command", table_text.COMMANDS.get(file.stem)), file.name
 
 
 def test_the_claim_is_in_the_results() -> None:

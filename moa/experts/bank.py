@@ -86,7 +86,8 @@ class ExpertBank(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e E_e(x), (*rows, o), without the constants: the definition, one expert at a time.
 
-        An expert that a row did not choose cannot reach it, not even with NaN.
+        Here an expert that a row did not choose cannot reach it, not even with parameters that are NaN. A family's own
+        forward and the engines that run all experts in one product multiply them by 0, which spreads their NaN.
         """
         weights, chosen = routing.dense(), routing.selected()  # (*rows, E)
         y = x.new_zeros(*x.shape[:-1], self.d_out)

@@ -131,7 +131,7 @@ class HypeLoRABank(FactoredBank):
         return found[0] if self.down is None else self.down, found[-1]
 
 
-@register_expert("hypelora", "HypeLoRA: hypernetwork-generated LoRA adapters for calibrated language models, 2026")
+@register_expert("hypelora", "Trojan and Gębala 2026, arXiv 2603.19278")
 @dataclass(frozen=True, kw_only=True)
 class HypeLoRA(Family):
     """LoRAs that one network emits for all experts of all layers, each from an embedding of its own.
@@ -145,7 +145,7 @@ class HypeLoRA(Family):
 
     Raises:
         ConfigError: a size below 1, fewer than two layers, or an unknown down.
-    Source: the method as its released code has it: a layer's embedding, through an MLP, becomes its factors.
+    Source: arXiv 2603.19278, as its released code has it: a layer's embedding, through an MLP, becomes its factors.
     Differs: there a layer has an embedding, here each expert of a layer has one. There the factors made are blended
         with a LoRA's first ones (one blend, "multiply", is zero for ever); here the network's last layer starts at
         zero, so that the model starts as its base and every part learns. A last layer for each size of layer, where

@@ -1,0 +1,65 @@
+"""The accuracy harness of families on trainings that are made up: rates, resuming, slices. Run: pytest tests"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import family_accuracy
+from experiments.family_accuracy import GRID, PICKED_ON, SEEDS, Training, Trainings, gains, row_of
+from moa.experts import FAMILIES
+from moa.recipes import make_recipe
+
+
+class MadeUp(Trainings):
+    """Scores by a formula: the third rate is best on what is held out, and one training can be the last."""
+
+    def __init__(self, work: Path, most: int = 10**6) -> None:
+        self.work, self.until, self.most, self.trained = work, float("inf"), most, []
+
+    def train(self, one: Training) -> dict[str, Any]:
+        self.trained.append(one)
+        if len(self.trained) == self.most:
+            self.until = time.monotonic() - 1
+        best = 0.5 + 0.1 * (one.rate == GRID[2]) + 0.01 * (one.seed % 3) + 0.2 * (one.arm.name == "lora 1")
+        return {"accuracy": {"a": best, "b": best}, "parameters": 7, "seconds": 0.0}
+
+
+def test_a_rate_is_picked_on_other_rows_and_seeds_than_it_is_scored_on(tmp_path: Path) -> None:
+    arm = family_accuracy.arms(["lora"])[1]
+    trainings = MadeUp(tmp_path)
+    row = row_of(arm, trainings)
+    assert row is not None and row["rate"] == GRID[2] and row["parameters"] == 7
+    assert [(one.rate, one.seed) for one in trainings.trained if one.held_out] == [(r, PICKED_ON) for r in GRID]
+    scored = [(one.rate, one.seed) for one in trainings.trained if not one.held_out]
+    assert scored == [(GRID[2], seed) for seed in range(SEEDS)] and PICKED_ON not in range(SEEDS)
+    again = MadeUp(tmp_path)
+    assert row_of(arm, again) == row and not again.trained, "finished trainings are kept"
+
+
+def test_a_slice_ends_in_time_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    arm, first = family_accuracy.arms(["lora"])[1], MadeUp(tmp_path, most=3)
+    assert row_of(arm, first) is None and len(first.trained) == 3
+    second = MadeUp(tmp_path)
+    assert row_of(arm, second) is not None and len(second.trained) == len(GRID) + SEEDS - 3
+
+
+def test_what_is_clearly_above_the_probe(tmp_path: Path) -> None:
+    rows = {arm.name: row_of(arm, MadeUp(tmp_path)) or {} for arm in family_accuracy.arms(["lora"])}
+    found = gains(rows)
+    assert found["lora 1"]["over_probe"] == pytest.approx(0.2) and found["lora 1"]["learns"]
+    assert found["lora 8"]["over_probe"] == 0 and not found["lora 8"]["learns"] and not found["probe"]["learns"]
+    rows["lora 8"]["accuracy"] = [{"a": 0.9}, {"a": 0.3}, {"a": 0.7}]
+    assert not gains(rows)["lora 8"]["learns"], "a mean that is no larger than its error"
+
+
+def test_every_family_has_both_arms() -> None:
+    arms = {arm.name: arm for arm in family_accuracy.arms(sorted(FAMILIES))}
+    assert len(arms) == 2 * len(FAMILIES) + 1
+    for arm in arms.values():
+        sizes = {"n_tasks": 2} if arm.by_task else {}
+        recipe = make_recipe(**{**arm.recipe, **sizes})
+        assert recipe.n_experts == (8 if arm.name.endswith(" 8") else 1)
