@@ -40,10 +40,11 @@ def family_learning() -> str:
             gain = f"{100 * arm['over_probe']:+z.1f} ± {100 * arm['standard_error']:.1f}"
             cells += [gain + ("" if arm["learns"] else ", not clear"), f"{arm['rate']:g}"]
         lines.append([f"`{name}`", *cells])
+    n_tasks, n_seeds = len(found["settings"]["tasks"]), found["settings"]["seeds"]
     header = ["points of accuracy over the frozen probe", "one expert", "rate", "8 experts", "rate"]
-    base, size = 100 * rows["probe"]["mean"], found["settings"]
+    base = 100 * rows["probe"]["mean"]
     line = made_by("family_accuracy").replace("(results/", "(../experiments/results/")
     return (
-        f"{table(header, lines)}\n\nMean over {len(size['tasks'])} tasks and {size['seeds']} seeds, ± a standard error; the "
+        f"{table(header, lines)}\n\nMean over {n_tasks} tasks and {n_seeds} seeds, ± a standard error; the "
         f"probe has {base:.1f} %. Rates are picked on other rows.\n\n{line}"
     )

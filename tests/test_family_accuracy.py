@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import family_accuracy
+from experiments import family_accuracy, family_tables, table_text
 from experiments.family_accuracy import GRID, PICKED_ON, SEEDS, Training, Trainings, gains, row_of
 from moa.experts import FAMILIES
 from moa.recipes import make_recipe
@@ -63,3 +64,26 @@ def test_every_family_has_both_arms() -> None:
         sizes = {"n_tasks": 2} if arm.by_task else {}
         recipe = make_recipe(**{**arm.recipe, **sizes})
         assert recipe.n_experts == (8 if arm.name.endswith(" 8") else 1)
+
+
+def test_the_tables_of_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured, and the reason where something is not."""
+    (tmp_path / "results").mkdir()
+    for module in (family_tables, table_text):
+        monkeypatch.setattr(module, "HERE", tmp_path)
+    assert family_tables.family_costs().startswith("Not measured yet: `python -m experiments.family_figures`")
+    about = {"command": "python -m experiments.x", "environment": {"commit": "abc1234"}}
+    arm = {"over_probe": 0.0312, "standard_error": 0.012, "rate": 0.003, "learns": True}
+    rows = {"probe": {"mean": 0.7}, "lora 1": arm, "lora 8": {**arm, "learns": False}}
+    settings = {"tasks": ["a", "b"], "seeds": 3}
+    (tmp_path / "results" / "family_accuracy.json").write_text(
+        json.dumps({**about, "settings": settings, "rows": rows})
+    )
+    said = family_tables.family_learning()
+    assert "| `lora` | +3.1 ± 1.2 | 0.003 | +3.1 ± 1.2, not clear | 0.003 |" in said and "probe has 70.0 %" in said
+    costs = {"parameters": 1234, "step_over_base": 1.5, "peft_step_over_moa": None, "checkpoint_bytes": 9000}
+    kinds = {"MiniLM": {"lora": {**costs, "saved_over_x": 0.5, "forward_64_over_4": 2.0}, "oft": {"error": "it broke"}}}
+    (tmp_path / "results" / "families.json").write_text(json.dumps({**about, "rows": kinds}))
+    said = family_tables.family_costs()
+    assert "| `lora` | 1,234 | 1.50 | 0.50 |  |  |  | 9 | 2.00 |" in said and "`oft`: it broke." in said
+    assert "`python -m experiments.x` at abc1234: [families.json](../experiments/results/families.json)" in said
