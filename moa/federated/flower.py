@@ -69,7 +69,8 @@ class AdapterStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the server's tensors, of any shape, or None where a round had too few clients."""
         read, measured = {}, {}
-        for message in replies:
+        # by node and not by arrival, so that a round's sums have one order
+        for message in sorted(replies, key=lambda message: message.metadata.src_node_id):
             node = message.metadata.src_node_id
             read[node], measured[node] = self._read(message)
         done = self.server.finish(read, self._asked)
