@@ -57,6 +57,17 @@ env-flower: .envs/flower/.done
 	.envs/flower/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# DeepSpeed without its compiled operations, beside the packages of .venv: tests/parallel/test_zero.py runs in it
+env-deepspeed: .envs/deepspeed/.done
+
+.envs/deepspeed/.done: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .envs/deepspeed
+	.envs/deepspeed/bin/python -m pip install --quiet --constraint constraints.txt pip torch
+	.envs/deepspeed/bin/python -m pip install --quiet --constraint constraints.txt --editable . setuptools wheel pytest peft
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .envs/deepspeed/bin/python -m pip install --quiet --no-build-isolation --no-deps \
+		deepspeed==0.19.* hjson py-cpuinfo msgpack ninja
+	touch $@
+
 test-vllm: setup env-vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 

@@ -41,7 +41,8 @@ class Routing:
         ranks: (*rows, K) or (*rows, 1) int64, how many components of an elastic expert act; None leaves it to it.
     """
 
-    __slots__ = ("_log_prob", "_scores", "indices", "logits", "n_experts", "ranks", "usage", "weights")
+    # of its own only what stands here; DeepSpeed looks at the `vars` of whatever a module returns
+    __slots__ = ("__dict__", "_log_prob", "_scores", "indices", "logits", "n_experts", "ranks", "usage", "weights")
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY_IN = {
     "triton": {"kernels/triton/*.py"},
     "megablocks": {"kernels/megablocks.py"},
+    "deepspeed": {"model/averaged.py"},
     "transformers": {
         "model/moa_model.py",
         "model/heads.py",

@@ -1,11 +1,12 @@
-"""Whether processes that train one model learn together, or each by itself and in silence."""
+"""Engines that train one model in several processes: what they need of it, and what nobody averages."""
 
 from __future__ import annotations
 
 from torch import distributed, nn
 
-from ..errors import ContextError
+from ..errors import ConfigError, ContextError
 from ..formats.sharded import is_sharded
+from ..mixture import Mixture
 
 
 def check_averaged(model: nn.Module) -> None:
@@ -25,3 +26,28 @@ def check_averaged(model: nn.Module) -> None:
             "wraps a model that it has prepared no second time. Evaluate after training, or run "
             "`del model._is_accelerate_prepared` before trainer.train()."
         )
+
+
+def ready_for_engine(model: nn.Module) -> None:
+    """Let DeepSpeed's ZeRO-3 gather all parameters that a mixture reads in its forward on x (*rows, i), as it starts.
+
+    It gathers those of a module for that module's own forward, and a mixture reads its router's, its experts' and its
+    layer's together, and those that layers share.
+
+    Raises:
+        ConfigError: a recipe that runs several selections a step, whose gradients it does not add up.
+    """
+    if not any(hasattr(p, "ds_tensor") for p in model.parameters()):
+        return
+    samples = getattr(model, "samples", 1)
+    if samples > 1:
+        raise ConfigError(
+            f"this model learns from {samples} selections a step, whose gradients DeepSpeed's ZeRO-3 does not add up: "
+            "train it by ZeRO-2 or FSDP2."
+        )
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for mixture in (m for m in model.modules() if isinstance(m, Mixture)):
+        lent = (value for part in mixture.modules() for value in vars(part).values() if isinstance(value, nn.Module))
+        for parameter in {p for part in (mixture, *lent) for p in part.parameters()}:
+            register_external_parameter(mixture, parameter)

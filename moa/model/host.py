@@ -181,6 +181,14 @@ class Host(Switched, Sound):
             if step is not None:
                 step()
 
+    def exchange_counts(self) -> None:
+        """Let routers add up over the processes what they have counted, (E,); called in all of them."""
+        shared = (module for number in self.shared_by_layers for module in self.shared_of(number).values())
+        for counting in (*(branch.router for _, branch in self.branches()), *shared):
+            exchange: Any = getattr(counting, "exchange", None)
+            if exchange is not None:
+                exchange()
+
     @contextlib.contextmanager
     def tracing(self) -> Iterator[Trace]:
         """Record the routings of the forwards inside, training or not: `with model.tracing() as trace: model(...)`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..compat import is_captured
 from ..objective import Objective, Trace
-from .averaged import check_averaged
+from .averaged import check_averaged, ready_for_engine
 from .host import Host
 from .outputs import logits_of, loss_of, with_loss
 from .outside import LABELLED, LIKELIHOODS, asked_of, carried, hook_all, refuse_sampled, warn_of_lost
@@ -40,6 +40,7 @@ class Learned(Host):
     can_generate: Callable[[], bool]
     selections: Selections
     _warned_of_lost_losses: bool = False
+    _engine_seen: bool = False  # asked at the first training forward, when an engine has taken the model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the forward; in training also of one that another library has put in its place."""
@@ -67,6 +68,9 @@ class Learned(Host):
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
         check_averaged(self)
+        if not self._engine_seen:
+            self._engine_seen = True
+            ready_for_engine(self)
         samples = self.samples
         passes: list[tuple[Any, Tensor | None]] = []
         traces: list[Trace] = []

@@ -45,10 +45,15 @@ class Stepped(nn.Module):
         """Note the parameters as they are: an optimizer has stepped that holds none of them."""
         if self._counted and not self._held and self._before is None:
             self._before = self._sums()
+            self.exchange_counts()  # here, where every process is: one may save before the next forward
+
+    def exchange_counts(self) -> None:
+        """Let routers add up over the processes what they have counted; called in all of them."""
 
     def _sums(self) -> Tensor:
         """Return one number of each trainable parameter, (P,); none of a model that was unloaded."""
-        sums = [p.detach().double().sum().cpu() for p in self.parameters() if p.requires_grad]
+        held = (getattr(p, "ds_tensor", p) for p in self.parameters() if p.requires_grad)  # ZeRO-3: this process's part
+        sums = [p.detach().double().sum().cpu() for p in held]
         return torch.stack(sums) if sums else torch.zeros(0)
 
 

@@ -30,6 +30,7 @@ class BalancedRouter(Router):
 
     selection_bias: Tensor | None
     counts: Tensor | None
+    _everywhere: Tensor | None = None  # counts of all processes, between an exchange and its step
 
     def __init__(self, d_in: int, n_experts: int, k: int, bias_rate: float = 0.0) -> None:
         super().__init__(d_in, n_experts, k)
@@ -57,17 +58,29 @@ class BalancedRouter(Router):
         counts.scatter_add_(0, indices.reshape(-1), one.reshape(-1))
 
     @torch.no_grad()
+    def exchange(self) -> None:
+        """Add up the counts (E,) since the last exchange over all processes, which then make the same move."""
+        if self.counts is None:
+            return
+        new = self.counts.clone()
+        self.counts.zero_()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(new)
+        self._everywhere = new if self._everywhere is None else self._everywhere + new
+
+    @torch.no_grad()
     def step(self) -> None:
         """Move the selection bias (E,) by ±u towards an even load: b_e += u · sign(mean(c) − c_e).
 
         Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
         """
-        if self.counts is None or self.selection_bias is None:
+        if self.selection_bias is None:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)  # every process then makes the same move
-        self.selection_bias += self.bias_rate * torch.sign(self.counts.mean() - self.counts)
-        self.counts.zero_()
+        if self._everywhere is None:
+            self.exchange()
+        counts, self._everywhere = self._everywhere, None
+        assert counts is not None
+        self.selection_bias += self.bias_rate * torch.sign(counts.mean() - counts)
 
 
 def check_bias_rate(bias_rate: float) -> None:

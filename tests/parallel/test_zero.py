@@ -1,0 +1,65 @@
+"""DeepSpeed's ZeRO-2 and ZeRO-3 learn what one process does. Needs `make env-deepspeed`; every recipe: -m slow"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from .processes import ROOT, run_together
+from .steps import ONE_EACH, learned, model_of
+from .test_processes import alone
+
+PYTHON = ROOT / ".envs" / "deepspeed" / "bin" / "python"
+PAGE = ROOT / "docs" / "scaling.md"
+QUICK = ("topk-default", "sigmoid-default", "xlora-default", "mixlora-default", "remix-token")
+TOLERANCE = 2e-5  # of how far a weight moved: two steps in fp32 against fp64
+pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no DeepSpeed here: make env-deepspeed")
+
+
+def plans(folder: Path) -> list[str]:
+    """Return the files of the configurations that the page shows, as they stand there."""
+    files = []
+    for name, text in re.findall(r"```json\n// (zero\d\.json)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S):
+        plan = json.loads(text)
+        if plan["zero_optimization"]["stage"] == 3:
+            plan["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # these are all small
+        files.append(str(folder / name))
+        Path(files[-1]).write_text(json.dumps({**plan, "zero_allow_untested_optimizer": True}))
+    return files
+
+
+def check(folder: Path, cases: tuple[str, ...]) -> None:
+    """Fail unless each case learns by each plan of the page what one process learns."""
+    files = plans(folder)
+    assert [Path(file).stem for file in files] == ["zero2", "zero3"]
+    run_together("tests.parallel.zero", 2, str(folder), ",".join(files), ",".join(cases), python=PYTHON)
+    for case in cases:
+        before, expected = learned(model_of(case)), alone(case, 2)
+        for file in files:
+            got = torch.load(folder / f"{case}-{Path(file).stem}.pt")
+            if file.endswith("zero3.json") and case.startswith("remix"):
+                assert "selections a step, whose gradients DeepSpeed's ZeRO-3 does not add up" in got
+                continue
+            assert got.keys() == expected.keys()
+            for name, value in expected.items():
+                if value.is_floating_point():
+                    moved = (value - before[name]).abs().max().item()
+                    error = (got[name].double() - value).abs().max().item()
+                    rounding = 1e-6 * value.abs().max().item()  # of fp32 at the weight's own size
+                    assert error <= TOLERANCE * moved + rounding, (case, Path(file).stem, name, error, moved)
+                else:
+                    assert torch.equal(got[name], value), (case, name)
+
+
+def test_zero_learns_what_one_process_does(tmp_path: Path) -> None:
+    """Selection biases move, too: no gradient does it, and the engine's optimizer holds no parameter of the model."""
+    check(tmp_path, QUICK)
+
+
+@pytest.mark.slow
+def test_zero_learns_every_recipe(tmp_path: Path) -> None:
+    check(tmp_path, ONE_EACH)
