@@ -1,4 +1,4 @@
-"""Figures of routing: the layer × expert heat map that TensorBoard, the report and the demo share."""
+"""Figures: the layer × expert heat map that TensorBoard, the report and the demo share, and reliability."""
 
 from __future__ import annotations
 
@@ -143,6 +143,46 @@ def routing_figure(load: Loads, *, per_task: Mapping[str, Loads] | None = None, 
     heatmap = RoutingHeatmap(names, n_experts, list(panels) if per_task else [""], title, dpi=100)
     heatmap.show(list(panels.values()))
     return heatmap.figure
+
+
+def reliability_figure(tasks: Mapping[str, Mapping[str, Sequence[float]]], title: str = "") -> Figure:
+    """Return how often predictions come true against how sure the model was: one panel a task; on the line is perfect.
+
+    Args:
+        tasks: task -> "counts", "confidence" and "accuracy" of its bins (N,) each.
+        title: above the panels.
+
+    Raises:
+        ShapeError: there is no task.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not tasks:
+        raise ShapeError("a reliability figure needs at least one task, and tasks has none.")
+    columns = min(len(tasks), PANELS_PER_ROW // 2)
+    rows = math.ceil(len(tasks) / columns)
+    figure: Figure = Figure(figsize=(0.6 + 2.9 * columns, 0.6 + 3.1 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.set_visible(False)
+    for axes, (task, bins) in zip(grid.flat, tasks.items(), strict=False):
+        confidence, accuracy = bins["confidence"], bins["accuracy"]
+        share = [count / sum(bins["counts"]) for count in bins["counts"]]
+        axes.bar(confidence, share, width=0.04, color="0.8", label="share of rows")
+        axes.plot([0, 1], [0, 1], color="0.4", linewidth=1, linestyle=":")
+        axes.vlines(confidence, confidence, accuracy, color="#d1495b", linewidth=1.5, label="gap")
+        axes.plot(confidence, accuracy, color="#31688e", marker="o", markersize=4, label="accuracy")
+        axes.set_title(shown(task, 40), fontsize=9, parse_math=False)
+        axes.set(xlim=(0, 1.03), ylim=(0, 1.03))
+        axes.tick_params(labelsize=7)
+    grid[0, 0].legend(fontsize=7, loc="upper left")
+    figure.supxlabel("confidence, mean of a bin", fontsize=8)
+    figure.supylabel("accuracy", fontsize=8)
+    if title:
+        figure.suptitle(shown(title), fontsize=9, parse_math=False)
+    return figure
 
 
 def _by_name(load: Loads) -> Mapping[str, Tensor]:

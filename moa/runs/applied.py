@@ -107,21 +107,26 @@ def task_id(given: str | None, names: Sequence[str], where: str) -> int | None:
     raise ConfigError(unknown_name("task", given, names, where))
 
 
-def check_file(out: str | Path, overwrite: bool) -> None:
-    """Check that a file of rows may be written.
+def check_file(out: str | Path, overwrite: bool, option: str = "--out", endings: Sequence[str] = ENDINGS) -> None:
+    """Check that a file may be written.
+
+    Args:
+        out: the file.
+        overwrite: one that is there may be replaced.
+        option: that names it.
+        endings: one of them is its.
 
     Raises:
-        ConfigError: another ending than .jsonl, .csv or .tsv, a file that is there already, a place that cannot be
-            written.
+        ConfigError: another ending, a file that is there already, a place that cannot be written.
     """
     target = Path(out).absolute()
-    if target.suffix.lower() not in ENDINGS:
-        raise ConfigError(f"--out {out} must end in one of {', '.join(ENDINGS)}.")
-    check_writable(target.parent, "--out")
+    if target.suffix.lower() not in endings:
+        raise ConfigError(f"{option} {out} must end in {'one of ' * (len(endings) > 1)}{', '.join(endings)}.")
+    check_writable(target.parent, option)
     if target.is_dir():
-        raise ConfigError(f"--out {out} is a folder: name a file.")
+        raise ConfigError(f"{option} {out} is a folder: name a file.")
     if target.exists() and not overwrite:
-        raise ConfigError(f"--out {out} exists already: choose another file, or pass --overwrite to replace it.")
+        raise ConfigError(f"{option} {out} exists already: choose another file, or pass --overwrite to replace it.")
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], out: str | Path) -> None:

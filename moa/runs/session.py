@@ -191,6 +191,7 @@ class Run:
         statistics: RoutingStatistics | None = None,
         rows: Sequence[Any] | None = None,
         title: str = "scoring",
+        measures: Sequence[Measures] | None = None,
     ) -> Scores:
         """Return the measures of each task.
 
@@ -199,7 +200,9 @@ class Run:
             statistics: counts the routings, where given.
             rows: a data set per task; None takes the tasks' evaluation rows.
             title: of the progress bar.
+            measures: one per task; None takes those of its kind.
         """
+        measures = measures or [measures_of(task.kind, task.labels) for task in self.tasks]
         arguments = self._quiet({})
         trainer = self.trainer(model, arguments, title=title)
         was_prepared = hasattr(model, PREPARED)
@@ -208,8 +211,9 @@ class Run:
         try:
             scores: Scores = {}
             scored: dict[str, float] = {}
-            for task, own in zip(self.tasks, rows or [task.eval for task in self.tasks], strict=True):
-                _measure(trainer, measures_of(task.kind, task.labels), scored)
+            rows = rows or [task.eval for task in self.tasks]
+            for task, own, measured in zip(self.tasks, rows, measures, strict=True):
+                _measure(trainer, measured, scored)
                 trainer.evaluate(own)
                 scores[task.name] = dict(scored)
             return scores

@@ -20,6 +20,7 @@ from ..model.moa_model import MoAModel
 from ..monitor.report import routing_table
 from ..monitor.statistics import LayerLoad, RoutingStatistics
 from . import baselines
+from .calibrated import CalibratedClasses, check_classify
 from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
 from .generate import continuations
@@ -173,21 +174,31 @@ def _notes(config: TrainConfig, model: MoAModel) -> list[str]:
     return notes
 
 
-def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str | Path,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    calibrated: bool = False,
+) -> dict[str, Any]:
     """Return a checkpoint's scores on tasks, in the form of results.json.
 
     Args:
         checkpoint: folder of a run, or of a checkpoint.
         config: YAML file with the tasks; None takes config.yaml of the run.
         overrides: "a.b=c" each.
+        calibrated: measure how far the probabilities can be believed, too: under "calibration", task -> the measures of
+            `moa.monitor.calibration.calibration`, and "bins", the predictions by confidence.
 
     Raises:
-        ConfigError: no configuration, tasks that the checkpoint has no head for, or an override that changes nothing.
+        ConfigError: no configuration, tasks that the checkpoint has no head for, an override that changes nothing, or
+            the calibration of a task that does not classify.
         CheckpointError: no checkpoint there, or a base that is not the one it was made on.
     """
     folder = Path(checkpoint)
     own = check_scored(checkpoint, config, overrides)
     own.check_recipe()
+    if calibrated:
+        check_classify({name: task.problem or task.kind for name, task in own.tasks.items()})
     saved = folder / MODEL if (folder / MODEL).is_dir() else folder
     model = load(saved, base_from(saved, own.base, **({} if own.dtype is None else {"dtype": own.dtype})))
     stored = json.loads(json.dumps(model.recipes[0][0].to_dict()))
@@ -197,8 +208,15 @@ def evaluate(checkpoint: str | Path, config: str | Path | None = None, overrides
     own = with_heads_of(own, model, folder)
     tokenizer = load_tokenizer(own.base)
     tasks = encode_tasks(own.tasks, tokenizer, own.max_length, own.seed, own.long_rows)
-    scores = Run(own, tasks, tokenizer).evaluate(model)
-    return {"tasks": {task.name: _describe_task(task) for task in tasks}, "scores": {"mixture": scores}}
+    run = Run(own, tasks, tokenizer)
+    described = {task.name: _describe_task(task) for task in tasks}
+    if not calibrated:
+        return {"tasks": described, "scores": {"mixture": run.evaluate(model)}}
+    check_classify({task.name: task.kind for task in tasks})
+    measures = [CalibratedClasses(len(task.labels)) for task in tasks]
+    scores = run.evaluate(model, measures=measures)
+    found = {task.name: measured.found for task, measured in zip(tasks, measures, strict=True)}
+    return {"tasks": described, "scores": {"mixture": scores}, "calibration": found}
 
 
 def _describe(

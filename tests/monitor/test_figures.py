@@ -10,7 +10,7 @@ import torch
 from matplotlib import colormaps
 
 from moa.errors import ShapeError
-from moa.monitor.figures import COLORMAP, MAX_LABELS, RoutingHeatmap, routing_figure, short_names
+from moa.monitor.figures import COLORMAP, MAX_LABELS, RoutingHeatmap, reliability_figure, routing_figure, short_names
 
 
 def test_cells_are_load_relative_to_the_even_share() -> None:
@@ -76,3 +76,17 @@ def test_bad_shapes() -> None:
         routing_figure(torch.ones(4))
     with pytest.raises(ShapeError, match="at least one layer"):
         routing_figure({})
+
+
+def test_a_reliability_figure_draws_each_bin_where_it_lies() -> None:
+    bins = {"counts": [30, 10], "confidence": [0.4, 0.9], "accuracy": [0.5, 0.6]}
+    figure = reliability_figure({"a": bins, "b $x$": bins})
+    assert [axes.get_title() for axes in figure.axes] == ["a", "b $x$"]
+    line = figure.axes[1].get_lines()[-1]
+    np.testing.assert_allclose(line.get_xydata(), [[0.4, 0.5], [0.9, 0.6]])
+    assert [bar.get_height() for bar in figure.axes[1].patches] == [0.75, 0.25]
+    figure.canvas.draw()
+    top = figure.axes[0].title.get_window_extent().y1
+    assert top <= figure.bbox.y1, "the title is not cut off"
+    with pytest.raises(ShapeError, match="at least one task"):
+        reliability_figure({})
