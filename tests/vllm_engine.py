@@ -59,10 +59,11 @@ def engine_environment() -> dict[str, str]:
     }
 
 
-def run_engine(script: str, *arguments: Any, timeout: float = 400) -> Any:
+def run_engine(script: str, *arguments: Any, timeout: float = 400, **variables: str) -> Any:
     """Return what a script answers that runs in the engine's environment: it sees `arguments` and calls `answer`."""
     command = [str(PYTHON), "-c", _HEAD + script, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=engine_environment(), cwd="/", timeout=timeout)
+    environment = engine_environment() | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     found = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     return json.loads(found.removeprefix("RESULT"))

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..delta import Delta, LowRank
-from ..errors import ConfigError, ContextError, ShapeError, unknown_name
+from ..errors import BackendError, ConfigError, ContextError, ShapeError, unknown_name
 from ..merge.codec import BIT_WIDTHS
 from ..model.turns import Turns
 from .device_cache import DeviceCache, Resident
@@ -35,6 +35,23 @@ class _Batch:
     residents: list[Resident]
     counts: list[int]  # examples of each
     order: Tensor | None  # (n,) the examples that have one, sorted; None where they are in order and all there
+    called: set[str] = field(default_factory=set)  # layers that the base has called
+
+    def check_called(self) -> None:
+        """Check that the base has called layers (*rows, i) -> (*rows, o) of every kind that an adapter changes.
+
+        Raises:
+            BackendError: it has not: it computes with their weights in another way, which hides their input.
+        """
+        reached = {layer.rpartition(".")[2] for layer in self.called}
+        for resident in self.residents:
+            for layer in resident.changes:
+                if layer.rpartition(".")[2] not in reached:
+                    raise BackendError(
+                        f"the base never called {layer}, so adapter {resident.host.name!r} could not act on it: a "
+                        "fused or quantised kernel hides the layer's input. Load the base without that kernel, or use "
+                        "an adapter of other layers."
+                    )
 
     @functools.cached_property
     def small(self) -> bool:
@@ -170,7 +187,8 @@ class AdapterPool:
 
         Raises:
             ContextError: no such adapter.
-            BackendError: the batch's adapters do not fit on the device together.
+            BackendError: the batch's adapters do not fit on the device together; or the base has not called a layer
+                that one of them changes.
             ShapeError: later, where the number of rows is not a multiple of B.
         """
         with torch.no_grad(), self._batch(adapter_ids):
@@ -243,6 +261,7 @@ class AdapterPool:
                 self._here.batch = batch
                 with self._turns.beside():
                     yield
+                batch.check_called()
             else:
                 self._here.batch = None  # the hooks have nothing to add
                 with self._turns.alone(), written(weights, only.changes):
@@ -257,6 +276,7 @@ class AdapterPool:
         batch: _Batch | None = getattr(self._here, "batch", None)
         if batch is None or not batch.residents:
             return None
+        batch.called.add(layer)
         x: Tensor = args[0]
         n_rows = x.shape[:-1].numel()
         if n_rows % batch.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,33 @@ def test_the_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
             assert [tokens for tokens, _ in found] == [tokens for tokens, _ in truth], f"{router} {kind}"
             for (_, ours), (_, theirs) in zip(found, truth, strict=True):
                 assert ours == pytest.approx(theirs, abs=2e-5), f"{router} {kind}"
+
+
+RANKS = """
+from vllm import LLM, SamplingParams
+
+folder, prompts, new = arguments
+model = LLM(folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=128,
+            gpu_memory_utilization=0.1, max_num_batched_tokens=48, max_num_seqs=8, block_size=32,
+            tensor_parallel_size=2, distributed_executor_backend="mp")
+sampling = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True, logprobs=0)
+out = model.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+found = [o.outputs[0] for o in out]
+answer([[list(s.token_ids), [s.logprobs[n][t].logprob for n, t in enumerate(s.token_ids)]] for s in found])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two CPUs")
+def test_two_ranks_give_the_tokens_of_transformers(tmp_path: Path) -> None:
+    """Column and row parallel, fused q, k, v of one key head for both ranks, fused gate and up; two processes."""
+    model = trained(moa.build(base(tmp_path / "base"), router="topk", n_experts=4, targets="all-linear"))
+    folder = export_vllm(model, tmp_path / "out")
+    how = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    found = run_engine(RANKS, str(folder), PROMPTS, NEW, timeout=600, **how)
+    for (tokens, ours), (expected, theirs) in zip(found, by_transformers(model), strict=True):
+        assert tokens == expected
+        assert ours == pytest.approx(theirs, abs=2e-5)
 
 
 SYNC = """

@@ -44,7 +44,7 @@ class MoaForCausalLM(TransformersForCausalLM):
         places = {name: self._place(name) for row in recipes for name in row["layers"]}
         shapes = {name: sizes(self.get_submodule(layer), shard) for name, (layer, shard) in places.items()}
         with torch.device(self.device_config.device):
-            load = RoutingLoad.of_engine() if get_tensor_model_parallel_rank() == 0 else None
+            load = RoutingLoad.of_engine(vllm_config) if get_tensor_model_parallel_rank() == 0 else None
             self.mixtures = Mixtures(recipes, shapes, Context(trace=load))
         by_layer: dict[str, dict[Any, Any]] = {}
         for name, mixture in self.mixtures.by_name.items():

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "MOA_ROUTING_LOAD"  # names the file; processes that the engine starts inherit it
+VARIABLE = "MOA_ROUTING_LOAD"  # names a folder; processes that the engine starts inherit it
 METRIC, HELP = "moa_routing_rows", "Rows that went to an expert, in a sample of one batch a second."
 
 
 @functools.cache
 def announce() -> None:
-    """Choose the file in an engine's main process, and show it in that process's metrics; no tensors.
+    """Choose the folder in an engine's main process, and show it in that process's metrics; no tensors.
 
     What another engine's process has handed down in the environment is not this one's.
     """
@@ -27,21 +27,21 @@ def announce() -> None:
         return
     folder = tempfile.mkdtemp(prefix="moa-routing-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[VARIABLE] = str(Path(folder) / "load.json")
+    os.environ[VARIABLE] = folder
     from prometheus_client import REGISTRY
 
-    REGISTRY.register(LoadCollector(Path(os.environ[VARIABLE])))
+    REGISTRY.register(LoadCollector(Path(folder)))
 
 
 class LoadCollector:
-    """Shows a file of `RoutingLoad` as a counter by layer and expert.
+    """Shows the files of `RoutingLoad` as a counter by layer and expert: the sum over a process's engines.
 
     Args:
-        file: may not be there yet.
+        folder: may be empty yet.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def describe(self) -> list[Any]:
         """Return nothing: what there is, is known when a model runs."""
@@ -52,8 +52,11 @@ class LoadCollector:
         from prometheus_client.core import CounterMetricFamily
 
         counter = CounterMetricFamily(METRIC, HELP, labels=["layer", "expert"])
-        if self.file.is_file():
-            for layer, counts in json.loads(self.file.read_text()).items():
+        totals: dict[tuple[str, int], int] = {}
+        for file in sorted(self.folder.glob("*.json")):
+            for layer, counts in json.loads(file.read_text()).items():
                 for expert, count in enumerate(counts):
-                    counter.add_metric([layer, str(expert)], count)
+                    totals[layer, expert] = totals.get((layer, expert), 0) + count
+        for (layer, expert), total in totals.items():
+            counter.add_metric([layer, str(expert)], total)
         yield counter

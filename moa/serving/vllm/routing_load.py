@@ -6,11 +6,13 @@ leave the weights of their latest batch; once a second a thread counts those, so
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from ...types import Routing
 from .load_metrics import VARIABLE
 
 EVERY = 1.0  # seconds
+_numbers = itertools.count()  # of the engines in this process
 
 
 class RoutingLoad:
@@ -53,11 +56,19 @@ class RoutingLoad:
             temporary.write_text(json.dumps({name: count.tolist() for name, count in self.counts.items()}))
 
     @classmethod
-    def of_engine(cls) -> RoutingLoad | None:
-        """Return one that publishes to the file that `announce` chose, or None where it chose none; no tensors."""
-        if VARIABLE not in os.environ:
+    def of_engine(cls, config: Any) -> RoutingLoad | None:
+        """Return one that publishes into the folder that `announce` chose, or None where it chose none; no tensors.
+
+        None, too, where graphs are replayed: a replayed step passes this by, and the counts would be those of the
+        rest.
+
+        Args:
+            config: of the engine.
+        """
+        mode = getattr(config.compilation_config, "cudagraph_mode", None)
+        if VARIABLE not in os.environ or getattr(mode, "name", "NONE") != "NONE":
             return None
-        load = cls(os.environ[VARIABLE])
+        load = cls(Path(os.environ[VARIABLE]) / f"{os.getpid()}-{next(_numbers)}.json")
         load.start()
         return load
 
