@@ -10,6 +10,7 @@ FOLDER/gpu.md.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -149,6 +150,15 @@ def _under_way(file: Path) -> Any:
     return json.loads(file.read_text()).get("under way") if file.exists() else None
 
 
+def has_driver() -> bool:
+    """Return whether there is a CUDA driver; torch, which knows more, takes long to import on a cold disk."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def unpacked(packed: Path, out: Path) -> str:
     """Return a folder with the kernels of a file that `pack.py` wrote; it lies beside the results, not in them."""
     folder = out.resolve().parent / f".{out.resolve().name}-triton"
@@ -171,8 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
-    elif not importlib.import_module("torch").cuda.is_available():
-        print("not measured: torch sees no CUDA device. `--rehearse whole` goes through all of it at toy sizes.")
+    elif not has_driver():
+        print("not measured: there is no CUDA driver here. `--rehearse whole` goes through all of it at toy sizes.")
         return
     # Nothing is fetched, and what libraries warn of is not read here.
     os.environ.update({"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"})

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from experiments.gpu import pretended
-from experiments.gpu.__main__ import SECTIONS, main
+from experiments.gpu.__main__ import SECTIONS, has_driver, main, unpacked
 from experiments.gpu.book import Book, Row
 from experiments.gpu.machine import Machine, over
+from experiments.gpu.pack import pack
 from experiments.gpu.page import goal, page
+from experiments.gpu.rehearsal import failures
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,9 +69,10 @@ def test_no_time_at_all_is_said(tmp_path):
     assert not content and "# moa on one GPU" in said
 
 
+@pytest.mark.skipif(has_driver(), reason="there is a CUDA driver")
 def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
     main(["--out", str(tmp_path / "none")])
-    assert "not measured: torch sees no CUDA device" in capsys.readouterr().out
+    assert "not measured: there is no CUDA driver here" in capsys.readouterr().out
     assert not list((tmp_path / "none").iterdir())
 
 
@@ -132,3 +135,23 @@ def test_times_are_compared_and_goals_judged():
     assert goal("r", 1.3, at_most=1.25)["holds"] is False and goal("r", 1.5, at_least=1.3)["holds"] is True
     text = page({"sections": {"s": {"r": {"found": {"goals": [goal("g", None, at_most=1)]}, "seconds": 1}}}})
     assert "| r: g | not measured | ≤ 1 |" in text
+
+
+def test_a_rehearsal_says_what_failed(tmp_path):
+    book = Book(tmp_path / "gpu.json")
+    well, wrong = Row("well", lambda: {"holds": True}), Row("wrong", lambda: {"holds": False})
+    book.content["left over"] = {"s": book.run("s", [well, wrong, Row("raises", lambda: 1 / 0)], deadline=2e9)}
+    book.content["left over"]["t"] = ["late"]
+    book.run("failures", [Row("as it should", lambda: 1 / 0)], deadline=2e9)
+    found = failures(book)
+    assert [line.split(":")[0] for line in found] == ["s, wrong", "s, raises", "t"]
+    assert "ZeroDivisionError" in found[1]
+
+
+def test_compiled_kernels_travel(tmp_path):
+    kernel = tmp_path / "cache" / "HASH" / "kernel.cubin"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"code")
+    assert pack(tmp_path / "cache", tmp_path / "there" / "kernels.tgz") > 0
+    folder = unpacked(tmp_path / "there" / "kernels.tgz", tmp_path / "out")
+    assert Path(folder, "HASH", "kernel.cubin").read_bytes() == b"code" and Path(folder).parent == tmp_path
