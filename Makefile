@@ -4,7 +4,7 @@ BIN := .venv/bin
 # for the rehearsal of a GPU machine; pyenv, where there is one, is told which
 PYTHON312 ?= env PYENV_VERSION=$(shell pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) python3.12
 
-.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm env-flower test-quantised bench bench-gpu fuzz kills soak peft-suite clean
+.PHONY: setup demo check format test test-gpu test-slow test-vllm env-vllm env-flower env-deepspeed test-quantised bench bench-gpu fuzz kills soak peft-suite clean
 
 setup: .venv/.done
 

@@ -44,6 +44,9 @@ class Learned(Host):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the forward; in training also of one that another library has put in its place."""
+        if not self._engine_seen and self._learns() and not torch.compiler.is_compiling():
+            self._engine_seen = True
+            ready_for_engine(self)  # here, before the engine's own hooks
         if "forward" not in self.__dict__ or not self._learns() or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
 
@@ -68,9 +71,6 @@ class Learned(Host):
     def _train_forward(self, run: Callable[[], tuple[Any, Tensor | None]], labels: Any) -> tuple[Any, Tensor | None]:
         """Run every selection, all under the same dropout; return the first's outputs with the training loss ()."""
         check_averaged(self)
-        if not self._engine_seen:
-            self._engine_seen = True
-            ready_for_engine(self)
         samples = self.samples
         passes: list[tuple[Any, Tensor | None]] = []
         traces: list[Trace] = []
