@@ -123,6 +123,38 @@ def test_two_ranks_give_the_tokens_of_transformers(tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, abs=2e-5)
 
 
+COMPILED = """
+from vllm import LLM, SamplingParams
+
+folder, prompts, new = arguments
+how = {"skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": False, "max_model_len": 128,
+       "gpu_memory_utilization": 0.1, "max_num_batched_tokens": 48, "max_num_seqs": 8, "block_size": 32}
+model = LLM(folder, **how)
+sampling = SamplingParams(temperature=0, max_tokens=new, detokenize=False, ignore_eos=True, logprobs=0)
+out = model.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+found = [o.outputs[0] for o in out]
+try:
+    LLM(folder, **how)
+    said = ""
+except Exception as error:
+    said = str(error)
+made = [[list(s.token_ids), [s.logprobs[n][t].logprob for n, t in enumerate(s.token_ids)]] for s in found]
+answer([made, said])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_graphs_give_the_tokens_of_transformers(tmp_path: Path) -> None:
+    """And a second compiled engine in the process, whose layers have other names, is refused."""
+    model = trained(moa.build(base(tmp_path / "base"), router="topk", n_experts=4, targets="all-linear"))
+    folder = export_vllm(model, tmp_path / "out")
+    found, said = run_engine(COMPILED, str(folder), PROMPTS, NEW, timeout=600, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+    for (tokens, ours), (expected, theirs) in zip(found, by_transformers(model), strict=True):
+        assert tokens == expected
+        assert ours == pytest.approx(theirs, abs=2e-5)
+    assert "a second engine of mixtures in one process cannot be compiled" in said
+
+
 SYNC = """
 from vllm import LLM, SamplingParams
 from moa.errors import CheckpointError

@@ -16,7 +16,7 @@ from ...errors import BackendError, CheckpointError, ConfigError
 from ...mixture import Branch
 from ...types import Context
 from ..rebuild import Mixtures
-from .engine_layers import attach, sizes
+from .engine_layers import attach, check_alone, sizes
 from .registration import check_version, engine_version
 from .routing_load import RoutingLoad
 
@@ -27,7 +27,8 @@ class MoaForCausalLM(TransformersForCausalLM):
     """A causal model whose linear layers carry mixtures, (*rows, i) -> (*rows, o).
 
     Raises:
-        BackendError: a version of the engine that is not known, or LoRA of the engine's own beside the mixtures.
+        BackendError: a version of the engine that is not known, LoRA of the engine's own beside the mixtures, or a
+            second compiled engine in one process.
         ConfigError: a router that is not a function of the row.
         CheckpointError: files whose mixtures are not those of the configuration.
     """
@@ -39,6 +40,7 @@ class MoaForCausalLM(TransformersForCausalLM):
                 "enable_lora beside a mixture would act on a part of the layers: serve the base with LoRA, or the "
                 "mixture without it."
             )
+        check_alone(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         recipes = self.config.moa["recipes"]
         places = {name: self._place(name) for row in recipes for name in row["layers"]}

@@ -20,6 +20,24 @@ from .sharding import Part, ServedLayer
 _LAYERS: dict[str, ServedLayer] = {}  # by a name that the op can carry through a graph
 
 
+def check_alone(config: Any) -> None:
+    """Check that an engine whose graphs are compiled is the first in its process; no tensors.
+
+    A compiled graph, which the engine keeps on disk, holds names of layers: those of a second engine are others.
+
+    Args:
+        config: of the engine.
+
+    Raises:
+        BackendError: it is not.
+    """
+    if _LAYERS and getattr(getattr(config.compilation_config, "mode", None), "name", "NONE") != "NONE":
+        raise BackendError(
+            "a second engine of mixtures in one process cannot be compiled: give it a process of its own "
+            "(VLLM_ENABLE_V1_MULTIPROCESSING=1, the default), or enforce_eager=True."
+        )
+
+
 @torch.library.custom_op("moa::served_layer", mutates_args=())
 def served_layer(x: Tensor, key: str) -> Tensor:
     """Return the output (*rows, o) of a layer and its mixtures for x (*rows, i)."""
