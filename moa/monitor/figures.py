@@ -145,6 +145,38 @@ def routing_figure(load: Loads, *, per_task: Mapping[str, Loads] | None = None, 
     return heatmap.figure
 
 
+def rank_figure(ranks: Mapping[str, Sequence[float]]) -> Figure:
+    """Return a heat map layer × expert of effective ranks.
+
+    Args:
+        ranks: layer -> one of each expert.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    labels = [shown(name, 60) for name in short_names(list(ranks))]
+    n_experts = max(map(len, ranks.values()))
+    cells = torch.full((len(ranks), n_experts), math.nan)
+    for row, own in enumerate(ranks.values()):
+        cells[row, : len(own)] = torch.tensor(own)
+    every = math.ceil(len(labels) / MAX_LABELS)
+    height = 0.9 + max(0.15 * min(len(labels), MAX_LABELS), 1.0)
+    width = 1.6 + 0.072 * max(map(len, labels)) + min(max(1.4, 0.25 * n_experts), 6.0)
+    figure: Figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    image = axes.imshow(cells.numpy(), aspect="auto", cmap=COLORMAP, vmin=0, interpolation="nearest")
+    axes.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_xlabel("expert", fontsize=8)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label("effective rank", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
 def reliability_figure(tasks: Mapping[str, Mapping[str, Sequence[float]]], title: str = "") -> Figure:
     """Return how often predictions come true against how sure the model was: one panel a task; on the line is perfect.
 

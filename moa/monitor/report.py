@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -13,15 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..errors import ConfigError, plain_text, shown
+from ..errors import ConfigError, shown
+from ..model.build import load
+from .expert_spectra import expert_spectra
 from .figures import routing_figure, short_names
+from .page_parts import page_text, picture, wide
 from .runlog import FILE, LogStep, read_log
+from .spectra_section import spectra_section
 from .statistics import LayerLoad
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
+CHECKPOINT = "model"  # in the folder of a run
 _BARS = " ▁▂▃▄▅▆▇█"
 
 _STYLE = """
@@ -41,7 +43,7 @@ td.name { font-family: ui-monospace, monospace; } tr:nth-child(even) { backgroun
 """
 
 
-def report(run_dir: str | Path) -> Path:
+def report(run_dir: str | Path, spectra: bool = False) -> Path:
     """Write RUN_DIR/report.html and return its path.
 
     Reads `routing.jsonl` (from `RoutingMonitor`) and, where they are there, `trainer_state.json` (of the folder or
@@ -49,9 +51,11 @@ def report(run_dir: str | Path) -> Path:
 
     Args:
         run_dir: folder of a run.
+        spectra: load its checkpoint, and show the singular values of its experts, too.
 
     Raises:
         ConfigError: no such folder, no run in it, or a file that cannot be read.
+        CheckpointError: spectra are asked for, and there is no checkpoint, or its base is not there.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -67,8 +71,12 @@ def report(run_dir: str | Path) -> Path:
         raise ConfigError(f"{folder / FILE} has no log step yet: let the run reach its first one.")
     history = _history(folder)
     results = _read_json(folder / "results.json") if (folder / "results.json").is_file() else None
+    section = ""
+    if spectra:
+        loads = {name: layer.load for name, layer in steps[-1].layers.items()}
+        section = spectra_section(expert_spectra(load(folder / CHECKPOINT), loads))
     page = folder / PAGE
-    page.write_text(_page(folder.resolve().name, steps, history, results), encoding="utf-8")
+    page.write_text(_page(folder.resolve().name, steps, history, results, section), encoding="utf-8")
     return page
 
 
@@ -103,38 +111,33 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid JSON ({error}): it may have been cut short.") from error
 
 
-def _page(name: str, steps: list[LogStep], history: list[dict[str, Any]], results: Any) -> str:
+def _page(name: str, steps: list[LogStep], history: list[dict[str, Any]], results: Any, section: str) -> str:
     last = steps[-1]
     first = steps[-2].step if len(steps) > 1 else 0
     window = f"optimizer steps {first + 1} to {last.step}"
-    parts = [f"<h1>Routing of {_text(name)}</h1>", f"<p>{_inference(results)}{_summary(last)}</p>", _warnings(steps)]
+    parts = [
+        f"<h1>Routing of {page_text(name)}</h1>",
+        f"<p>{_inference(results)}{_summary(last)}</p>",
+        _warnings(steps),
+    ]
     parts += [_scores(results)]
     parts += [f"<h2>Load per layer and expert</h2><p class=note>{window}</p>"]
-    parts += [_picture(routing_figure({n: x.load for n, x in last.layers.items()}), "load of each layer and expert")]
+    parts += [picture(routing_figure({n: x.load for n, x in last.layers.items()}), "load of each layer and expert")]
     if last.by_task:
         parts += [f"<h2>Load per task</h2><p class=note>{window}</p>", _task_figure(last)]
     parts += ["<h2>Loss</h2>", _loss_figure(steps, history)]
     parts += ["<h2>Over time</h2>", _time_figure(steps)]
     parts += [f"<h2>Layers</h2><p class=note>{window}. Bars: load per expert; the dotted line is the even share, full "
               "height twice of it or more; red experts are dead.</p>", _layer_table(last.layers)]  # fmt: skip
+    parts += [section]
     if results is not None:
-        parts += [f"<details><summary>All of results.json</summary>\n{_wide(_tree(results))}</details>"]
+        parts += [f"<details><summary>All of results.json</summary>\n{wide(_tree(results))}</details>"]
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>Routing of {_text(name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><title>Routing of {page_text(name)}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
-
-
-def _text(value: Any) -> str:
-    """Return a name or a value as text of a page: no markup, no escape codes, no turned direction."""
-    return html.escape(plain_text(value))
-
-
-def _wide(table: str) -> str:
-    """Return a table that scrolls by itself where the page is too narrow for it."""
-    return f'<div class="wide">{table}</div>'
 
 
 def _inference(results: Any) -> str:
@@ -163,13 +166,15 @@ def _scores(results: Any) -> str:
         for measure, value in (row.items() if isinstance(row, dict) else ())
         if isinstance(value, int | float)
     }
-    head = "".join(f"<th>{_text(model)}</th>" for model in scores)
+    head = "".join(f"<th>{page_text(model)}</th>" for model in scores)
     lines = []
     for task, measure in cells:
         values = [_at(rows, task, measure) for rows in scores.values()]
-        lines.append(f"<tr><td class=name>{_text(task)}</td><td class=name>{_text(measure)}</td>{''.join(values)}</tr>")
+        lines.append(
+            f"<tr><td class=name>{page_text(task)}</td><td class=name>{page_text(measure)}</td>{''.join(values)}</tr>"
+        )
     table = f"<table><tr><th class=name>task</th><th class=name>measure</th>{head}</tr>\n" + "\n".join(lines)
-    return f"<h2>Scores</h2>{_wide(table + '</table>')}" if lines else ""
+    return f"<h2>Scores</h2>{wide(table + '</table>')}" if lines else ""
 
 
 def _at(rows: Any, task: str, measure: str) -> str:
@@ -189,7 +194,7 @@ def _summary(last: LogStep) -> str:
         f"{len(measures)} layers after {last.step} optimizer steps. Effective experts of the training routing, "
         f"exp(H)/E of the load: mean "
         f"{100 * sum(fraction) / len(fraction):.1f} %, least {100 * min(fraction):.1f} % in "
-        f"<code>{_text(worst)}</code>. Dead experts: "
+        f"<code>{page_text(worst)}</code>. Dead experts: "
         f"{dead} of {sum(layer.n_experts for layer in layers)}.{gradient}"
     )
 
@@ -198,7 +203,7 @@ def _warnings(steps: Iterable[LogStep]) -> str:
     told = [(step.step, message) for step in steps for message in step.warnings]
     if not told:
         return "<p class=note>No layer collapsed.</p>"
-    return "\n".join(f'<div class="warning">Step {step}: {_text(message)}</div>' for step, message in told)
+    return "\n".join(f'<div class="warning">Step {step}: {page_text(message)}</div>' for step, message in told)
 
 
 def _layer_table(layers: Mapping[str, LayerLoad]) -> str:
@@ -210,11 +215,11 @@ def _layer_table(layers: Mapping[str, LayerLoad]) -> str:
     for name, layer in layers.items():
         m = layer.measures()
         rows.append(
-            f"<tr><td class=name>{_text(name)}</td><td>{m['effective_experts']:.2f}</td>"
+            f"<tr><td class=name>{page_text(name)}</td><td>{m['effective_experts']:.2f}</td>"
             f"<td>{layer.n_experts}</td><td>{m['load_entropy']:.3f}</td><td>{100 * m['largest_share']:.1f} %</td>"
             f"<td>{100 * m['dead_fraction']:.0f} %</td><td>{m['max_violation']:.2f}</td><td>{_bars(layer)}</td></tr>"
         )
-    return _wide(f"<table>{head}\n" + "\n".join(rows) + "</table>")
+    return wide(f"<table>{head}\n" + "\n".join(rows) + "</table>")
 
 
 def _bars(layer: LayerLoad) -> str:
@@ -230,11 +235,11 @@ def _bars(layer: LayerLoad) -> str:
 def _tree(value: Any) -> str:
     """Return plain JSON values as nested tables."""
     if isinstance(value, dict):
-        rows = "".join(f"<tr><td class=name>{_text(k)}</td><td>{_tree(v)}</td></tr>" for k, v in value.items())
+        rows = "".join(f"<tr><td class=name>{page_text(k)}</td><td>{_tree(v)}</td></tr>" for k, v in value.items())
         return f"<table>{rows}</table>"
     if isinstance(value, list):
         return ", ".join(_tree(item) for item in value)
-    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+    return f"{value:.4g}" if isinstance(value, float) else page_text(value)
 
 
 def load_bars(load: Tensor) -> str:
@@ -260,15 +265,9 @@ def routing_table(layers: Mapping[str, LayerLoad]) -> str:
 # ---------------------------------------------------------------- figures
 
 
-def _picture(figure: Figure, alt: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
 def _task_figure(last: LogStep) -> str:
     figure = routing_figure({n: x.load for n, x in last.layers.items()}, per_task=last.by_task)
-    return _picture(figure, "load of each layer and expert, per task")
+    return picture(figure, "load of each layer and expert, per task")
 
 
 def _lines_figure(panels: int) -> tuple[Figure, list[Any]]:
@@ -309,7 +308,7 @@ def _loss_figure(steps: list[LogStep], history: list[dict[str, Any]]) -> str:
     if own:
         axes[-1].set_ylabel("routers' losses × coefficient")
         axes[-1].legend()
-    return _picture(figure, "losses over optimizer steps")
+    return picture(figure, "losses over optimizer steps")
 
 
 def _time_figure(steps: list[LogStep]) -> str:
@@ -336,4 +335,4 @@ def _time_figure(steps: list[LogStep]) -> str:
         for text in axis.legend(fontsize=7).get_texts():
             text.set_parse_math(False)  # a name is text, not markup
     axes[0].set_ylim(0, 1.03)
-    return _picture(figure, "effective experts and entropy over optimizer steps")
+    return picture(figure, "effective experts and entropy over optimizer steps")

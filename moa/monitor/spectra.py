@@ -78,8 +78,8 @@ def overlap(first: Delta, second: Delta) -> dict[str, float]:
     """
     if first.shape != second.shape:
         raise ShapeError(f"changes {tuple(first.shape)} and {tuple(second.shape)} are of other layers.")
-    a, b = _bases(first), _bases(second)
-    found = {side: _alike(x, y) for side, x, y in zip(("outputs", "inputs"), a, b, strict=True)}
+    a, b = subspaces(first), subspaces(second)
+    found = {side: subspaces_alike(x, y) for side, x, y in zip(("outputs", "inputs"), a, b, strict=True)}
     left, right = _matrix(first), _matrix(second)
     norms = left.norm() * right.norm()
     found["change"] = ((left * right).sum() / norms).item() if norms > 0 else 0.0
@@ -122,7 +122,7 @@ def _cores(change: LowRank) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     return (outputs, inputs), left, right
 
 
-def _bases(change: Delta) -> tuple[Tensor, Tensor]:
+def subspaces(change: Delta) -> tuple[Tensor, Tensor]:
     """Return orthonormal bases of the column space (o, n) and of the row space (i, n) of a change of rank n."""
     if isinstance(change, LowRank):
         (outputs, inputs), left, right = _cores(change)
@@ -138,7 +138,7 @@ def _bases(change: Delta) -> tuple[Tensor, Tensor]:
     return u[:, kept], v[:, kept]
 
 
-def _alike(first: Tensor, second: Tensor) -> float:
+def subspaces_alike(first: Tensor, second: Tensor) -> float:
     """Return the mean cos² of the angles between two subspaces, of orthonormal bases (d, n) and (d, m)."""
     fewer = min(first.shape[1], second.shape[1])
     return ((first.T @ second) ** 2).sum().item() / fewer if fewer else 0.0
