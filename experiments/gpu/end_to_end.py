@@ -234,6 +234,6 @@ def rows(machine: Machine, found: Callable[[], dict[str, Any]]) -> Iterator[Row]
         yield Row(f"{label}, compared", partial(compared, found, label), 0.1, kind="compared")
         for batch in (1, 32):
             run = partial(decoded, machine, label, machine.pick(batch, 2))
-            yield Row(f"{label}, graph of a token, batch {batch}", run, 6, kind="graph")
+            yield Row(f"{label}, graph of a token, batch {batch}", run, 6, kind="graph", slow=True)
     for label in reversed(SIZES):
         yield Row(f"{label}, by block", partial(by_block, machine, label), 40, kind="by block", slow=True)

@@ -92,6 +92,6 @@ def launch(machine: Machine) -> dict[str, Any]:
 def rows(machine: Machine, _: Any) -> Iterator[Row]:
     """Yield the rows."""
     yield Row("a launch", partial(launch, machine), 1)
-    yield Row("a layer", partial(per_layer, machine), 8)
+    yield Row("a layer", partial(per_layer, machine), 8, slow=True)
     for name in (OURS, BASE, LORA):
         yield Row(f"training as a graph, {name}", partial(training_graph, machine, name), 5, kind="training graph")
