@@ -35,6 +35,7 @@ _HOMES = {
     "distill": "training.distill",
     "initialize": "training.initialize",
     "allocate_ranks": "federated.importance",
+    "compare": "monitor.compare",
     "transfer": "training.transfer",
     "MoaError": "errors",
 }
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .model.build import build, load
     from .model.moa_model import MoAModel
     from .monitor.callback import RoutingMonitor
+    from .monitor.compare import compare
     from .objective import Trace
     from .recipes import RECIPES, Recipe, make_recipe, register_recipe
     from .routers import Router
