@@ -92,6 +92,7 @@ class Run:
     def __init__(self, config: TrainConfig, tasks: Sequence[EncodedTask], tokenizer: Any) -> None:
         self.config, self.tasks, self.tokenizer = config, tasks, tokenizer
         self.collator = Collator(tokenizer)
+        self.steps = 0  # optimizer steps of the last training
 
     def trainer(
         self,
@@ -159,6 +160,7 @@ class Run:
             trainer.callback_handler.callbacks.insert(0, RoutingMonitor(tasks=[task.name for task in self.tasks]))
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        self.steps = trainer.state.global_step
         if monitored:
             trainer.save_state()
         return time.monotonic() - started
@@ -228,12 +230,13 @@ class Run:
         training = {**self.config.training, **quiet, **changes}
         return training_arguments(dataclasses.replace(self.config, training=training, patience=None))
 
-    def fit_lora(
+    def fit_recipe(
         self,
         learning_rate: float,
         recipe: Mapping[str, Any],
         rows: Sequence[Any] | None = None,
         epochs: float | None = None,
+        name: str = "LoRA",
     ) -> MoAModel:
         """Return the base with another recipe than the run's in it, trained without leaving anything behind.
 
@@ -242,13 +245,14 @@ class Run:
             recipe: router and keywords.
             rows: a data set per task; None takes the tasks' training rows.
             epochs: None takes the run's.
+            name: of the recipe, in the progress bar.
         """
         set_seed(self.config.seed)
         model = build_model(self.config, self.tasks, **recipe)
         changes: dict[str, Any] = {"learning_rate": learning_rate}
         if epochs is not None:
             changes |= {"num_train_epochs": epochs, "max_steps": -1}
-        title = f"LoRA, learning rate {learning_rate:g}" + ("" if rows is None else ", picking")
+        title = f"{name}, learning rate {learning_rate:g}" + ("" if rows is None else ", picking")
         self.fit(model, self._quiet(changes), rows, title)
         return model
 
@@ -268,11 +272,11 @@ class Run:
         outer = [rows.select(left) for rows, _, left in splits]
 
         def score(rate: float) -> Scores:
-            return self.evaluate(self.fit_lora(rate, recipe, inner, compare.search_epochs), rows=outer)
+            return self.evaluate(self.fit_recipe(rate, recipe, inner, compare.search_epochs), rows=outer)
 
         best, tried = baselines.pick(rates, score) if len(rates) > 1 else (rates[0], [])
         started = time.monotonic()
-        model = self.fit_lora(best, recipe)
+        model = self.fit_recipe(best, recipe)
         seconds = time.monotonic() - started
         about = {
             "what": f"one LoRA of rank {rank} on the same {len(layers)} layers, same rows, epochs and batches",
