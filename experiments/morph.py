@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moa
+from experiments.bench.common import write
 from moa.monitor.compare import Scored
 
 TYPES = ("diffuses", "is carried", "decays")
@@ -165,7 +166,7 @@ def study(folder: Path, pretraining: int, steps: int, samples: int, seeds: Seque
 
 
 def main() -> None:
-    """Print the squared errors of the frozen base and of both arms."""
+    """Write the squared errors of the frozen base and of both arms to experiments/results/morph.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/morph"), help="finished trainings, to go on from")
     parser.add_argument("--steps", type=int, default=100)
@@ -173,6 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = study(options.work, 2 * options.steps, options.steps, 64, range(options.seeds))
+    write("morph", found, f"python -m experiments.morph --steps {options.steps} --seeds {options.seeds}")
     print(json.dumps(found, indent=2))
 
 

@@ -76,6 +76,9 @@ def test_eval_scores_the_checkpoint(run: Path, capsys: pytest.CaptureFixture[str
 def test_report_writes_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run.parent / "run")]) == 0
     assert Path(said(capsys).strip()).read_text().startswith("<!doctype html>")
+    assert main(["report", str(run.parent / "run"), "--spectra"]) == 0
+    page = Path(said(capsys).strip()).read_text()
+    assert "Spectra of the experts" in page and page.count(" (load)</td>") == 12, "of each of the run's layers"
 
 
 # peft 0.21 asks a transformers attribute that 5.23 deprecates
