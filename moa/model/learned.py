@@ -44,10 +44,13 @@ class Learned(Host):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the forward; in training also of one that another library has put in its place."""
-        if not self._engine_seen and self._learns() and not torch.compiler.is_compiling():
+        replaced = "forward" in self.__dict__
+        first = self.training and not self._engine_seen
+        learns = (replaced or first) and self._learns() and not torch.compiler.is_compiling()
+        if learns and first:
             self._engine_seen = True
             ready_for_engine(self)  # here, before the engine's own hooks
-        if "forward" not in self.__dict__ or not self._learns() or torch.compiler.is_compiling():
+        if not (learns and replaced):
             return super().__call__(*args, **kwargs)
 
         def run() -> tuple[Any, Tensor | None]:
