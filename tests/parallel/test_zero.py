@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from .processes import ROOT, run_together
-from .steps import ONE_EACH, learned, model_of
+from .steps import ONE_EACH, STEPS, by_task, learned, model_of, optimizer_of, same_draws, take_step
 from .test_processes import alone
 
 PYTHON = ROOT / ".envs" / "deepspeed" / "bin" / "python"
 PAGE = ROOT / "docs" / "scaling.md"
 QUICK = ("topk-default", "sigmoid-default", "xlora-default", "mixlora-default", "remix-token")
 TOLERANCE = 2e-5  # of how far a weight moved: two steps in fp32 against fp64
+ROUNDING = 4  # times what one process in fp32 is off, where that is more: its sums have another order
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no DeepSpeed here: make env-deepspeed")
 
 
@@ -32,13 +33,23 @@ def plans(folder: Path) -> list[str]:
     return files
 
 
+def in_fp32(case: str) -> dict[str, torch.Tensor]:
+    """Return what one process learns in fp32, on the batches of two."""
+    model = model_of(case).float()
+    optimizer = optimizer_of(model)
+    with same_draws():
+        for step in range(STEPS):
+            take_step(model, optimizer, step, 2, None, by_task(case))
+    return learned(model)
+
+
 def check(folder: Path, cases: tuple[str, ...]) -> None:
     """Fail unless each case learns by each plan of the page what one process learns."""
     files = plans(folder)
     assert [Path(file).stem for file in files] == ["zero2", "zero3"]
     run_together("tests.parallel.zero", 2, str(folder), ",".join(files), ",".join(cases), python=PYTHON)
     for case in cases:
-        before, expected = learned(model_of(case)), alone(case, 2)
+        before, expected, rounded = learned(model_of(case)), alone(case, 2), in_fp32(case)
         for file in files:
             got = torch.load(folder / f"{case}-{Path(file).stem}.pt")
             if file.endswith("zero3.json") and case.startswith("remix"):
@@ -49,8 +60,10 @@ def check(folder: Path, cases: tuple[str, ...]) -> None:
                 if value.is_floating_point():
                     moved = (value - before[name]).abs().max().item()
                     error = (got[name].double() - value).abs().max().item()
+                    own = (rounded[name].double() - value).abs().max().item()
                     rounding = 1e-6 * value.abs().max().item()  # of fp32 at the weight's own size
-                    assert error <= TOLERANCE * moved + rounding, (case, Path(file).stem, name, error, moved)
+                    most = max(TOLERANCE * moved + rounding, ROUNDING * own)
+                    assert error <= most, (case, Path(file).stem, name, error, moved, own)
                 else:
                     assert torch.equal(got[name], value), (case, name)
 
