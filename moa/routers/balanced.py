@@ -60,12 +60,11 @@ class BalancedRouter(Router):
     @torch.no_grad()
     def exchange(self) -> None:
         """Add up the counts (E,) since the last exchange over all processes, which then make the same move."""
-        if self.counts is None:
+        if self.counts is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         new = self.counts.clone()
         self.counts.zero_()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(new)
+        torch.distributed.all_reduce(new)
         self._everywhere = new if self._everywhere is None else self._everywhere + new
 
     @torch.no_grad()
@@ -74,12 +73,14 @@ class BalancedRouter(Router):
 
         Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
         """
-        if self.selection_bias is None:
+        if self.selection_bias is None or self.counts is None:
             return
         if self._everywhere is None:
             self.exchange()
         counts, self._everywhere = self._everywhere, None
-        assert counts is not None
+        if counts is None:  # one process
+            counts = self.counts.clone()
+            self.counts.zero_()
         self.selection_bias += self.bias_rate * torch.sign(counts.mean() - counts)
 
 

@@ -59,7 +59,7 @@ READS = {
     "tracing",
 }
 # an optimizer has changed the weights just before, and waits for nobody
-OPTIMIZERS = {"optimizer_step_done", "settle"}
+OPTIMIZERS = {"exchange_counts", "optimizer_step_done", "settle"}
 REFUSES = {  # adapters of PEFT on a plain model
     "active_adapters",
     "add_adapter",
