@@ -163,7 +163,8 @@ def unpacked(packed: Path, out: Path) -> str:
     """Return a folder with the kernels of a file that `pack.py` wrote; it lies beside the results, not in them."""
     folder = out.resolve().parent / f".{out.resolve().name}-triton"
     with tarfile.open(packed) as file:
-        file.extractall(folder, filter="data")
+        file.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+        file.extractall(folder)
     return str(folder)
 
 

@@ -303,7 +303,7 @@ def _report(folder: Path) -> None:
     from moa.monitor import report as module
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_picture", lambda figure, alt: "")  # drawing is not reading, and takes most of the time
+        patch.setattr(module, "picture", lambda figure, alt: "")  # drawing is not reading, and takes most of the time
         module.report(folder)
 
 
