@@ -128,7 +128,7 @@ def study(grid: Grid) -> dict[str, Any]:
     return {
         "task": "sarcastic headlines, MiniLM" if is_real() else "generated",
         "labels_of_clients": [dict(Counter(labels[n] for n in part)) for part in parts],
-        "settings": given,
+        "settings": {name: value for name, value in given.items() if name != "out"},
         "arms": arms,
     }
 

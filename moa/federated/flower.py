@@ -195,9 +195,11 @@ def from_record(record: ArrayRecord, most: int | None = None) -> dict[str, Tenso
 
 @torch.no_grad()
 def _load_own(model: MoAModel, tensors: Mapping[str, Tensor]) -> None:
+    """Load what this node kept, tensors of any shape; what it kept of another model, of an earlier study, is left."""
     known = update_of(model).tensors
-    for name, tensor in tensors.items():
-        known[name].copy_(tensor)
+    if all(name in known and known[name].shape == tensor.shape for name, tensor in tensors.items()):
+        for name, tensor in tensors.items():
+            known[name].copy_(tensor)
 
 
 def _numbers(message: Message) -> dict[str, float]:
