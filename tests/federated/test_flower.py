@@ -76,3 +76,29 @@ def test_too_few_clients_change_nothing(rounds: dict[str, Any]) -> None:
 
 def test_types_that_numpy_lacks_come_back_bit_for_bit(rounds: dict[str, Any]) -> None:
     assert rounds["bits"]
+
+
+LEAVES = """
+import moa, torch
+from moa.federated.flower import _load_own
+from moa.federated.update import update_of
+from tests import models
+
+kept = {n: t + 1 for n, t in update_of(moa.build(models.bert(), "topk", n_experts=2, k=1)).tensors.items()}
+for router, same in (("fixed", True), ("topk", False)):
+    model = moa.build(models.bert(), router, n_experts=2, **({"k": 1} if router == "topk" else {}))
+    before = {n: t.clone() for n, t in update_of(model).tensors.items()}
+    _load_own(model, kept)
+    assert all(torch.equal(t, before[n]) for n, t in update_of(model).tensors.items()) is same, router
+"""
+
+
+def test_what_a_node_kept_of_another_model_is_left() -> None:
+    """A study of several methods has the same nodes for all of them."""
+    if not PYTHON.is_file():
+        pytest.skip("no Flower here: make env-flower")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(PYTHON), "-c", LEAVES], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
