@@ -44,6 +44,7 @@ def settings() -> dict[str, Any]:
 def build(context: Context | None, config: ConfigRecord) -> MoAModel:
     """Return a client's model for an arm, or the server's."""
     method, recipe, _, own_ranks = ARMS[str(config["arm"])]
+    torch.set_num_threads(1)  # on both sides: bases that are derived from a weight are compared bit for bit
     options = {"router": "fixed", "n_experts": 1, "targets": ("query", "value"), **recipe}
     rank = RANKS[client(context) % len(RANKS)] if own_ranks and context is not None else RANK
     plain = base()
