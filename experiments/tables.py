@@ -1,4 +1,4 @@
-"""The tables of experiments/README.md and docs/scaling.md, made of results: `python -m experiments.tables`.
+"""The tables of experiments/README.md and of pages in docs/, made of results: `python -m experiments.tables`.
 
 Every ratio of time or memory is the peer's over moa's: above 1, moa is faster or smaller.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from .family_tables import family_costs, family_learning
 from .table_text import HERE, made_by, number, result, table
 
-PAGES = HERE / "README.md", HERE.parent / "docs" / "scaling.md", HERE.parent / "docs" / "families.md"
+PAGES = HERE / "README.md", *(HERE.parent / "docs" / f"{page}.md" for page in ("scaling", "families", "federated"))
 OURS = "moa topk 8x8 k=2"
 
 
@@ -254,6 +254,32 @@ def demo() -> str:
     return f"{table(header, rows)}\n\n{made_by('demo')}; rates: {made_by('demo_tuning')}"
 
 
+def federated() -> str:
+    """What clients send and get in a round."""
+    found = result("federated")
+    study = found["simulation"]
+    rows = []
+    for arm, row in study["arms"].items():
+        ranks = sorted({*row["ranks"]}, reverse=True)
+        rows.append(
+            [
+                f"`{arm}`",
+                ", ".join(map(str, ranks)),
+                f"{row['expert_bytes_up_a_client']:,}",
+                f"{row['bytes_up_a_round'][-1] / 1e6:.2f}",
+                f"{row['bytes_down_a_round'][-1] / 1e6:.2f}",
+            ]
+        )
+    header = ["method", "ranks of clients", "bytes of experts that a client sends", "MB up a round", "MB down a round"]
+    settings = study["settings"]
+    line = made_by("federated").replace("(results/", "(../experiments/results/")
+    return (
+        f"{table(header, rows)}\n\n{settings['clients']} clients, {study['arms']['fedsb']['layers']} layers of a small "
+        "encoder, heads included in the MB; the client of the largest rank in the third column. All of it, with a "
+        f"server and two clients as processes, took {found['seconds']:.0f} s.\n\n{line}"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -269,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
         merged_accuracy,
         expert_parallel,
         demo,
+        federated,
         family_costs,
         family_learning,
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, NumericsError
-from ..layers import Site, is_convolution, patches
+from ..errors import ConfigError
+from ..layers import Site
 from ..mixture.sites import find_sites
 from ..model.moa_model import MoAModel
+from ..model.watched import weight_gradients
 from ..recipes import Recipe, make_recipe
 
 
@@ -70,7 +70,7 @@ def allocate_ranks(
     layers are level, the one with the lower rank.
 
     Args:
-        model: without mixtures; its weights stay as they are. One gradient of each layer is held, in fp32.
+        model: without mixtures; its weights stay as they are. One gradient of each layer is held on the host, in fp32.
         data: batches, keywords of the model, with labels.
         budget: parameters of one expert in all layers together.
         targets: as in `moa.build`.
@@ -141,49 +141,11 @@ def _spectra(
     model: nn.Module, data: Iterable[Mapping[str, Any]], sites: Mapping[str, Site], loss: Callable[[Any], Tensor]
 ) -> dict[str, Tensor]:
     """Return the squared singular values of each layer's gradient, (min(i, o),), falling."""
-    found: dict[str, Tensor] = {}
-
-    probes: list[Tensor] = []
-
-    def watch(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> Tensor:
-        is_conv = is_convolution(module)
-        x = (patches(module, inputs) if is_conv else inputs).detach()
-
-        def add(grad: Tensor) -> None:
-            grad = grad.flatten(2).mT if is_conv else grad
-            change = grad.detach().flatten(0, -2).float().mT @ x.flatten(0, -2).float()  # (o, i)
-            found[name] = found[name] + change if name in found else change
-
-        # a zero that asks for a gradient: the weight need not, and may be quantised
-        probe = output.new_zeros((), requires_grad=True)
-        probes.append(probe)
-        out = output + probe
-        out.register_hook(add)
-        return out
-
-    if any(p.is_meta for p in model.parameters()):
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
         raise ConfigError("the model is on the meta device and has no gradients: load its weights first.")
-    batches = 0
-    with ExitStack() as stack:
-        for name, site in sites.items():
-            handle = site.module.register_forward_hook(
-                lambda module, given, out, name=name: watch(name, module, given[0], out)  # type: ignore[misc]
-            )
-            stack.callback(handle.remove)
-        for batch in data:
-            batches += 1
-            with torch.enable_grad():
-                value = loss(model(**batch))
-            torch.autograd.grad(value, probes, allow_unused=True)
-            probes.clear()
-    if not batches:
-        raise ConfigError("there is no data: importance is a gradient, and needs at least one batch.")
-    for name in sites:
-        if name not in found:
-            raise ConfigError(f"{name} has no gradient: the data never reaches it; leave it out of targets.")
-        if not bool(torch.isfinite(found[name]).all()):
-            raise NumericsError(f"{name}: its gradient holds NaN or infinity.")
-    return {name: torch.linalg.svdvals(found[name]).square() for name in sites}
+    found = weight_gradients(model, {name: site.module for name, site in sites.items()}, data, loss)
+    return {name: torch.linalg.svdvals(found[name].to(device)).square() for name in sites}
 
 
 def _own_loss(outputs: Any) -> Tensor:

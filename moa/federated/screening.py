@@ -112,8 +112,8 @@ class Screen:
         if reply.fingerprint != fingerprint(server):
             return (
                 f"fingerprint is {shown(reply.fingerprint, 12)!r}, expected {fingerprint(server)[:12]!r}: what it "
-                "does not train (places, bases, frozen factors) is not the server's; build both from one base, by one "
-                "seed"
+                "does not train (places, bases, frozen factors) is not the server's to the last bit; build both from "
+                "one base, by one seed, or load the server's checkpoint (save_bases=True where a weight gives bases)"
             )
         return None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..delta import Delta, total
 from ..errors import FoldError
 from ..model.moa_model import MoAModel
-from .spectra import effective_rank, entropy, singular_values, subspaces, subspaces_alike
+from .spectra import directions_used, effective_rank, entropy, singular_values, subspaces, subspaces_alike
 
 SHIFTED = "a vector that the router weighs by its product with x: it has no rank of its own"
 
@@ -83,7 +83,7 @@ def _of(changes: Sequence[Delta], mixed: float | None, routing: str) -> LayerSpe
     used = [(outputs, inputs) for outputs, inputs in bases if outputs.shape[1]]
     pairs = [(a, b) for n, a in enumerate(used) for b in used[:n]]
     return LayerSpectra(
-        ranks=[effective_rank(change) for change in changes],
+        ranks=[directions_used(own) for own in values],
         entropies=[entropy(own) for own in values],
         outputs=[subspaces_alike(a[0], b[0]) for a, b in pairs],
         inputs=[subspaces_alike(a[1], b[1]) for a, b in pairs],

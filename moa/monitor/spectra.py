@@ -40,7 +40,11 @@ def effective_rank(change: Delta | Tensor) -> float:
 
     Source: Roy and Vetterli 2007, with σ² in place of σ, as the entropy of `profile` has it.
     """
-    values = singular_values(change)
+    return directions_used(singular_values(change))
+
+
+def directions_used(values: Tensor) -> float:
+    """Return exp(S) of singular values (n,), as `effective_rank` has it; 0 where all are 0."""
     return math.exp(entropy(values)) if values.any() else 0.0
 
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..delta import Delta
 from ..errors import ConfigError, NumericsError
-from ..layers import is_convolution, patches
 from ..mixture import BlockMixture, Branch, Mixture
 from ..model.outputs import loss_of
+from ..model.watched import Batches, check_reached, rows_of, watched, weight_gradients
 from ..objective.exchange import over_processes
 from .principal import Principal
 from .start_options import METHODS, check_start
-from .watching import base_watched, rows_in, rows_out
 
 if TYPE_CHECKING:
     from ..model.moa_model import MoAModel
 
 LR = 1e-5  # LoRA-SB's 1e-4 over the 2 % of some 500 steps in which its schedule warms up
-Batches = Iterable[Mapping[str, Any]]
 
 
 def initialize(
@@ -69,17 +69,29 @@ def initialize(
     sample = itertools.islice(data, batches)
     if method == "eva":
         starts = _principal_inputs(model, layers, sample)
-    else:
-        starts = _first_updates(model, layers, sample, LR if lr is None else lr)
-    for name, (start, _) in starts.items():
-        _bank(layers[name]).begin_at(method, start)
-    return {name: share for name, (_, share) in starts.items()}
+        for name, (directions, _) in starts.items():
+            _bank(layers[name]).begin_at(method, directions)
+        return {name: share for name, (_, share) in starts.items()}
+    updates = _first_updates(model, layers, sample, LR if lr is None else lr)
+    for name, update in updates.items():
+        _bank(layers[name]).begin_at(method, update)
+    return {name: _held(_bank(layers[name]).delta(0), update) for name, update in updates.items()}
+
+
+def _held(change: Delta, whole: Tensor) -> float:
+    """Return the share of ‖whole‖² that its nearest change (o, i) of a lower rank has."""
+    return float(change.dense().double().square().sum() / whole.double().square().sum())
 
 
 def _bank(mixture: Mixture) -> Any:
     branch = mixture.branches[0]
     assert isinstance(branch, Branch)
     return branch.bank
+
+
+def _moves(change: Delta) -> bool:
+    """Whether a change (o, i) is not 0; a factor of zeros says so without the product."""
+    return bool(change.stored.any()) and bool(change.dense().any())
 
 
 def fresh_layers(model: MoAModel, method: str) -> dict[str, Mixture]:
@@ -99,63 +111,46 @@ def fresh_layers(model: MoAModel, method: str) -> dict[str, Mixture]:
                 f"{name}: {type(bank).__name__} experts do not start by {method!r}, which is for {METHODS[method]}, "
                 "one mixture on the input of a layer."
             )
-        if any(bool(bank.delta(expert).dense().any()) for expert in range(bank.n_experts)):
+        if any(_moves(bank.delta(expert)) for expert in range(bank.n_experts)):
             raise ConfigError(f"{name}: its experts have moved already: initialize a fresh mixture.")
     return layers
 
 
-def _check_reached(layers: Mapping[str, Mixture], found: Mapping[str, Any], n_batches: int) -> None:
-    if not n_batches:
-        raise ConfigError("data holds no batch.")
-    missing = [name for name in layers if name not in found]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {len(layers)} layers, e.g. {missing[0]}, were not reached by the {n_batches} batches: "
-            "leave them out with exclude=, or give data that goes through them."
-        )
+@contextmanager
+def _base_alone(model: MoAModel) -> Iterator[None]:
+    """Run the base without its experts inside the block, in evaluation mode."""
+    was = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with model.disable_adapter():
+            yield
+    finally:
+        for module, mode in was:
+            module.training = mode
 
 
-def _first_updates(
-    model: MoAModel, layers: Mapping[str, Mixture], data: Batches, lr: float
-) -> dict[str, tuple[Tensor, float]]:
-    """Return by layer -lr · sign Σ ∂loss/∂W (o, i), and how much of it the r largest singular values hold."""
-    sums: dict[str, Tensor] = {}
-
-    def watch(name: str, x: Tensor, y: Tensor) -> Tensor:
-        leaf = y if y.requires_grad else y.detach().requires_grad_()  # all before it is frozen
-        mixture, x = layers[name], x.detach()
-        rows = patches(mixture.base, x).flatten(0, -2) if is_convolution(mixture.base) else x.flatten(0, -2)
-
-        def add(gradient: Tensor) -> None:
-            g = rows_out(mixture, gradient)
-            wide = torch.promote_types(g.dtype, torch.float32)
-            product = (g.to(wide).mT @ rows.to(wide)).cpu()  # (o, i)
-            sums[name] = product if name not in sums else sums[name].add_(product)
-
-        leaf.register_hook(add)
-        return leaf.clone()  # what follows may write into it
-
-    n_batches = 0
-    with base_watched(model, layers, watch), torch.enable_grad():
-        for batch in data:
-            loss = loss_of(model(**batch))
-            if loss is None:
-                raise ConfigError(f"'lora-sb' needs a loss, and none came for {', '.join(batch)}: add labels.")
-            loss.backward()  # type: ignore[no-untyped-call]
-            n_batches += 1
-    _check_reached(layers, sums, n_batches)
-    return {name: _sign_step(name, sums.pop(name), _bank(layer), lr) for name, layer in layers.items()}
+def _loss(outputs: Any) -> Tensor:
+    found = loss_of(outputs)
+    if found is None:
+        raise ConfigError("'lora-sb' needs a loss, and the model gave none: put labels into the batches.")
+    return found
 
 
-def _sign_step(name: str, gradient: Tensor, bank: Any, lr: float) -> tuple[Tensor, float]:
-    (total,) = over_processes([gradient.to(bank.core.device)])
-    if not total.isfinite().all():
-        raise NumericsError(f"{name}: the gradient of its weight is not finite on these batches.")
-    if not total.any():
-        raise ConfigError(f"{name}: the gradient of its weight is 0 on these batches, which gives no direction.")
-    update = -lr * total.sign()  # (o, i)
-    values = torch.linalg.svdvals(update)
-    return update, float((values[: bank.rank] ** 2).sum() / (values**2).sum())
+def _first_updates(model: MoAModel, layers: Mapping[str, Mixture], data: Batches, lr: float) -> dict[str, Tensor]:
+    """Return by layer -lr · sign Σ ∂loss/∂W (o, i)."""
+    with _base_alone(model):
+        found = weight_gradients(model, _bases(layers), data, _loss)
+    updates = {}
+    for name in layers:
+        (total,) = over_processes([found.pop(name).to(_bank(layers[name]).core.device)])
+        if not total.any():
+            raise ConfigError(f"{name}: the gradient of its weight is 0 on these batches, which gives no direction.")
+        updates[name] = -lr * total.sign()
+    return updates
+
+
+def _bases(layers: Mapping[str, Mixture]) -> dict[str, nn.Module]:
+    return {name: mixture.base for name, mixture in layers.items()}
 
 
 def _principal_inputs(model: MoAModel, layers: Mapping[str, Mixture], data: Batches) -> dict[str, tuple[Tensor, float]]:
@@ -163,18 +158,20 @@ def _principal_inputs(model: MoAModel, layers: Mapping[str, Mixture], data: Batc
     wanted = {name: _bank(mixture).n_experts * _bank(mixture).rank for name, mixture in layers.items()}
     found: dict[str, Principal] = {}
 
-    def watch(name: str, x: Tensor, y: Tensor) -> None:
-        rows = rows_in(layers[name], x)
+    def watch(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        rows = rows_of(module, x)
+        mask = layers[name].context.mask_for(rows)
+        rows = rows.flatten(0, -2) if mask is None else rows[mask]  # (T, i)
         if not rows.isfinite().all():
             raise NumericsError(f"{name}: its inputs are not finite on these batches.")
         found.setdefault(name, Principal(2 * wanted[name] + 16)).add(rows)
 
     n_batches = 0
-    with base_watched(model, layers, watch), torch.no_grad():
+    with _base_alone(model), watched(_bases(layers), watch), torch.no_grad():
         for batch in data:
             model(**batch)
             n_batches += 1
-    _check_reached(layers, found, n_batches)
+    check_reached(layers, found, n_batches)
     starts = {}
     for name, n in wanted.items():
         found[name].over_processes()

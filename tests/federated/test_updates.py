@@ -245,3 +245,26 @@ def test_what_a_method_cannot_train_is_said_before_training():
     model = prepare(mixture(), "ffa")
     frozen = [n for n, p in model.named_parameters() if n.endswith("bank.down") and p.requires_grad]
     assert not frozen and isinstance(model, nn.Module)
+
+
+def test_clients_that_load_the_server_s_checkpoint_have_its_bases_to_the_bit(tmp_path, monkeypatch):
+    """On another machine a weight's singular vectors differ in the last bits; a checkpoint's do not."""
+    from moa.experts.families import core
+    from moa.federated.screening import fingerprint
+
+    def built():
+        torch.manual_seed(5)
+        return moa.build(models.bert(), "fixed", n_experts=1, rank=2, expert="core", save_bases=True)
+
+    server = built()
+    server.save_pretrained(tmp_path)
+    plain = core.singular
+
+    def elsewhere(weight, rank):
+        u, s, vt = plain(weight, rank)
+        return torch.nextafter(u, torch.ones_like(u)), s, vt
+
+    monkeypatch.setattr(core, "singular", elsewhere)
+    assert fingerprint(update_of(built())) != fingerprint(update_of(server))
+    torch.manual_seed(5)
+    assert fingerprint(update_of(moa.load(tmp_path, models.bert()))) == fingerprint(update_of(server))

@@ -16,6 +16,18 @@ from tests import models
 CORE: dict[str, Any] = {"expert": "core", "save_bases": True, "rank": 3}
 
 
+class Branching(nn.Module):
+    """A model with a layer that nothing goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.used(x)
+        return y.square().mean(), y
+
+
 def batches(n: int = 3, rows: int = 4, length: int = 6) -> list[dict[str, Tensor]]:
     rng = torch.Generator().manual_seed(5)
     out = []
@@ -212,8 +224,8 @@ def without_labels() -> list[dict[str, Tensor]]:
         ({"expert": "lora"}, {"method": "eva", "lr": 1e-3}, "lr is the size"),
         (CORE, {"lr": 0.0}, "above 0"),
         (CORE, {"batches": 0}, "from 1 to"),
-        (CORE, {"data": []}, "no batch"),
-        (CORE, {"data": without_labels()}, "add labels"),
+        (CORE, {"data": []}, "there is no data"),
+        (CORE, {"data": without_labels()}, "put labels into the batches"),
         ({"expert": "lora", "rank": 12, "n_experts": 2}, {"method": "eva"}, "span"),
     ],
 )
@@ -234,5 +246,17 @@ def test_experts_that_moved_and_numbers_that_are_none_are_refused() -> None:
     broken = moa.build(models.bert(), "fixed", n_experts=1, **CORE)
     with torch.no_grad():
         broken.base.bert.embeddings.word_embeddings.weight[:] = torch.nan
-    with pytest.raises(NumericsError, match="not finite"):
+    with pytest.raises(NumericsError, match="its gradient holds NaN"):
         moa.initialize(broken, batches())
+    with torch.no_grad():
+        eva = moa.build(models.bert(), "fixed", n_experts=1)
+        eva.base.bert.embeddings.word_embeddings.weight[:] = torch.nan
+    with pytest.raises(NumericsError, match="its inputs are not finite"):
+        moa.initialize(eva, batches(), "eva")
+
+
+def test_a_layer_that_the_data_does_not_reach_is_named() -> None:
+    for method, options in (("eva", {"rank": 2}), ("lora-sb", CORE)):
+        model = moa.build(Branching(), "fixed", n_experts=1, targets=["used", "unused"], **options)
+        with pytest.raises(ConfigError, match="unused and 0 more layers were not reached by 1 batches"):
+            moa.initialize(model, [{"x": torch.randn(20, 8)}], method)
