@@ -36,7 +36,7 @@ def initialize(
     """Start the experts of a fresh mixture where some batches of its data say; nothing else changes.
 
     The base runs without its experts, in evaluation mode. What several processes see is added up, so that all start
-    alike.
+    alike; each needs a batch, or the others wait for it.
 
     - "lora-sb", for `expert="core"` with `save_bases=True`: bases B, A and core R are the r largest singular triplets
       of the first step of sign descent, -lr · sign Σ ∂loss/∂W, and all experts of a layer start there. The device
