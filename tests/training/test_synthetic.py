@@ -91,3 +91,13 @@ def test_bases_that_write_nothing_and_one_kind_of_text_are_refused(model: moa.Mo
         synthetic_prompts(moa.build(models.bert(), "fixed", n_experts=1), tokenizer, SEEDS, 2)
     with pytest.raises(ConfigError, match="both kinds, got 4 real, 0 not"):
         Discriminator(model, tokenizer, SEEDS, [])
+
+
+def test_seeds_empty_lines_and_repeats_are_left_out(
+    model: moa.MoAModel, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = ["red apple", "", "a quince", "a quince", "a date"]
+    monkeypatch.setattr("moa.training.synthetic._lines", lambda *_: list(written))
+    assert synthetic_prompts(model, tokenizer, SEEDS, 2) == ["a quince", "a date"]
+    with pytest.raises(ConfigError, match="2 of 3 prompts differ"):
+        synthetic_prompts(model, tokenizer, SEEDS, 3)
