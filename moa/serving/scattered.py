@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -17,12 +18,12 @@ def weights_of(model: nn.Module, changes: Mapping[str, Delta]) -> dict[str, Tens
         model: the base.
         changes: by layer, (o, i).
     """
-    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[str, Tensor] = {}
     for layer, change in changes.items():
         weight = getattr(model.get_submodule(layer), "weight", None)
         fits = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.shape == change.shape
-        if not isinstance(weight, nn.Parameter) or not fits or owners.count(id(weight)) != 1:
+        if not isinstance(weight, nn.Parameter) or not fits or owners[id(weight)] != 1:
             return None
         found[layer] = weight.data
     return found
