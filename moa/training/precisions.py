@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..formats.checkpoint import fill
 from ..formats.precision_folders import set_folder
 from ..model.moa_model import MoAModel
 from .lisa import block_of
+
+KEPT = "moa_precision_sets"  # in the optimizer's state
 
 
 class PrecisionSets:
@@ -23,7 +26,8 @@ class PrecisionSets:
 
     Before the first training forward of a step every block's precision is drawn, and `model` runs with those blocks'
     frozen layers and experts; experts of another set get no gradient and do not move. After the optimizer's step, and
-    whenever `model` is not training, it is the widest model by itself.
+    whenever `model` is not training, it is the widest model by itself. The optimizer's state holds the other sets and
+    what is drawn next, so that a Trainer's checkpoint holds all, and its run goes on from there.
 
     Args:
         models: by bits a weight, each (B, S) -> outputs; what is not adapted is the same in all of them.
@@ -63,6 +67,8 @@ class PrecisionSets:
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_post_hook(self._put_into),
+            optimizer.register_load_state_dict_pre_hook(self._take_from),
         ]
 
     def save(self, folder: str | Path) -> None:
@@ -86,6 +92,8 @@ class PrecisionSets:
             self._plug({})
             return
         if not self.drawn:
+            for parameter in parameters(self.models):  # Trainer clears those of `model` only
+                parameter.grad = None
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
             bits = draw(len(self.blocks), self.bits, rng, balanced=self.balanced)
             self.drawn = dict(zip(self.blocks, bits, strict=True))
@@ -96,6 +104,24 @@ class PrecisionSets:
         self._plug({})
         self.drawn = {}
         self.steps += 1
+
+    def _put_into(self, _: Any, state: dict[str, Any]) -> None:
+        """Put what a checkpoint of `model` does not hold into the optimizer's state."""
+        others = {bits: self.models[bits].adapter_state_dict() for bits in self.bits[:-1]}
+        state[KEPT] = {"steps": self.steps, "sets": others}
+
+    def _take_from(self, _: Any, state: Mapping[str, Any]) -> None:
+        """Take the other sets and the step from an optimizer's state that is about to be loaded."""
+        kept = state.get(KEPT)
+        if kept is None or list(kept["sets"]) != self.bits[:-1]:
+            found = None if kept is None else list(kept["sets"])
+            raise CheckpointError(
+                f"the optimizer's state has to hold sets of experts for {self.bits[:-1]} bits, and has {found}: go on "
+                "from a checkpoint of a run with the same PrecisionSets, made before its training began."
+            )
+        for bits, tensors in kept["sets"].items():
+            fill(self.models[bits].adapter_state_dict(), tensors, Path(f"the set of {bits} bits"))
+        self.steps = kept["steps"]
 
     def _plug(self, drawn: Mapping[str, int]) -> None:
         """Put the layers of the drawn precisions into the model; those of a block that is not drawn are its own."""

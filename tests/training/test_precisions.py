@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import moa
 from moa.errors import CheckpointError, ConfigError
@@ -154,6 +155,41 @@ def test_the_bits_of_a_base() -> None:
         assert bits_of(base) == bits
     assert bits_of(models.llama().half()) == 16
     assert set_for("nowhere", models.llama()) == Path("nowhere")
+
+
+def train(folder: Path, steps: int, resume: bool = False) -> PrecisionSets:
+    """Train with the stock Trainer, whose checkpoints fall after 3 steps; the sets begin anew at each call."""
+    sets, optimizer = sets_of(seed=3)
+    batch = models.lm_batch()
+    rows = [{key: value[n] for key, value in batch.items()} for n in range(len(batch["input_ids"]))]
+    args = TrainingArguments(
+        str(folder), max_steps=steps, save_steps=3, report_to=[], use_cpu=True, lr_scheduler_type="constant"
+    )
+    trainer = Trainer(sets.model, args, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=resume)
+    return sets
+
+
+def test_a_run_goes_on_from_trainers_checkpoint_with_every_set(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", 6)
+    train(tmp_path / "parts", 3)
+    resumed = train(tmp_path / "parts", 6, resume=True)
+    assert whole.steps == resumed.steps == 6
+    ours, theirs = state_of(resumed), state_of(whole)
+    begun = state_of(sets_of(seed=3)[0])
+    assert {key[0] for key in theirs if not torch.equal(theirs[key], begun[key])} == set(BITS)
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_an_optimizers_state_without_the_sets_is_refused() -> None:
+    sets, optimizer = sets_of()
+    state = optimizer.state_dict()
+    other = torch.optim.AdamW(parameters(sets.models), lr=0.01).state_dict()
+    with pytest.raises(CheckpointError, match=r"for \[2, 4\] bits, and has None"):
+        optimizer.load_state_dict(other)
+    state["moa_precision_sets"]["sets"].pop(2)
+    with pytest.raises(CheckpointError, match=r"for \[2, 4\] bits, and has \[4\]"):
+        optimizer.load_state_dict(state)
 
 
 def test_models_that_do_not_fit_together_are_refused() -> None:
