@@ -21,7 +21,9 @@ NEW = 10
 PROMPTS = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 22, 9, 70, 31)]
 # all at once in chunks of 48 tokens, again with a warm prefix cache, then one by one
 SCRIPT = """
+import gc
 from vllm import LLM, SamplingParams
+from moa.serving.vllm import engine_layers
 
 folders, prompts, new = arguments
 def run(model, prompts):
@@ -35,7 +37,8 @@ for folder in folders:
                 gpu_memory_utilization=0.1, max_num_batched_tokens=48, max_num_seqs=8, block_size=32)
     found.append([run(model, prompts), run(model, prompts), [run(model, [p])[0] for p in prompts]])
     del model
-answer(found)
+gc.collect()
+answer([found, list(engine_layers._LAYERS)])
 """
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"n_experts": 4, "targets": "all-linear"},
@@ -89,7 +92,9 @@ def test_the_engine_gives_the_tokens_of_transformers(tmp_path: Path) -> None:
         folders.append(str(export_vllm(model, tmp_path / router)))
         expected.append(by_transformers(model))
         assert [t for t, _ in expected[-1]] != [t for t, _ in plain], f"{router}: the mixture moves nothing"
-    for router, truth, passes in zip(RECIPES, expected, run_engine(SCRIPT, folders, PROMPTS, NEW), strict=True):
+    answers, kept = run_engine(SCRIPT, folders, PROMPTS, NEW)
+    assert kept == [], "engines that are gone leave layers behind"
+    for router, truth, passes in zip(RECIPES, expected, answers, strict=True):
         for kind, found in zip(("together", "with a warm cache", "one by one"), passes, strict=True):
             assert [tokens for tokens, _ in found] == [tokens for tokens, _ in truth], f"{router} {kind}"
             for (_, ours), (_, theirs) in zip(found, truth, strict=True):

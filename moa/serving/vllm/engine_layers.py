@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,11 +20,12 @@ from .axis import Axis
 from .routing_load import RoutingLoad
 from .sharding import Part, ServedLayer
 
-_LAYERS: dict[str, ServedLayer] = {}  # by a name that the op can carry through a graph
+# by a name that the op can carry through a graph; an engine that is gone takes its own along
+_LAYERS: weakref.WeakValueDictionary[str, ServedLayer] = weakref.WeakValueDictionary()
 
 
 def check_alone(config: Any) -> None:
-    """Check that an engine whose graphs are compiled is the first in its process; no tensors.
+    """Check that an engine whose graphs are compiled is alone in its process; no tensors.
 
     A compiled graph, which the engine keeps on disk, holds names of layers: those of a second engine are others.
 
@@ -31,7 +35,10 @@ def check_alone(config: Any) -> None:
     Raises:
         BackendError: it is not.
     """
-    if _LAYERS and getattr(getattr(config.compilation_config, "mode", None), "name", "NONE") != "NONE":
+    if getattr(getattr(config.compilation_config, "mode", None), "name", "NONE") == "NONE":
+        return
+    gc.collect()  # an engine that nobody holds any longer is a cycle
+    if _LAYERS:
         raise BackendError(
             "a second engine of mixtures in one process cannot be compiled: give it a process of its own "
             "(VLLM_ENABLE_V1_MULTIPROCESSING=1, the default), or enforce_eager=True."
@@ -80,9 +87,10 @@ def attach(layer: nn.Module, name: str, mixtures: Mapping[Any, Mixture], load: R
     own: Any = type(layer)
     run = functools.partial(own.forward, layer)
     parts = _parts(layer, mixtures)
-    key = f"{name}#{len(_LAYERS)}"
-    _LAYERS[key] = ServedLayer(run, _input(layer), parts, lambda: layer.bias, load)
-    layer.moa_key = key
+    served = ServedLayer(run, _input(layer), parts, lambda: layer.bias, load)
+    key = next(free for n in itertools.count() if (free := f"{name}#{n}") not in _LAYERS)
+    layer.moa_served, layer.moa_key = served, key
+    _LAYERS[key] = served
     layer.__class__ = _with_mixtures(own)
 
 
