@@ -6,13 +6,14 @@ Wang et al. 2024, arXiv 2407.18242.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..model.host import Host
+from .factor_pairs import factored_banks
 
 Pair = tuple[Tensor, Tensor]
 
@@ -83,15 +84,9 @@ class LoRAPro(torch.optim.Optimizer):
             raise ConfigError(f"mode must be 'sgd' or 'adam', got {mode!r}.")
         self.mode, self.scales = mode, []
         factors: list[nn.Parameter] = []
-        for name, branch in model.branches():
-            pair = branch.bank.factors()
-            if pair is None or not all(isinstance(p, nn.Parameter) and p.requires_grad for p in pair):
-                raise ConfigError(
-                    f"{name}: {type(branch.bank).__name__} experts hold no two factors that are trained, and LoRA-Pro "
-                    "corrects such pairs: choose expert='lora'."
-                )
-            factors += cast(list[nn.Parameter], list(pair))
-            self.scales.append(branch.bank.scaling)
+        for _, bank in factored_banks(model, "LoRA-Pro corrects"):
+            factors += [bank.down, bank.up]
+            self.scales.append(bank.scaling)
         own = set(factors)
         rest = [p for p in model.parameters() if p.requires_grad and p not in own]
         shared: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay}

@@ -230,6 +230,38 @@ class EvaStrategy(Strategy):
         return [InitializeCallback("eva", self.batches)]
 
 
+@register_strategy("squeeze")
+@dataclass(frozen=True, kw_only=True)
+class SqueezeStrategy(Strategy):
+    """LoRA-Squeeze, `moa.training.squeezing`: the recipe's rank is the first, lowered in stages.
+
+    Args:
+        ranks: of the stages, falling; the last is that of the trained experts.
+        every: optimizer steps before each.
+    """
+
+    ranks: tuple[int, ...] = ()
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        from .squeezing import check_stages
+
+        check_stages(self.ranks, self.every)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse experts that do not begin above the first rank, or have no factors (E, r, i), (E, r, o)."""
+        from .squeezing import check_begins_above
+
+        check_begins_above(model, self.ranks)
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `SqueezeCallback`."""
+        from .squeeze_callback import SqueezeCallback
+
+        return [SqueezeCallback(self.ranks, self.every)]
+
+
 def adam_options(arguments: Any) -> dict[str, Any]:
     """Return lr, betas, eps and weight_decay, scalars, as TrainingArguments give them."""
     return {
