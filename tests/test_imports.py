@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY_IN = {
     "triton": {"kernels/triton/*.py"},
     "megablocks": {"kernels/megablocks.py"},
-    "deepspeed": {"model/averaged.py"},
+    "deepspeed": {"model/averaged.py", "formats/sharded.py"},
     "transformers": {
         "model/moa_model.py",
         "model/heads.py",

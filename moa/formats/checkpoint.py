@@ -251,10 +251,11 @@ def fingerprint(
         chosen = names
     probes = {}
     for name in chosen:
-        flat = whole(name, value_of(base, at_home[name], own[name])).detach().reshape(-1)
+        values = whole(value_of(base, at_home[name], own[name])).detach()
+        flat = values.reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
         probes[name] = {
-            "shape": list(own[name].shape),
+            "shape": list(values.shape),
             "values": flat[at.to(flat.device)].float().tolist(),
         }
     return probes
@@ -287,11 +288,12 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
             raise CheckpointError(f"wrong base: {was}, which has a matrix {name}; {type(base).__name__} has none.")
         if not is_matrix(tensor):  # a quantised base holds codes, which cannot be compared
             continue
-        if list(tensor.shape) != probe["shape"]:
+        held = whole(value_of(base, at_home[name], tensor)).detach()
+        if list(held.shape) != probe["shape"]:
             raise CheckpointError(
-                f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(tensor.shape)}."
+                f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(held.shape)}."
             )
-        flat = whole(name, value_of(base, at_home[name], tensor)).detach().reshape(-1)
+        flat = held.reshape(-1)
         at = torch.linspace(0, flat.numel() - 1, len(probe["values"]), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].float().cpu()
         if not torch.allclose(values, torch.tensor(probe["values"], dtype=torch.float32), rtol=1e-2, atol=1e-5):

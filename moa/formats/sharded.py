@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,29 +18,45 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_tensor")
 
 
-def whole(name: str, tensor: Tensor) -> Tensor:
+def size_of(tensor: Tensor) -> int:
+    """Return how many values a tensor (any shape) has, all its parts together."""
+    return int(getattr(tensor, "ds_numel", tensor.numel()))
+
+
+def whole(tensor: Tensor) -> Tensor:
     """Return all values of a tensor (any shape); of a sharded one every process must ask, in the same order.
 
     Args:
-        name: of the tensor, for the error.
-        tensor: sharded or not.
-
-    Raises:
-        CheckpointError: DeepSpeed holds the values.
+        tensor: sharded or not; under ZeRO-3 the parameter itself, whose partition a detached one has lost.
     """
     if hasattr(tensor, "ds_tensor"):
-        raise CheckpointError(
-            f"the values of {name} are spread over processes by DeepSpeed's ZeRO-3: save by Trainer or "
-            "save_pretrained(folder, state_dict=accelerator.get_state_dict(engine)), which gathers them."
-        )
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     gather: Any = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def chosen_of(state: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors (any shape) of some names, of those that an engine has gathered.
+
+    Raises:
+        CheckpointError: one is not there.
+    """
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"the state_dict to save lacks {len(missing)} tensors, e.g. {missing[0]}. Where an engine spreads them, "
+            "let it gather them: DeepSpeed's stage3_gather_16bit_weights_on_model_save is true for that; or pass none."
+        )
+    return {name: state[name] for name in names}
 
 
 def is_matrix(tensor: Tensor) -> bool:
     """Tell whether a tensor holds floats as such in two axes, (o, i), or more: sharded or not, never codes."""
     local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor.ndim >= 2 and (is_dense(local) or is_dense(local.detach()))
+    return len(getattr(tensor, "ds_shape", tensor.shape)) >= 2 and (is_dense(local) or is_dense(local.detach()))
 
 
 def writes() -> bool:

@@ -38,18 +38,11 @@ def ready_for_engine(model: nn.Module) -> None:
     layer's together, and those that layers share.
 
     Raises:
-        ConfigError: a recipe that runs several selections a step, whose gradients it does not add up; units of FSDP
-            that cannot be, see `check_units`.
+        ConfigError: units of FSDP that cannot be, see `check_units`.
     """
     check_units(model)
     if not any(hasattr(p, "ds_tensor") for p in model.parameters()):
         return
-    samples = getattr(model, "samples", 1)
-    if samples > 1:
-        raise ConfigError(
-            f"this model learns from {samples} selections a step, whose gradients DeepSpeed's ZeRO-3 does not add up: "
-            "train it by ZeRO-2 or FSDP2."
-        )
     from deepspeed.runtime.zero import register_external_parameter
 
     for mixture in (m for m in model.modules() if isinstance(m, Mixture)):

@@ -276,6 +276,10 @@ class Host(Switched, Sound):
 
         A layer that several parents share has one entry, under its first name; what layers share is its owner's.
         """
+        return {name: tensor.detach() for name, tensor in self.adapter_tensors().items()}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """Return the same, of any shape, with parameters themselves, which know where their other parts are."""
         whole = {"streams", "shared_by_layers", *(f"base.{name}" for name in self.modules_to_save)}
         chosen: dict[str, Tensor] = {}
         for name, module in self.named_modules(remove_duplicate=False):  # the base's own tensors are not even read
@@ -284,7 +288,7 @@ class Host(Switched, Sound):
             elif isinstance(module, Mixture):
                 chosen |= module.branches.state_dict(prefix=f"{name}.branches.", keep_vars=True)
         first = {id(v): k for k, v in reversed(chosen.items())}
-        return {k: v.detach() for k, v in chosen.items() if first[id(v)] == k}
+        return {k: v for k, v in chosen.items() if first[id(v)] == k}
 
     def describe(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
         """Return what rebuilds this model: base, recipes, layers; plain JSON values.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..compat import is_captured
+from ..formats.sharded import size_of
 from ..objective import Objective, Trace
 from .averaged import check_averaged, ready_for_engine
 from .host import Host
@@ -173,7 +174,7 @@ class Learned(Host):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (trainable, all) parameters, counted once each."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(p.numel() for p in self.parameters())
+        return sum(size_of(p) for p in self.parameters() if p.requires_grad), sum(size_of(p) for p in self.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print trainable and all parameters in one line, as peft does, and what carries experts in another."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError, ContextError
 from ..formats import checkpoint
 from ..formats.card import write_card
-from ..formats.sharded import is_sharded, whole, writes
+from ..formats.sharded import chosen_of, is_sharded, whole, writes
 from ..mixture import Mixture
 from ..objective.objective import Objective
 from ..objective.trace import Trace
@@ -248,7 +248,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         """Write config.json and model.safetensors: recipes, routers and experts, not the base. README.md is their card.
 
         The write is atomic: a kill at any moment leaves the old or the new checkpoint. Of several processes the first
-        of each machine writes; a model that FSDP2 has sharded gathers its tensors, and all of them must call this.
+        of each machine writes; a model that FSDP2 or ZeRO-3 has sharded gathers its tensors, and all must call this.
 
         Args:
             save_directory: made if it does not exist.
@@ -257,7 +257,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
                 `push_to_hub=True` uploads afterwards; others that transformers passes change nothing here.
 
         Raises:
-            CheckpointError: DeepSpeed's ZeRO-3 holds the tensors, and no state_dict was passed.
+            CheckpointError: a state_dict was passed that lacks some of the tensors.
         """
         state = kwargs.get("state_dict")
         shared_out = state is None and any(is_sharded(p) for p in self.parameters())
@@ -266,10 +266,10 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
             return
         self.settle()
         with self.scope.turns.beside():
-            tensors = self.adapter_state_dict()
+            tensors = self.adapter_tensors()
             if state is not None:
-                tensors = {name: state[name] for name in tensors}
-            tensors = {name: whole(name, tensor) for name, tensor in tensors.items()}
+                tensors = chosen_of(state, tensors)
+            tensors = {name: whole(tensor).detach() for name, tensor in tensors.items()}
             description = self.describe(state)
         if not here:
             return

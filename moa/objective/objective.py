@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ..errors import ContextError, NumericsError
 from ..types import Routing
@@ -300,7 +301,7 @@ def rule_of(loss: Tensor, logits: Tensor, labels: Tensor) -> str | None:
         return None
     if not (loss.requires_grad and logits.requires_grad):
         return "none"
-    (own,) = torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)
+    own = _gradient_at(logits, loss)
     for rule in ("shifted", "aligned"):
         leaf = logits.detach().requires_grad_()
         rows = None if own is None else example_losses(leaf, labels, rule == "shifted")
@@ -310,3 +311,18 @@ def rule_of(loss: Tensor, logits: Tensor, labels: Tensor) -> str | None:
             if bool((own - expected).abs().amax() <= 0.02 * expected.abs().amax()):
                 return rule
     return "none"
+
+
+def _gradient_at(logits: Tensor, loss: Tensor) -> Tensor | None:
+    """Return ∂loss/∂logits of the logits' shape, or None where the loss was formed of something else.
+
+    A hook, as DeepSpeed puts on every module, may hand out a copy of the logits that the loss was formed of.
+    """
+    edge: GradientEdge | None = get_gradient_edge(logits)
+    while edge is not None:
+        (own,) = torch.autograd.grad(loss, edge, retain_graph=True, allow_unused=True)
+        if own is not None:
+            return own if own.shape == logits.shape else None
+        before = [at for at in edge.node.next_functions if at[0] is not None]
+        edge = GradientEdge(*before[0]) if len(before) == 1 else None
+    return None

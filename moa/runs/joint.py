@@ -80,9 +80,14 @@ def joint() -> Iterator[None]:
         _now = None
 
 
+def n_processes() -> int:
+    """Return how many processes this one is one of."""
+    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in LAUNCHED) else 1
+
+
 def several() -> bool:
     """Tell whether this is one of several processes."""
-    return all(os.environ.get(name) for name in LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
+    return n_processes() > 1
 
 
 def meet() -> None:

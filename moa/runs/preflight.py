@@ -11,7 +11,8 @@ from ..errors import ConfigError, unknown_name
 from .arguments import check_device
 from .base_files import check_base
 from .config import TrainConfig, read_config
-from .joint import decided_by_first
+from .engines import check_engine
+from .joint import decided_by_first, n_processes
 from .recipe_keywords import check_written
 from .run_folder import CONFIG, RunFolder
 from .task_rows import TaskRows, read_tasks
@@ -67,6 +68,8 @@ def check_run(config: TrainConfig, resume: bool = False) -> Checked:
         )
     config.check_recipe()
     check_device(config.training)
+    after = {"compare": config.compare, "generate": config.generate}
+    check_engine(config.training, after, folder.checkpoint, n_processes())
     return Checked(config, folder, rows)
 
 

@@ -31,6 +31,7 @@ from .baselines import Scores
 from .collate import Collator
 from .config import TrainConfig
 from .encode import IGNORED, EncodedTask
+from .engines import let_go, make_room, score_whole
 from .evaluation_trace import EvaluationTrace
 from .joint import several
 from .metrics import Measures, measures_of
@@ -103,6 +104,8 @@ class Run:
         strategy: Strategy | None = None,
     ) -> Trainer:
         """Return a stock Trainer with a quiet progress bar; it evaluates while training where that was asked for."""
+        if arguments.deepspeed:
+            make_room()
         asked = rows is not None and arguments.eval_strategy != "no"
         measures = self.measures()
         trainer = Trainer(
@@ -163,6 +166,7 @@ class Run:
         self.steps = trainer.state.global_step
         if monitored:
             trainer.save_state()
+        let_go(trainer)
         return time.monotonic() - started
 
     def check(self, model: MoAModel, arguments: TrainingArguments) -> None:
@@ -207,6 +211,7 @@ class Run:
         measures = measures or [measures_of(task.kind, task.labels) for task in self.tasks]
         arguments = self._quiet({})
         trainer = self.trainer(model, arguments, title=title)
+        score_whole(trainer)
         was_prepared = hasattr(model, PREPARED)
         if statistics is not None:
             model.context.trace = EvaluationTrace(model, statistics, trainer.accelerator)
@@ -221,6 +226,7 @@ class Run:
             return scores
         finally:
             model.context.trace = None
+            let_go(trainer)
             if not was_prepared:
                 _as_it_came(trainer, model)
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from .. import __version__
+from ..formats.sharded import size_of
 from ..model.build import load
 from ..model.load import base_from
 from ..model.moa_model import MoAModel
@@ -118,7 +119,7 @@ def prepare(checked: Checked) -> tuple[MoAModel, Run, Any, dict[str, Any]]:
             f"packed {len(lengths)} training rows into {n_bins} sequences, "
             f"{sum(lengths) / n_bins / config.max_length:.0%} full."
         )
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(size_of(p) * p.element_size() for p in model.parameters() if p.requires_grad)
     run = Run(config, tasks, tokenizer)
     folder.check_space(4 * weights)  # the model twice, and two moments
     return model, run, arguments, rows
@@ -223,8 +224,8 @@ def _describe(
     config: TrainConfig, model: MoAModel, tasks: Sequence[EncodedTask], layers: Mapping[str, LayerLoad]
 ) -> dict[str, Any]:
     trainable, total = model.get_nb_trainable_parameters()
-    banks = sum(p.numel() for _, branch in model.branches() for p in branch.bank.parameters())
-    routers = sum(p.numel() for p in {p for _, branch in model.branches() for p in branch.router.learned()})
+    banks = sum(size_of(p) for _, branch in model.branches() for p in branch.bank.parameters())
+    routers = sum(size_of(p) for p in {p for _, branch in model.branches() for p in branch.router.learned()})
     return {
         "versions": {"moa": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "device": str(model.device),

@@ -10,6 +10,7 @@ from ..formats.headers import read_header
 from ..formats.json_files import read_json
 
 MARKER = "trainer_state.json"  # Trainer writes it last
+LATEST = "latest"  # DeepSpeed's
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
@@ -49,5 +50,27 @@ def is_whole(checkpoint: Path) -> bool:
             read_header(file)
     except CheckpointError:
         return False
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    return bool(weights) and len(archives) > 2 and all(zipfile.is_zipfile(file) for file in archives)
+    draws = list(checkpoint.glob("rng_state*.pth"))
+    archives = [*_optimizer_files(checkpoint), *draws]
+    return bool(weights) and bool(draws) and all(zipfile.is_zipfile(file) for file in archives)
+
+
+def parts_of_engine(checkpoint: Path) -> list[Path]:
+    """Return the files in which DeepSpeed's processes have saved their part of the optimizer's state, none without it.
+
+    Args:
+        checkpoint: folder, in which the file `latest`, written last, names the one of the parts; no tensor is read.
+    """
+    latest = checkpoint / LATEST
+    name = latest.read_text(encoding="utf-8").strip() if latest.is_file() else ""
+    return sorted((checkpoint / name).glob("*optim_states.pt")) if name and name == Path(name).name else []
+
+
+def _optimizer_files(checkpoint: Path) -> list[Path]:
+    """Return what must be there and whole for the optimizer to go on."""
+    parts = parts_of_engine(checkpoint)
+    return (
+        [*parts, *parts[0].parent.glob("*model_states.pt")]
+        if parts
+        else [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    )

@@ -390,3 +390,12 @@ def test_a_save_does_not_replace_the_base(tmp_path: Path) -> None:
     with pytest.raises(moa.MoaError, match="holds a model of type 'llama', which would be replaced"):
         model.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_state_dict_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    """Trainer passes an empty one where DeepSpeed may not gather."""
+    model = build()
+    with pytest.raises(CheckpointError, match=r"state_dict to save lacks .* stage3_gather_16bit_weights_on_model_s"):
+        model.save_pretrained(tmp_path / "out", state_dict={})
+    assert not (tmp_path / "out").exists()
+    model.save_pretrained(tmp_path / "out", state_dict=model.state_dict())

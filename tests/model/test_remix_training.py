@@ -332,6 +332,20 @@ def test_the_rule_is_not_guessed_from_logits(kind, size):
     assert model.objective.per_example_rule == RULES[kind][2]
 
 
+@pytest.mark.parametrize("kind", list(RULES))
+def test_a_hook_that_hands_out_copies_hides_no_rule(kind):
+    """DeepSpeed and full backward hooks put one on every module: the logits handed out are not those of the loss."""
+    make, make_batch = models.MODELS[kind]
+    model = moa.build(make(), "remix", n_experts=4, targets="all-linear").train()
+
+    def copied(module, args, outputs):
+        outputs["logits"], outputs["loss"] = outputs["logits"].clone(), outputs["loss"].clone()
+
+    model.base.register_forward_hook(copied)
+    model(**make_batch())
+    assert model.objective.per_example_rule == RULES[kind][2]
+
+
 def test_a_step_that_the_rule_does_not_give_counts_as_a_batch():
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     objective = Objective()
@@ -349,6 +363,11 @@ def test_class_weights_are_not_taken_for_plain_cross_entropy():
     assert rule_of(weighted, logits, labels) == "none"
     assert rule_of(F.cross_entropy(logits, labels), logits, labels) == "aligned"
     assert rule_of(F.cross_entropy(logits, torch.full((4,), -100)), logits, torch.full((4,), -100)) is None
+
+
+def test_a_loss_of_something_before_the_logits_has_no_rule():
+    x, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0])
+    assert rule_of(F.cross_entropy(x, labels), (x @ torch.randn(3, 5)).clone(), labels) == "none"
 
 
 def test_the_policy_term_needs_no_exchange(monkeypatch):
