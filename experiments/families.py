@@ -52,6 +52,7 @@ FORMULAS = {
     "dylora": "E * r * (i + o)",
     "headed": "E * r * (i + o)",
     "shira": "E * r * (i + o)",
+    "qwha": "E * r * (i + o)",
     "affine": "E * (r * (i + o) + r + o)",
     "bottleneck": "E * (r * (i + o) + r + o)",
     "convpass": "E * (r * (i + o) + c * r**2 + r + o)",

@@ -26,15 +26,17 @@ KEYWORDS: dict[str, dict[str, Any]] = {
     "boft": {"block_size": 4, "n_factors": 2},
     "ia3": {"feedforward": ("down_proj",)},
     "salt": {"n_scaled": 3},
+    "qwha": {"density": 0.1},
 }
 NEW = ["ia3", "vera", "shira", "core", "comp_lora", "salt", "loldu", "paca", "dylora", "lokr", "loha", "randlora"]
-NEW += ["soka", "tera", "mps", "dora", "oft", "boft"]
+NEW += ["soka", "tera", "mps", "qwha", "dora", "oft", "boft"]
 WHOLE = ["dora", "oft", "boft"]
 # trainable numbers of one expert on a layer i -> o at rank r, by the paper's closed formula
 FORMULAS: dict[str, Any] = {
     "ia3": lambda i, o, r, name: i if name.endswith("down_proj") else o,
     "vera": lambda i, o, r, name: r + o,
     "shira": lambda i, o, r, name: int(0.1 * i * o),
+    "qwha": lambda i, o, r, name: int(0.1 * i * o),
     "core": lambda i, o, r, name: r * r,
     "comp_lora": lambda i, o, r, name: r * (i + o),
     "salt": lambda i, o, r, name: 2 * 3 + 2 * r * (min(i, o) - 3),

@@ -16,6 +16,7 @@ from .loldu import LoLDU, LoLDUBank
 from .mps import MPS, MPSBank
 from .oft import OFT, OFTBank
 from .paca import PaCA, PaCABank
+from .qwha import QWHA, QWHABank
 from .randlora import RandLoRA, RandLoRABank
 from .salt import SALT, SALTBank
 from .shira import ShiRA, ShiRABank
@@ -28,6 +29,7 @@ __all__ = [
     "IA3",
     "MPS",
     "OFT",
+    "QWHA",
     "SALT",
     "BOFTBank",
     "Bottleneck",
@@ -61,6 +63,7 @@ __all__ = [
     "OutputScaleBank",
     "PaCA",
     "PaCABank",
+    "QWHABank",
     "RandLoRA",
     "RandLoRABank",
     "SALTBank",

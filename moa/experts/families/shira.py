@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,85 +14,30 @@ from ...layers import Site
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import generator, weight_of
-from ..structured import FEW_ROWS, StructuredBank, Tensors
+from ..sparse import EntriesBank, check_density, n_entries, random_places
+from ..structured import Tensors
 
 MASKS = ("random", "magnitude", "structured", "given")
 Mask = Literal["random", "magnitude", "structured", "given"]
 
 
-class ShiRABank(StructuredBank):
+class ShiRABank(EntriesBank):
     """E experts that each change n entries of the weight: ΔW_e = scatter(places_e, values_e).
-
-    | tensor | shape | start |
-    |---|---|---|
-    | values | (E, n) | zero |
-    | places | (E, n) int64, in the flattened weight | chosen once, never trained |
-
-    Args:
-        d_in: i.
-        d_out: o.
-        places: (E, n), distinct within an expert.
-        stored: the places go into a checkpoint: no seed and no weight gives them again.
-        options: dropout as in `ExpertBank`.
 
     Source: arXiv 2406.13175, §3.
     """
 
-    per_expert: ClassVar[tuple[str, ...]] = ("values", "places")
-    averages: ClassVar[bool] = True
-
-    places: Tensor
-
-    def __init__(self, d_in: int, d_out: int, places: Tensor, stored: bool = False, **options: Any) -> None:
-        super().__init__(d_in, d_out, len(places), **options)
-        self.register_buffer("places", places, persistent=stored)
-        self.values = nn.Parameter(torch.zeros(places.shape))
-
-    def reset_parameters(self) -> None:
-        """Set the values (E, n) to zero; the places stay."""
-        nn.init.zeros_(self.values)
-
     def change(self, tensors: Tensors) -> Tensor:
         """Return ΔW (o, i) with one expert's values at its places."""
-        values = tensors["values"]
-        flat = values.new_zeros(self.d_out * self.d_in)
-        return flat.scatter(0, tensors["places"], values).view(self.d_out, self.d_in)
+        return self.matrix(tensors)
 
     def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
-        """Return ΔW x (*rows, o) of x (*rows, i): entry by entry on few rows."""
-        if x.shape[:-1].numel() > FEW_ROWS:
-            return super().on_rows(x, tensors)
-        places, values = tensors["places"], tensors["values"].to(x.dtype)
-        products = x[..., places % self.d_in] * values  # (*rows, n)
-        return x.new_zeros(*x.shape[:-1], self.d_out).index_add(-1, places // self.d_in, products)
+        """Return ΔW x (*rows, o) of x (*rows, i)."""
+        return self.times(x, tensors)
 
     def delta(self, expert: int) -> Delta:
         """Return ΔW_e (o, i) as its places and values: written into a weight, it is taken back bit for bit."""
         return Sparse(self.places[expert], self.values[expert].detach(), torch.Size((self.d_out, self.d_in)))
-
-    def overlap(self) -> Tensor:
-        """Return how many places each pair of experts shares, (E, E) int64; n² / (o i) is what chance gives."""
-        marks = torch.zeros(self.n_experts, self.d_out * self.d_in, device=self.places.device)
-        marks.scatter_(1, self.places, 1.0)
-        return (marks @ marks.T).long()
-
-    def extra_repr(self) -> str:
-        """Return the sizes that `repr` shows."""
-        return f"{super().extra_repr()}, entries={self.values.shape[1]}"
-
-
-def random_places(size: int, count: int, draw: torch.Generator) -> Tensor:
-    """Return `count` distinct random places (n,) of 0 … size - 1, in the order in which they were drawn."""
-    if 4 * count > size:
-        return torch.randperm(size, generator=draw)[:count]
-    kept = torch.empty(0, dtype=torch.long)
-    while len(kept) < count:  # a permutation of millions for a few thousand takes a hundred times as long
-        drawn = torch.cat([kept, torch.randint(size, (count + count // 8 + 8,), generator=draw)])
-        values, order = drawn.sort(stable=True)
-        first = torch.ones_like(values, dtype=torch.bool)
-        first[1:] = values[1:] != values[:-1]
-        kept = drawn[order[first].sort().values]
-    return kept[:count]
 
 
 def structured_places(d_out: int, d_in: int, count: int, draw: torch.Generator) -> Tensor:
@@ -150,8 +95,7 @@ class ShiRA(Family):
     def __post_init__(self) -> None:
         if self.mask not in MASKS:
             raise ConfigError(f"mask must be one of {', '.join(MASKS)}, got {self.mask!r}.")
-        if not 0 <= self.density <= 1:
-            raise ConfigError(f"density must be in [0, 1], got {self.density}.")
+        check_density(self.density)
 
     def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
         """Return a fresh bank with values and places (E, n).
@@ -159,15 +103,7 @@ class ShiRA(Family):
         Raises:
             ConfigError: more entries than the weight has, or no weight to look at.
         """
-        size = site.d_out * site.d_in
-        rank = options["rank"]
-        count = max(1, int(self.density * size)) if self.density else rank * (site.d_out + site.d_in)
-        if count > size:
-            most = size // (site.d_out + site.d_in)
-            raise ConfigError(
-                f"{site.name}: rank={rank} is {count} entries of a weight ({site.d_out}, {site.d_in}) that has {size}: "
-                f"at most rank={most} fits, or set density."
-            )
+        size, count = site.d_out * site.d_in, n_entries(site, self.density, options["rank"])
         if self.mask == "magnitude":
             found = largest_places(weight_of(site, self.name).abs(), n_experts, count)
         else:
