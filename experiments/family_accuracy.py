@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from experiments.bench.common import write
+from moa.errors import NumericsError
 from moa.experts import FAMILIES
 from moa.runs import comparison, demo
 from moa.runs.progress import quiet
@@ -100,8 +101,11 @@ class Trainings:
         return known
 
     def train(self, one: Training) -> dict[str, Any]:
-        """Return the accuracy of one training by task, and its parameters."""
-        outcome = self.scored[one.held_out].outcome(SETTING, one.arm, one.rate, one.seed)
+        """Return the accuracy of one training by task, and its parameters; one that diverges scores 0 and says so."""
+        try:
+            outcome = self.scored[one.held_out].outcome(SETTING, one.arm, one.rate, one.seed)
+        except NumericsError as error:
+            return {"accuracy": dict.fromkeys(TASKS, 0.0), "parameters": 0, "seconds": 0.0, "diverged": str(error)}
         accuracy = {task: float(right.mean()) for task, right in outcome.right.items()}
         return {"accuracy": accuracy, "parameters": outcome.parameters, "seconds": round(outcome.seconds, 1)}
 

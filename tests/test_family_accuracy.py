@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import family_accuracy, family_tables, table_text
 from experiments.family_accuracy import GRID, PICKED_ON, SEEDS, Training, Trainings, gains, row_of
+from moa.errors import NumericsError
 from moa.experts import FAMILIES
 from moa.recipes import make_recipe
 
@@ -55,6 +59,23 @@ def test_what_is_clearly_above_the_probe(tmp_path: Path) -> None:
     assert found["lora 8"]["over_probe"] == 0 and not found["lora 8"]["learns"] and not found["probe"]["learns"]
     rows["lora 8"]["accuracy"] = [{"a": 0.9}, {"a": 0.3}, {"a": 0.7}]
     assert not gains(rows)["lora 8"]["learns"], "a mean that is no larger than its error"
+
+
+def test_a_training_that_diverges_scores_nothing_and_the_others_go_on(tmp_path: Path) -> None:
+    class Diverging:
+        def outcome(self, setting: Any, arm: Any, rate: float, seed: int) -> Any:
+            if rate == GRID[-1]:
+                raise NumericsError("the loss is not finite")
+            right = {name: np.array([True, rate == GRID[1]]) for name in family_accuracy.TASKS}
+            return SimpleNamespace(right=right, parameters=7, seconds=1.0)
+
+    trainings = MadeUp(tmp_path)
+    trainings.train = partial(Trainings.train, trainings)  # type: ignore[method-assign]
+    trainings.scored = {True: Diverging(), False: Diverging()}  # type: ignore[dict-item]
+    row = row_of(family_accuracy.arms(["lora"])[1], trainings)
+    assert row is not None and row["rate"] == GRID[1] and row["mean"] == 1 and row["parameters"] == 7
+    assert row["held_out"][f"{GRID[-1]:g}"] == 0
+    assert "not finite" in json.loads((tmp_path / f"lora 1-{GRID[-1]:g}-{PICKED_ON}.json").read_text())["diverged"]
 
 
 def test_every_family_has_both_arms() -> None:
