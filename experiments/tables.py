@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from .family_tables import family_costs, family_learning
+from .study_tables import calibrated, reasoning
 from .table_text import HERE, made_by, number, result, table
 
 PAGES = HERE / "README.md", *(HERE.parent / "docs" / f"{page}.md" for page in ("scaling", "families", "federated"))
@@ -298,6 +299,8 @@ TABLES: dict[str, Callable[[], str]] = {
         federated,
         family_costs,
         family_learning,
+        calibrated,
+        reasoning,
     )
 }
 

@@ -188,31 +188,12 @@ class Comparison:
         sizes = {"n_tasks": len(tasks)} if arm.by_task else {}
         model = build(base, **{**arm.recipe, **sizes})
         started = time.monotonic()
-        self._train(model, tasks, learning_rate)
+        fit(model, model.optimizer_groups(learning_rate), tasks, self.collator)
         seconds = time.monotonic() - started
         statistics = RoutingStatistics(n_tasks=len(tasks))
         right = self._score(model, tasks, statistics)
         parameters = sum(p.numel() for _, branch in model.branches() for p in branch.parameters())
         return Outcome(right, statistics.summary(), seconds, parameters)
-
-    def _train(self, model: MoAModel, tasks: Sequence[EncodedTask], learning_rate: float) -> None:
-        """AdamW with a linear warm-up and decay; gradients are clipped to a norm of 1."""
-        rows: Any = ConcatDataset([task.train for task in tasks])
-        loader: Any = DataLoader(rows, BATCH, shuffle=True, collate_fn=self.collator)
-        total = EPOCHS * len(loader)
-        optimizer = torch.optim.AdamW(model.optimizer_groups(learning_rate))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / (WARM_UP * total)) * (1 - step / total)
-        )
-        trained = [p for p in model.parameters() if p.requires_grad]
-        model.train()
-        for _ in range(EPOCHS):
-            for batch in loader:
-                model(**batch).loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
 
     @torch.no_grad()
     def _score(
@@ -228,6 +209,36 @@ class Comparison:
     def _right(self, model: MoAModel, task: EncodedTask) -> Iterator[np.ndarray]:
         for batch in DataLoader(task.eval, CHUNK, collate_fn=self.collator):
             yield (model(**batch).logits.argmax(-1) == batch["labels"]).double().numpy()
+
+
+def fit(model: nn.Module, groups: list[dict[str, Any]], tasks: Sequence[EncodedTask], collator: Collator) -> int:
+    """Train a model in place on its tasks together and return the optimizer steps that it took.
+
+    AdamW with a linear warm-up and decay; gradients are clipped to a norm of 1.
+
+    Args:
+        model: whose loss () is that of a batch.
+        groups: of AdamW's parameters.
+        tasks: with their training rows.
+        collator: makes batches (B, S) of rows.
+    """
+    rows: Any = ConcatDataset([task.train for task in tasks])
+    loader: Any = DataLoader(rows, BATCH, shuffle=True, collate_fn=collator)
+    total = EPOCHS * len(loader)
+    optimizer = torch.optim.AdamW(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (WARM_UP * total)) * (1 - step / total)
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    for _ in range(EPOCHS):
+        for batch in loader:
+            model(**batch).loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return total
 
 
 def _told(rows: Rows, task: str) -> Rows:
