@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,3 +64,28 @@ def check_trainable(model: nn.Module) -> None:
             f"{len(lost)} trained parameters are on the meta device ({lost[0]}, …), so no gradient would reach them: "
             "offload the base first and build on it then; a module that is trained whole must stay in memory."
         )
+
+
+def check_device_map(device_map: Any) -> None:
+    """Check that the devices which a device map names, as `from_pretrained` takes it, are there; no tensor is made.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    here = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if here is not None else 0
+    for place in device_map.values() if isinstance(device_map, Mapping) else (device_map,):
+        if isinstance(place, int):
+            there = place < count
+        else:
+            try:
+                device = torch.device(place)
+            except (RuntimeError, TypeError):  # "auto", "disk", …
+                continue
+            own = here is not None and device.type == here.type and (device.index or 0) < count
+            there = own or device.type in ("cpu", "meta")
+        if not there:
+            seen = "no accelerator" if here is None else f"{count} of {here.type}"
+            raise ConfigError(
+                f"device_map names the device {place!r}, and torch sees {seen} here: name another, or no map."
+            )

@@ -13,6 +13,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import CheckpointError, ConfigError, ContextError, MoaError, unknown_name
+from ..offload import check_device_map
 from .task_heads import IGNORED, TaskHeads, label_losses
 
 POOLINGS = ("mean", "cls", "last")
@@ -257,7 +258,9 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
 
     Raises:
         CheckpointError: no name was stored, the class is not known, or nothing can be loaded from there.
+        ConfigError: a device map that names a device which is not there.
     """
+    check_device_map(kwargs.get("device_map"))
     name, class_name, config = row["name_or_path"], row["class"], row["config"] or {}
     advice = "Pass load(path, base=model)."
     if not name:

@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from ..tables import LARGEST
+from .joint import several
 from .yaml_values import NAMES, is_file, shortened
 
 # what older versions of transformers call otherwise
@@ -187,16 +188,33 @@ def _check_installed(what: str, package: str | None) -> None:
         raise ConfigError(f"training.{what} needs the package {package}, which is not installed: pip install {name}.")
 
 
+def _check_talk(backend: str, distributed: Any, on_cpu: bool) -> None:
+    """Check that processes can talk by a backend, on CPUs or not."""
+    on = distributed.Backend.backend_capability
+    if backend not in on:
+        raise ConfigError(unknown_name("backend", backend, tuple(on), "training.ddp_backend"))
+    if on_cpu and "cpu" not in on[backend]:
+        raise ConfigError(
+            f"training.ddp_backend: {backend} talks between {', '.join(on[backend])} devices, and this run is on CPUs: "
+            "set gloo, or leave it out."
+        )
+    if not getattr(distributed, f"is_{backend}_available", lambda: True)():
+        raise ConfigError(f"training.ddp_backend: this torch was built without {backend}: set gloo, or leave it out.")
+
+
 def check_device(training: Mapping[str, Any]) -> None:
-    """Check what only torch can tell: half precision and compilers on this machine.
+    """Check what only torch can tell: half precision, compilers, and what processes talk by, on this machine.
 
     Raises:
-        ConfigError: fp16 where nothing computes in it, or an unknown compiler.
+        ConfigError: fp16 where nothing computes in it, an unknown compiler, or a backend of devices that are not there.
     """
     import torch
 
     if training.get("fp16") and (training.get("use_cpu") or not torch.accelerator.is_available()):
         raise ConfigError("training.fp16 needs an accelerator and has no effect on a CPU: leave it out.")
+    talk = training.get("ddp_backend")
+    if talk is not None and several():
+        _check_talk(str(talk), torch.distributed, bool(training.get("use_cpu")) or not torch.accelerator.is_available())
     backend = training.get("torch_compile_backend")
     if backend is not None:
         known = torch._dynamo.list_backends(exclude_tags=())
