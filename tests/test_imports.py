@@ -60,6 +60,7 @@ ONLY_IN = {
         "monitor/callback.py",
         "training/initialize_callback.py",
         "training/lisa_callback.py",
+        "training/mosa_callback.py",
         "training/squeeze_callback.py",
         "runs/*.py",
         "cli/main.py",

@@ -51,7 +51,8 @@ class Host(Switched, Sound):
         whole: those modules, and copies of them as they came.
         shared_by_layers: what the layers of a recipe have together, by the recipe's number and who calls it.
         streams: in which the base runs, for recipes that have several; None for one.
-        samples: M, forwards per training step, the most that any recipe asks for.
+        samples: M, forwards per training step, the most that any recipe asks for, and two where they have to agree.
+        consistency: weight of how far the outputs of a step's forwards are apart, in the training loss; 0 for none.
         preview: what runs only the base first, (B, S, d), where a router looks at that.
     """
 
@@ -60,6 +61,7 @@ class Host(Switched, Sound):
     shared_by_layers: nn.ModuleDict
     streams: Streams | None
     samples: int = 1
+    consistency: float = 0.0
     preview: Preview | None = None
     _entered_inside: Callable[[Any, Trace], None]
 
@@ -133,7 +135,7 @@ class Host(Switched, Sound):
         super().routers_changed()
         self.scope.names = common_names([recipe.names for recipe, _ in self.recipes])
         routers = [branch.router for _, branch in self.branches()]
-        self.samples = max([1, *(router.samples for router in routers)])
+        self.samples = max([1 + bool(self.consistency), *(router.samples for router in routers)])
         looking = any(router.needs_preview for router in routers)
         self.preview = Preview(self.base, self.scope) if looking else None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..compat import is_captured
 from ..formats.sharded import size_of
 from ..objective import Objective, Trace
+from ..objective.agreement import disagreement
 from .averaged import check_averaged, ready_for_engine
 from .host import Host
 from .outputs import logits_of, loss_of, with_loss
@@ -90,11 +91,13 @@ class Learned(Host):
         if not losses:
             self._learned_outside(passes[0][0], traces)
             return passes[0]
-        examples = None
+        examples, apart = None, None
         if samples > 1:
             logits = [logits_of(outputs) for outputs, _ in passes]
             examples = self.objective.per_example(losses, logits, labels)
-        total = self._add_up(losses, examples, traces, labels)
+            if self.consistency:
+                apart = self.consistency * disagreement(logits, self.context)
+        total = self._add_up(losses, examples, traces, labels, apart)
         return passes[0][0], total
 
     def _entered_inside(self, outputs: Any, trace: Trace) -> None:
@@ -152,8 +155,15 @@ class Learned(Host):
         examples = torch.stack([v.detach() / v.shape[0] for v in values]) if values[0].ndim == 1 else None
         return self._add_up(losses, examples, traces, None)
 
-    def _add_up(self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace], labels: Any) -> Tensor:
-        total, self.last_losses = self.objective.total(losses, examples, traces)
+    def _add_up(
+        self,
+        losses: list[Tensor],
+        examples: Tensor | None,
+        traces: list[Trace],
+        labels: Any,
+        apart: Tensor | None = None,
+    ) -> Tensor:
+        total, self.last_losses = self.objective.total(losses, examples, traces, apart)
         if not is_captured(total):
             decoder = self._kind() == "decoder"
             self.objective.diagnose(total, traces, labels, decoder, self.branches(), self.steps_done + 1)

@@ -15,8 +15,8 @@ from .outputs import tensors_of
 
 HOW = "compute yours inside model.routed_loss(lambda: …), e.g. in a Trainer's compute_loss, or build without them."
 SAMPLED = (
-    "a sampling recipe learns from the loss of several selections, and this loss was computed from one: pass labels, "
-    "or compute your loss inside model.routed_loss(lambda: ...)."
+    "a sampling recipe, or a consistency loss, learns from several forwards, and this loss was computed from one: pass "
+    "labels, or compute your loss inside model.routed_loss(lambda: ...), which has no consistency loss."
 )
 LIKELIHOODS, LABELLED = "log_probs", "label_mask"  # what outputs call the log-likelihoods of labels, as TRL's do
 

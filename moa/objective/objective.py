@@ -20,7 +20,7 @@ from .trace import Record, Trace
 class Objective:
     """Adds up the losses of one training step.
 
-    L = mean_m L_m + mean over layers of Σ coefficient · auxiliary loss + policy term
+    L = mean_m L_m + mean over layers of Σ coefficient · auxiliary loss + policy term + consistency
 
     Auxiliary losses are means over layers, so that a coefficient means the same in deep and shallow models; those of
     the model take the rows of all layers together, and are one value whatever the depth. Under data parallelism they
@@ -37,7 +37,7 @@ class Objective:
         self.per_example_rule: str | None = None
 
     def total(
-        self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace]
+        self, losses: list[Tensor], examples: Tensor | None, traces: list[Trace], apart: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the training loss () and its parts, detached.
 
@@ -45,6 +45,7 @@ class Objective:
             losses: M task losses ().
             examples: (M, B) each example's share of them, detached; None uses the batch losses in the policy term.
             traces: M traces.
+            apart: (), how far the outputs of the M are from each other, where that is to count.
 
         Raises:
             ContextError: a routing carries no gradient to a router that should learn from it.
@@ -55,6 +56,8 @@ class Objective:
             credit = torch.stack([loss.detach().reshape(1) for loss in losses]) if examples is None else examples
             log_probs = torch.stack([log_prob_per_example(t, credit.shape[1]) for t in traces])
             parts["policy"] = rloo(credit, log_probs)
+        if apart is not None:
+            parts["consistency"] = apart
         total = task
         for name, value in parts.items():
             total = total if name == "task" else total + value.to(task.dtype)

@@ -262,6 +262,46 @@ class SqueezeStrategy(Strategy):
         return [SqueezeCallback(self.ranks, self.every)]
 
 
+@register_strategy("mosa")
+@dataclass(frozen=True, kw_only=True)
+class MoSAStrategy(Strategy):
+    """MoSA, `moa.training.mosa`.
+
+    Args:
+        n: copies of each expert.
+        by: what deals their entries out, "entries", "rows" or "columns".
+        shared_down: down is one for all copies.
+        merge: "average" or "joint".
+        consistency: weight of the divergence between two forwards.
+        seed: of masks and draws.
+    """
+
+    n: int = 4
+    by: Literal["entries", "rows", "columns"] = "entries"
+    shared_down: bool = False
+    merge: Literal["average", "joint"] = "average"
+    consistency: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, not_negative=("seed",))
+        from .mosa import check_mosa
+
+        check_mosa(self.n, self.by, self.merge, self.consistency)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse experts without factors (E, r, i), (E, r, o), and a consistency of outputs that are numbers."""
+        from .mosa import MoSA
+
+        MoSA(model, **dataclasses.asdict(self)).close()
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `MoSACallback`."""
+        from .mosa_callback import MoSACallback
+
+        return [MoSACallback(**dataclasses.asdict(self))]
+
+
 def adam_options(arguments: Any) -> dict[str, Any]:
     """Return lr, betas, eps and weight_decay, scalars, as TrainingArguments give them."""
     return {
