@@ -37,6 +37,8 @@ _HOMES = {
     "allocate_ranks": "federated.importance",
     "compare": "monitor.compare",
     "transfer": "training.transfer",
+    "prune": "training.pruning",
+    "recover": "training.recovery",
     "MoaError": "errors",
 }
 
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
     from .routers import Router
     from .training.distill import distill
     from .training.initialize import initialize
+    from .training.pruning import prune
+    from .training.recovery import recover
     from .training.transfer import transfer
     from .types import Context, Routing
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ConfigError, plain_text
 from ..formats import checkpoint
 from ..kernels import choose_engine, engines
+from ..model.pruned import kept_of
 
 
 def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "float32", device: str = "cpu") -> str:
@@ -44,7 +45,8 @@ def describe_checkpoint(path: str | Path, n_rows: int = 1024, dtype: str = "floa
     lines = [
         f"{folder}: moa format {description['format_version']}, {len(tensors)} tensors, {size / 1e6:.2f} MB",
         f"base: {base['class']} from {base['name_or_path'] or 'memory'}"
-        + (f", {base['config']['dtype']}" if (base["config"] or {}).get("dtype") else ""),
+        + (f", {base['config']['dtype']}" if (base["config"] or {}).get("dtype") else "")
+        + (", pruned" if kept_of(base["config"] or {}) else ""),
     ]
     heads = description["modules_to_save"]
     if heads:

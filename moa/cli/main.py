@@ -27,7 +27,9 @@ from . import (
     cmd_inspect,
     cmd_merge,
     cmd_predict,
+    cmd_prune,
     cmd_recipes,
+    cmd_recover,
     cmd_report,
     cmd_serve,
     cmd_train,
@@ -160,6 +162,8 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     cmd_merge.add(command, helps and "merge" in words)
     cmd_fold.add(command)
     cmd_distill.add(command)
+    cmd_prune.add(command)
+    cmd_recover.add(command)
     cmd_export.add(command)
     cmd_serve.add(command)
     cmd_bench.add(command)

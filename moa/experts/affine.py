@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import Site
-from .bank import ExpertBank
+from .bank import Axes, ExpertBank
 from .family import Family, register_expert
 from .lora import LoRABank
 
@@ -31,6 +31,7 @@ class AffineLoRABank(LoRABank):
     """
 
     per_expert = ("down", "up", "down_bias", "up_bias")
+    axes: ClassVar[Axes] = {**LoRABank.axes, "up_bias": "out"}
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)

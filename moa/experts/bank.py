@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,8 @@ from ..delta import Delta, LowRank, total
 from ..errors import ConfigError, FoldError
 from ..types import Routing
 from .fused import Fused
+
+Axes = Mapping[str, Literal["in", "out"]]
 
 
 class ExpertBank(nn.Module):
@@ -39,6 +42,8 @@ class ExpertBank(nn.Module):
         fixed_size: why it has as many experts as it was built for; None where another number makes another bank.
         carries_input: the routing's weight of an expert already holds its product with x; the expert is a vector.
         averages: an expert is linear in what is trained, so that the mean of states is the mean of changes.
+        axes: name of a tensor -> whose features one of its axes has, "in" (d_in) or "out" (d_out), where an expert is
+            made of rows and columns of its layer: of features that are zero in all of them it neither reads nor writes.
 
     Raises:
         ConfigError: rank < 1 or dropout outside [0, 1).
@@ -52,6 +57,7 @@ class ExpertBank(nn.Module):
     rowwise: ClassVar[bool] = True
     carries_input: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    axes: ClassVar[Axes] = {}
     fixed_size: ClassVar[str | None] = None
 
     def __init__(

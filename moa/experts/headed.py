@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..kernels import headed_linear
 from ..layers import Site
 from ..types import Routing
-from .bank import ExpertBank
+from .bank import Axes, ExpertBank
 from .factored import read_factors
 from .family import Family, register_expert
 from .fused import Fused
@@ -65,6 +65,11 @@ class HeadedLoRABank(ExpertBank):
         self.down = nn.Parameter(torch.empty(n_experts, self.rank, d_in))
         self.up = nn.Parameter(torch.empty(n_experts, self.rank, d_out))
         self.reset_parameters()
+
+    @property
+    def axes(self) -> Axes:  # type: ignore[override]
+        """Whose features the factors (E, r, i) and (E, r, o) have; with several heads a feature's place says which."""
+        return {"down": "in", "up": "out"} if self.n_heads == 1 else {}
 
     def reset_parameters(self) -> None:
         """Draw down (E, r, i) anew and set up (E, r, o) to zero."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..delta import Delta
 from ..errors import ConfigError
 from ..layers import Site
-from .bank import ExpertBank
+from .bank import Axes, ExpertBank
 from .factored import FactoredBank, read_factors
 from .family import Family, register_expert
 from .frozen import weight_of
@@ -36,6 +36,8 @@ class LoRABank(FactoredBank):
         options: rank, scaling (one for all experts: adapters of other scales are rescaled when read in), dropout,
             engine, as in `ExpertBank`.
     """
+
+    axes: ClassVar[Axes] = {"down": "in", "up": "out"}
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)

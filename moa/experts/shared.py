@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..delta import Delta, low_rank
 from ..layers import Site
 from ..types import Routing
-from .bank import ExpertBank
+from .bank import Axes, ExpertBank
 from .family import Family, register_expert
 
 
@@ -36,6 +36,7 @@ class SharedLoRABank(ExpertBank):
 
     equal_at_init = True
     per_expert = ("up",)
+    axes: ClassVar[Axes] = {"down": "in", "up": "out"}
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..delta import Delta, low_rank
 from ..errors import FoldError
 from ..types import Routing
-from .bank import ExpertBank
+from .bank import Axes, ExpertBank
 from .fused import Fused
 
 
@@ -36,6 +36,7 @@ class VectorBank(ExpertBank):
     equal_at_init = True
     carries_input = True
     per_expert = ("up", "directions")
+    axes: ClassVar[Axes] = {"up": "out", "directions": "in"}
 
     directions: Tensor | None
 

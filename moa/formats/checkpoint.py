@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -261,13 +261,19 @@ def fingerprint(
     return probes
 
 
-def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> None:
+def check_fingerprint(
+    stored: Mapping[str, Any],
+    base: nn.Module,
+    folder: Path | str,
+    as_made: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> None:
     """Check that a base is the one a checkpoint was made on, up to the precision of its dtype.
 
     Args:
         stored: the checkpoint's "base" entry.
         base: without mixtures, its matrices (o, i).
         folder: named in the error.
+        as_made: what the checkpoint's base had of a matrix of this one, by its name.
 
     Raises:
         CheckpointError: a matrix is missing, of another shape or of other values.
@@ -288,7 +294,7 @@ def check_fingerprint(stored: dict[str, Any], base: nn.Module, folder: Path) -> 
             raise CheckpointError(f"wrong base: {was}, which has a matrix {name}; {type(base).__name__} has none.")
         if not is_matrix(tensor):  # a quantised base holds codes, which cannot be compared
             continue
-        held = whole(value_of(base, at_home[name], tensor)).detach()
+        held = as_made(name, whole(value_of(base, at_home[name], tensor)).detach())
         if list(held.shape) != probe["shape"]:
             raise CheckpointError(
                 f"wrong base: {was}, where {name} is {tuple(probe['shape'])}; here it is {tuple(held.shape)}."

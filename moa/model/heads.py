@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..errors import CheckpointError, ConfigError, ContextError, MoaError, unknown_name
 from ..offload import check_device_map
+from .pruned import Kept, check_prunable, cuts, kept_of, read_pruned, shrink
 from .task_heads import IGNORED, TaskHeads, label_losses
 
 POOLINGS = ("mean", "cls", "last")
@@ -96,6 +97,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         if encoder is None:
             values = dict(config.encoder)
             encoder = AutoModel.from_config(transformers.AutoConfig.for_model(values.pop("model_type"), **values))
+            shrink(encoder, kept_of(values) or {})
         else:
             for module in encoder.modules():  # its weights are there: post_init must not draw them anew
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -136,7 +138,7 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
             OSError: no such encoder.
             ConfigError: see the class.
         """
-        encoder = AutoModel.from_pretrained(name_or_path, **kwargs)
+        encoder = pretrained(AutoModel, name_or_path, **kwargs)
         return cls.around(encoder, labels, pooling, regressions, one_head)
 
     @classmethod
@@ -248,6 +250,36 @@ class MultiTaskForSequenceClassification(PreTrainedModel):
         return task_ids
 
 
+def pretrained(cls: Any, name_or_path: str | Path, kept: Kept | None = None, **kwargs: Any) -> Any:
+    """Return a class's model of a folder, (B, S) -> its outputs; a pruned one where the folder holds that.
+
+    Args:
+        cls: a class of transformers, automatic ones included.
+        name_or_path: folder or hub id.
+        kept: what to keep of the model where the folder holds the full one; None keeps all.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        OSError: no such model.
+        ConfigError: the indices do not fit it, it is pruned in another way, or it is quantised and full.
+    """
+    asked = {key: kwargs[key] for key in ("cache_dir", "revision", "subfolder", "token") if key in kwargs}
+    values = PreTrainedConfig.get_config_dict(name_or_path, **asked)[0]
+    there = kept_of(values)
+    if there is None:
+        model = cls.from_pretrained(name_or_path, **kwargs)
+        if kept:
+            check_prunable(model, cuts(model, kept))
+            shrink(model, kept)
+        return model
+    if kept is not None and kept != there:
+        raise ConfigError(f"{name_or_path} is pruned in another way than the base that this was made on.")
+    if hasattr(cls, "from_config"):  # an automatic class, which says by the configuration what it makes
+        with torch.device("meta"):
+            cls = type(cls.from_config(transformers.AutoConfig.from_pretrained(name_or_path, **asked)))
+    return read_pruned(cls, name_or_path, **kwargs)
+
+
 def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -> nn.Module:
     """Return the base model that a checkpoint names.
 
@@ -274,11 +306,12 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
             if name != config["encoder_name_or_path"]:  # it was saved whole, heads included
                 return MultiTaskForSequenceClassification.from_pretrained(name, **options)
             heads = config["labels"], config["pooling"], config.get("regressions", ()), config.get("one_head", False)
-            return MultiTaskForSequenceClassification.from_encoder(name, *heads, **options)
+            encoder = pretrained(AutoModel, name, kept_of(config), **options)
+            return MultiTaskForSequenceClassification.around(encoder, *heads)
         cls = getattr(transformers, class_name, None)
         if not hasattr(cls, "from_pretrained"):
             raise CheckpointError(f"{folder} was made on a {class_name}, which transformers does not have. {advice}")
-        return cls.from_pretrained(name, **options)  # type: ignore[union-attr]
+        return pretrained(cls, name, kept_of(config), **options)
     except (OSError, ValueError, RuntimeError) as error:  # no such place, no such model, weights of other shapes
         if isinstance(error, MoaError):
             raise

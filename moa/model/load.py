@@ -16,6 +16,7 @@ from ..formats.precision_folders import set_for
 from ..recipes.origins import rebuilt
 from .heads import load_base
 from .host import Host
+from .pruned import KEY, kept_of
 from .rollback import all_or_nothing
 
 TASKS = {"CAUSAL_LM": "AutoModelForCausalLM", "QUESTION_ANS": "AutoModelForCausalLM"}  # the latter is MixLoRA's word
@@ -51,16 +52,35 @@ def load_host(
     description, tensors = checkpoint.read_mixture(folder)
     if base is None:
         base = load_base(description["base"], folder, kwargs)
+    elif kept_of(description["base"]["config"] or {}) and kept_of(getattr(base, "config", None)) is None:
+        raise CheckpointError(
+            f"{folder} was made on a pruned base, and this {type(base).__name__} is a full one: give the pruned one, "
+            f"or none; moa.recover({str(folder)!r}, base) takes it to the full one."
+        )
     if check_base:
         checkpoint.check_fingerprint(description["base"], base, folder)
     with all_or_nothing(base):
         out = around(base)
-        out.train_whole(description["modules_to_save"])
-        for row in description["recipes"]:
-            options = {key: value for key, value in row.items() if key != "sites"}
-            out.add_recipe(rebuilt(options, description.get("origins") or {}, str(folder)), row["sites"])
+        add_described(out, description, str(folder))
         checkpoint.fill(out.adapter_state_dict(), tensors, folder)
     return _ready(out, is_trainable)
+
+
+def add_described(out: Host, description: Mapping[str, Any], source: str) -> None:
+    """Put the recipes that a checkpoint describes into a host, on the same layers (*rows, i) -> (*rows, o).
+
+    Args:
+        out: without mixtures.
+        description: of the checkpoint.
+        source: named in errors.
+
+    Raises:
+        ConfigError: a layer that is not there; a recipe or family that is not known.
+    """
+    out.train_whole(description["modules_to_save"])
+    for row in description["recipes"]:
+        options = {key: value for key, value in row.items() if key != "sites"}
+        out.add_recipe(rebuilt(options, description.get("origins") or {}, source), row["sites"])
 
 
 def _ready(out: H, is_trainable: bool) -> H:
@@ -71,6 +91,8 @@ def _ready(out: H, is_trainable: bool) -> H:
 
 def base_from(path: str | Path, name: str, **kwargs: Any) -> nn.Module:
     """Return the base of a saved mixture, (B, S) -> outputs, loaded from another place than the one it names.
+
+    It is as it is there: where the mixture was made on a pruned base, this may be the full one.
 
     Args:
         path: folder of the checkpoint, or hub id.
@@ -87,7 +109,9 @@ def base_from(path: str | Path, name: str, **kwargs: Any) -> nn.Module:
             dataclasses.replace(found, config={**found.config, "base_model_name_or_path": name}), kwargs
         )
     row = checkpoint.read(folder)[0]["base"]
-    config = row["config"] or {}
+    config = {key: value for key, value in (row["config"] or {}).items() if key != KEY}
+    if kept_of(config) is not None:
+        config["encoder"] = {key: value for key, value in config["encoder"].items() if key != KEY}
     if config.get("encoder_name_or_path") == row["name_or_path"] != "":
         config = {**config, "encoder_name_or_path": name}
     return load_base({**row, "name_or_path": name, "config": config}, folder, kwargs)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..errors import ConfigError, MoaError
 from ..layers import is_dense
 from ..model.build import build
-from ..model.heads import MultiTaskForSequenceClassification
+from ..model.heads import MultiTaskForSequenceClassification, pretrained
 from ..model.moa_model import MoAModel
 from .base_files import check_positions
 from .config import TrainConfig
@@ -103,7 +103,7 @@ def build_model(config: TrainConfig, tasks: Sequence[EncodedTask], **recipe: Any
                 config.base, labels, config.pooling, numbers, **options
             )
         else:
-            base = AutoModelForCausalLM.from_pretrained(config.base, **options)
+            base = pretrained(AutoModelForCausalLM, config.base, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: weights of other shapes
         if isinstance(error, MoaError):
             raise

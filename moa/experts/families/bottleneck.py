@@ -14,7 +14,7 @@ from ...errors import ConfigError, unknown_name
 from ...kernels import grouped_linear, grouped_sum, has_slots
 from ...layers import Site
 from ...types import Routing
-from ..bank import ExpertBank
+from ..bank import Axes, ExpertBank
 from ..family import LAYERS, Family, register_expert
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "tanh"]
@@ -56,6 +56,7 @@ class BottleneckBank(ExpertBank):
     """
 
     per_expert: ClassVar[tuple[str, ...]] = ("down", "down_bias", "up", "up_bias")
+    axes: ClassVar[Axes] = {"down": "in", "up": "out", "up_bias": "out"}
 
     def __init__(
         self,

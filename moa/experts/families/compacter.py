@@ -62,6 +62,7 @@ class CompacterBank(BottleneckBank):
     up_left: nn.Parameter
     up_right: nn.Parameter
     per_expert: ClassVar[tuple[str, ...]] = (*FACTORS, "down_bias", "up_bias")
+    axes = ExpertBank.axes
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from ...delta import Delta, Dense, Sparse
 from ...errors import ConfigError
 from ...layers import Site, is_convolution
 from ...types import Routing
-from ..bank import ExpertBank
+from ..bank import Axes, ExpertBank
 from ..family import Family, register_expert
 from ..fused import Fused
 from ..slotwise import mixed_rows
@@ -38,6 +38,7 @@ class OutputScaleBank(ExpertBank):
 
     equal_at_init = True
     per_expert: ClassVar[tuple[str, ...]] = ("scale",)
+    axes: ClassVar[Axes] = {"scale": "out"}
     averages: ClassVar[bool] = True
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
@@ -77,6 +78,8 @@ class InputScaleBank(OutputScaleBank):
 
     Source: arXiv 2205.05638, §3.3, between the two products of a feed-forward block.
     """
+
+    axes = ExpertBank.axes  # an expert reads the whole weight
 
     def __init__(self, site: Site, n_experts: int, **options: Any) -> None:
         super().__init__(site.d_in, site.d_out, n_experts, **options)

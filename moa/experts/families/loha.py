@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...layers import Site
-from ..bank import ExpertBank
+from ..bank import Axes, ExpertBank
 from ..family import Family, register_expert
 from ..structured import StructuredBank, Tensors, few_for_factors
 
@@ -35,6 +35,12 @@ class LoHaBank(StructuredBank):
     """
 
     per_expert: ClassVar[tuple[str, ...]] = ("left_up", "left_down", "right_up", "right_down")
+    axes: ClassVar[Axes] = {
+        "left_up": "out",
+        "left_down": "in",
+        "right_up": "out",
+        "right_down": "in",
+    }
 
     def __init__(self, d_in: int, d_out: int, n_experts: int, **options: Any) -> None:
         super().__init__(d_in, d_out, n_experts, **options)
