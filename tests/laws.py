@@ -75,8 +75,16 @@ STREAMED = {"IdRouter"}
 BANK_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"default": {}, "pissa": {"start": "pissa"}, "olora": {"start": "olora"}},
     "headed": {"default": {}, "heads": {"n_heads": 3}},
-    "shira": {"default": {"density": 0.3}, "magnitude": {"density": 0.2, "mask": "magnitude"}},
-    "qwha": {"default": {"density": 0.3}, "scaled": {"density": 0.2, "scale": 3.0}},
+    "shira": {
+        "default": {"density": 0.3},
+        "magnitude": {"density": 0.2, "mask": "magnitude"},
+        "few": {"density": 0.1},
+    },
+    "qwha": {
+        "default": {"density": 0.3},
+        "scaled": {"density": 0.2, "scale": 3.0},
+        "few": {"density": 0.1, "scale": 2.0},
+    },
     "randlora": {"default": {}, "sparse": {"sparse": True}},
     "oft": {"default": {"block_size": 3}, "exact": {"block_size": 2, "terms": 0, "share": True}},
     "boft": {"default": {"block_size": 3}, "butterfly": {"block_size": 2, "n_factors": 2}},
@@ -99,6 +107,7 @@ CUTS: dict[tuple[str, str], int] = {
     ("boft", "butterfly"): 4,
     ("qwha", "default"): 4,
     ("qwha", "scaled"): 4,
+    ("qwha", "few"): 4,
     ("compacter", "default"): 2,
     ("compacter", "glorot"): 2,
 }

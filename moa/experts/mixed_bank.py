@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..delta import Delta
 from ..errors import ConfigError
-from ..kernels.changes import routed_units, spread_over
+from ..kernels.units import routed_units, spread_over
 from ..types import Routing
 from .bank import ExpertBank
 from .factored import FactoredBank

@@ -8,7 +8,7 @@ head by head, in one node, `exact_linear` a router's logits. `change_mixture` mi
 rank; `column_linear` trains a few columns of a weight in place.
 """
 
-from .changes import Changes, change_mixture
+from .changes import ByHand, Changes, change_mixture
 from .column_linear import column_linear
 from .dispatch import choose_engine
 from .engine import Operands, engines, has_slots, register_engine
@@ -20,6 +20,7 @@ from .headed_linear import headed_linear
 from .low_rank import low_rank_mixture, mixture_linear
 
 __all__ = [
+    "ByHand",
     "Changes",
     "Gate",
     "Operands",

@@ -16,9 +16,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .dtypes import cast, exact_dtypes
-from .plan import sort_slots
+from .one_weight import OneWeight
+from .units import add, groups_of, routed_units, spread_over, take
 
 Tensors = Mapping[str, Tensor]
+
+
+class ByHand(NamedTuple):
+    """What a change that is linear in its expert's tensors does without a graph and without ΔW.
+
+    Args:
+        add: the one weight of all rows, one expert's tensors and a scale (1,): adds scale · ΔW (o, i) to the weight.
+        backward: rows (*rows, i), what comes from above (*rows, o), the tensors, and whether the first is wanted ->
+            ΔW^T above (*rows, i) or None, and name: gradient of Σ above · ΔW x, of those that are trained.
+    """
+
+    add: Callable[[OneWeight, Tensors, Tensor], None]
+    backward: Callable[[Tensor, Tensor, Tensors, bool], tuple[Tensor | None, Tensors]]
 
 
 @dataclass(frozen=True)
@@ -30,9 +44,11 @@ class Changes:
         d_out: o.
         form: one expert's tensors -> its change ΔW (o, i).
         apply: rows (*rows, i) and one expert's tensors -> ΔW x (*rows, o), without ΔW; or None.
-        few: up to so many rows of an expert, `apply` costs less than ΔW.
         own: name -> tensor (E, …), one slice for each expert.
         shared: name -> tensor of any shape that all experts read, where it is trained.
+        few: up to so many rows of an expert, `apply` costs less than ΔW and a product with it.
+        few_alone: likewise where all rows share a routing, so that one product has the base and ΔW; by default `few`.
+        by_hand: what needs no graph; None where autograd finds the derivative.
     """
 
     n_experts: int
@@ -42,10 +58,24 @@ class Changes:
     own: Tensors
     shared: Tensors
     few: float = math.inf
+    few_alone: float | None = None
+    by_hand: ByHand | None = None
 
     def applies(self, n_rows: int) -> bool:
         """Return whether an expert that n rows chose, (n, i), forms no ΔW."""
         return self.apply is not None and n_rows <= self.few
+
+    def is_one_weight(self, x: Tensor) -> bool:
+        """Return whether units x (N, L, i) are multiplied once, with the sum of their changes."""
+        few = self.few if self.few_alone is None else self.few_alone
+        return len(x) == 1 and (self.apply is None or x.shape[1] > few)
+
+    def add_to(self, weight: OneWeight, own: Tensors, scale: Tensor) -> None:
+        """Add scale · ΔW (o, i), of one expert's tensors, to the one weight of all rows."""
+        if self.by_hand is None:
+            weight.add(self.form(own), scale)
+        else:
+            self.by_hand.add(weight, own, scale)
 
     def of(self, expert: int) -> dict[str, Tensor]:
         """Return one expert's tensors, of any shape."""
@@ -83,63 +113,6 @@ def change_mixture(
     return y.reshape(*rows, changes.d_out)
 
 
-def routed_units(x: Tensor, weights: Tensor) -> torch.Size:
-    """Return the leading rows of x (*rows, i) over which a routing (*wrows, K) changes: behind them it is constant."""
-    rows = x.shape[:-1]
-    routed = (1,) * (len(rows) - weights.ndim + 1) + tuple(weights.shape[:-1])
-    cut = len(rows)
-    while cut and routed[cut - 1] == 1:
-        cut -= 1
-    return rows[:cut]
-
-
-def spread_over(value: Tensor, units: torch.Size, n_axes: int) -> Tensor:
-    """Return weights or indices (*wrows, K) for each unit, (N, K).
-
-    Args:
-        value: of a routing.
-        units: the leading rows over which it changes; N is their number.
-        n_axes: of x's rows.
-    """
-    missing = n_axes - value.ndim + 1
-    full = value.reshape(*(1,) * missing, *value.shape)
-    head = full.reshape(*full.shape[: len(units)], full.shape[-1])  # the axes behind the units have one place each
-    return head.expand(*units, head.shape[-1]).reshape(units.numel(), head.shape[-1])
-
-
-class _Group(NamedTuple):
-    """An expert, the units that chose it (None: all), and their places among the flat weights (N · K,)."""
-
-    expert: int
-    units: Tensor | None
-    places: Tensor
-
-
-def _groups(weights: Tensor, indices: Tensor | None, n_experts: int) -> list[_Group]:
-    """Return which units chose which expert, of weights and indices (N, K)."""
-    n, k = weights.shape
-    if indices is None:
-        at = (weights != 0).mT.nonzero()  # (n chosen, 2): expert and unit, experts ascending
-        places, units = at[:, 1] * k + at[:, 0], at[:, 1]
-        ends = torch.searchsorted(at[:, 0].contiguous(), torch.arange(n_experts + 1, device=at.device)).tolist()
-    else:
-        plan = sort_slots(indices, n_experts)
-        places, units, ends = plan.order, plan.rows, plan.offsets.tolist()
-    chosen = [(e, slice(ends[e], ends[e + 1])) for e in range(n_experts) if ends[e] < ends[e + 1]]
-    return [_Group(e, None if at.stop - at.start == n else units[at], places[at]) for e, at in chosen]
-
-
-def _take(values: Tensor, units: Tensor | None) -> Tensor:
-    return values if units is None else values.index_select(0, units)
-
-
-def _add(onto: Tensor, units: Tensor | None, values: Tensor) -> None:
-    if units is None:
-        onto += values
-    else:
-        onto.index_add_(0, units, values)
-
-
 class _Mixed(torch.autograd.Function):
     """`change_mixture` of units x (N, L, i) with weights and indices (N, K), each unit's rows on one routing."""
 
@@ -157,19 +130,22 @@ class _Mixed(torch.autograd.Function):
         ctx.save_for_backward(x, weights, indices, base, *tensors)
         ctx.changes = changes
         with exact_dtypes(x):
-            groups = _groups(weights, indices, changes.n_experts)
-            if len(x) == 1 and not changes.applies(x.shape[1]):
-                return _one_weight(x, weights, groups, changes, base, bias)
+            groups = groups_of(weights, indices, changes.n_experts)
+            flat = weights.flatten()
+            if changes.is_one_weight(x):
+                weight = OneWeight(base, x, changes.d_out)
+                for group in groups:
+                    changes.add_to(weight, changes.of(group.expert), flat[group.places])
+                return weight.product(bias)
             n_rows = x.shape[:2]
             y = x.new_zeros(*n_rows, changes.d_out) if base is None else F.linear(x, base.to(x.dtype), _as(bias, x))
-            flat = weights.flatten()
             for group in groups:
-                given, own = _take(x, group.units), changes.of(group.expert)
+                given, own = take(x, group.units), changes.of(group.expert)
                 if changes.apply is not None and changes.applies(given.shape[:2].numel()):
                     out = changes.apply(given, own)
                 else:
                     out = F.linear(given, changes.form(own).to(x.dtype))
-                _add(y, group.units, (out * flat[group.places].view(-1, 1, 1).to(out.dtype)).to(y.dtype))
+                add(y, group.units, (out * flat[group.places].view(-1, 1, 1).to(out.dtype)).to(y.dtype))
             return y
 
     @staticmethod
@@ -181,7 +157,7 @@ class _Mixed(torch.autograd.Function):
         with exact_dtypes(x):
             back = _Backward(changes, tensors, needs[6:])
             to_weights = weights.new_zeros(weights.numel()) if needs[1] else None
-            if len(x) == 1 and not changes.applies(x.shape[1]):
+            if changes.is_one_weight(x):
                 to_x = back.through_one_weight(x, weights, indices, base, grad, needs[0], to_weights)
             else:
                 to_x = back.through_rows(x, weights, indices, base, grad, needs[0], to_weights)
@@ -190,27 +166,8 @@ class _Mixed(torch.autograd.Function):
         return to_x, to_weights, None, None, None, None, *back.gradients
 
 
-def _plus(total: Tensor | None, change: Tensor) -> Tensor:
-    return change if total is None else total.add_(change)
-
-
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
-
-
-def _one_weight(
-    x: Tensor, weights: Tensor, groups: list[_Group], changes: Changes, base: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Return the mixture of x (1, L, i) as one product with one weight, which holds the base where nothing is lost."""
-    flat, total = weights.flatten(), None
-    for group in groups:
-        total = _plus(total, changes.form(changes.of(group.expert)) * flat[group.places])
-    if total is None:
-        return x.new_zeros(*x.shape[:2], changes.d_out) if base is None else F.linear(x, base.to(x.dtype), _as(bias, x))
-    if base is not None and base.dtype == total.dtype == x.dtype:  # a half-precision base would round the change away
-        return F.linear(x, total.add_(base), bias)
-    y = F.linear(x, total.to(x.dtype))
-    return y if base is None else y.add_(F.linear(x, base.to(x.dtype), _as(bias, x)))
 
 
 class _Backward:
@@ -234,10 +191,12 @@ class _Backward:
         """The gradients, in the order of the tensors."""
         return [self.found.get(name) for name in self.names]
 
-    def _leaves(self, expert: int) -> dict[str, Tensor]:
+    def _values(self, expert: int) -> dict[str, Tensor]:
         own = self.changes.own
-        slices = {name: (t[expert] if name in own else t).detach() for name, t in self.tensors.items()}
-        return {name: t.requires_grad_(name in self.wanted) for name, t in slices.items()}
+        return {name: (t[expert] if name in own else t).detach() for name, t in self.tensors.items()}
+
+    def _leaves(self, expert: int) -> dict[str, Tensor]:
+        return {name: t.requires_grad_(name in self.wanted) for name, t in self._values(expert).items()}
 
     def _collect(self, expert: int, output: Tensor, above: Tensor, leaves: dict[str, Tensor], *more: Tensor) -> Any:
         """Add the gradients of one expert's tensors, and return those of more."""
@@ -245,11 +204,14 @@ class _Backward:
         if not inputs or not output.requires_grad:
             return [torch.zeros_like(t) for t in more]
         grads = torch.autograd.grad(output, inputs, above.to(output.dtype), allow_unused=True)
-        for name, grad in zip(self.wanted, grads, strict=False):
-            if grad is not None:
+        self._store(expert, dict(zip(self.wanted, grads, strict=False)))
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(more, grads[len(self.wanted) :], strict=True)]
+
+    def _store(self, expert: int, gradients: Mapping[str, Tensor | None]) -> None:
+        for name, grad in gradients.items():
+            if grad is not None and name in self.found:
                 found = self.found[name]
                 (found[expert] if name in self.changes.own else found).add_(grad)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(more, grads[len(self.wanted) :], strict=True)]
 
     def through_one_weight(
         self,
@@ -262,26 +224,40 @@ class _Backward:
         to_weights: Tensor | None,
     ) -> Tensor | None:
         """Return the gradient of x (1, L, i) whose rows have one routing (1, K); fill in that of the weights (K,)."""
-        outer = grad.flatten(0, 1).mT @ x.flatten(0, 1)  # (o, i)
-        total = None
-        for group in _groups(weights, indices, self.changes.n_experts):
-            leaves = self._leaves(group.expert)
-            with torch.enable_grad():
-                change = self.changes.form(leaves)  # (o, i)
+        outer = grad.flatten(0, 1).mT @ x.flatten(0, 1) if self.changes.by_hand is None else None  # (o, i)
+        weight = OneWeight(base, x, self.changes.d_out) if need_x else None
+        for group in groups_of(weights, indices, self.changes.n_experts):
             scale = weights.flatten()[group.places]
-            if to_weights is not None:
-                to_weights[group.places] = (outer.to(change.dtype) * change.detach()).sum().to(to_weights.dtype)
-            self._collect(group.expert, change, outer * scale.to(outer.dtype), leaves)
-            if need_x:
-                total = _plus(total, change.detach() * scale)
-        if not need_x:
-            return None
-        if total is None:
-            return torch.zeros_like(x) if base is None else grad @ base.to(grad.dtype)
-        if base is not None and base.dtype == total.dtype == grad.dtype:
-            return grad @ total.add_(base)
-        to_x = grad @ total.to(grad.dtype)
-        return to_x if base is None else to_x.add_(grad @ base.to(grad.dtype))
+            to_scale: Tensor | None
+            if outer is None:
+                to_scale = self._alone_by_hand(group.expert, x, grad, scale, weight)
+            else:
+                to_scale = self._alone(group.expert, outer, scale, weight, to_weights is not None)
+            if to_weights is not None and to_scale is not None:
+                to_weights[group.places] = to_scale.to(to_weights.dtype)
+        return None if weight is None else weight.turned(grad)
+
+    def _alone(
+        self, expert: int, outer: Tensor, scale: Tensor, weight: OneWeight | None, scaled: bool
+    ) -> Tensor | None:
+        leaves = self._leaves(expert)
+        with torch.enable_grad():
+            change = self.changes.form(leaves)  # (o, i)
+        self._collect(expert, change, outer * scale.to(outer.dtype), leaves)
+        change = change.detach()
+        if weight is not None:
+            weight.add(change, scale)
+        return (outer.to(change.dtype) * change).sum() if scaled else None
+
+    def _alone_by_hand(self, expert: int, x: Tensor, grad: Tensor, scale: Tensor, weight: OneWeight | None) -> Tensor:
+        assert self.changes.by_hand is not None
+        own = self._values(expert)
+        _, found = self.changes.by_hand.backward(x, grad, own, False)
+        self._store(expert, {name: value * scale for name, value in found.items()})
+        if weight is not None:
+            self.changes.add_to(weight, own, scale)
+        name, value = next(iter(found.items()))  # ΔW is linear in each of them
+        return (value * own[name]).sum()
 
     def through_rows(
         self,
@@ -297,14 +273,15 @@ class _Backward:
         to_x = None
         if need_x:
             to_x = torch.zeros_like(x) if base is None else grad @ base.to(grad.dtype)
-        for group in _groups(weights, indices, self.changes.n_experts):
+        for group in groups_of(weights, indices, self.changes.n_experts):
             scale = weights.flatten()[group.places].view(-1, 1, 1).to(grad.dtype)  # (n, 1, 1)
-            given, above = _take(x, group.units), _take(grad, group.units)
-            applies = self.changes.applies(given.shape[:2].numel())
-            through = self._through_apply if applies else self._through_change
+            given, above = take(x, group.units), take(grad, group.units)
+            through = self._through_change
+            if self.changes.applies(given.shape[:2].numel()):
+                through = self._through_apply if self.changes.by_hand is None else self._through_by_hand
             back, to_scale = through(group.expert, given, above, scale)  # (n, L, i), (n,)
             if to_x is not None:
-                _add(to_x, group.units, back)
+                add(to_x, group.units, back)
             if to_weights is not None:
                 to_weights[group.places] = to_scale.to(to_weights.dtype)
         return to_x
@@ -327,3 +304,11 @@ class _Backward:
             out = self.changes.apply(rows, leaves)  # (n, L, o)
         (back,) = self._collect(expert, out, above * scale, leaves, rows)
         return back, (above * out.detach()).sum((1, 2))
+
+    def _through_by_hand(self, expert: int, given: Tensor, above: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.changes.by_hand is not None
+        back, found = self.changes.by_hand.backward(given * scale, above, self._values(expert), True)
+        assert back is not None
+        self._store(expert, found)
+        to_scale = (back * given).sum((1, 2))
+        return back.mul_(scale), to_scale

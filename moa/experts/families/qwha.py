@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...kernels import Changes, change_mixture
-from ...kernels.changes import routed_units
 from ...kernels.low_rank import is_plain
+from ...kernels.units import routed_units
 from ...kernels.walsh import kronecker_rows
 from ...layers import Site
 from ...types import Routing
@@ -79,7 +79,8 @@ class QWHABank(EntriesBank):
         """Return what the kernel needs on rows that are transformed, (*rows, i)."""
         known = self.changes(x)
         apply = None if known.apply is None else self.on_spectrum
-        return dataclasses.replace(known, form=self.spectrum, apply=apply)
+        known = dataclasses.replace(known, form=self.spectrum, apply=apply)
+        return self.by_entries(known, x, self.scaling)
 
     def is_one_weight(self, x: Tensor, routing: Routing) -> bool:
         """Return whether all rows of x (*rows, i) share a routing, and are so many that forming ΔW (o, i) costs less.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...delta import Delta, Sparse
 from ...errors import ConfigError
+from ...kernels import Changes
 from ...layers import Site
 from ..bank import ExpertBank
 from ..family import Family, register_expert
@@ -34,6 +35,10 @@ class ShiRABank(EntriesBank):
     def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
         """Return ΔW x (*rows, o) of x (*rows, i)."""
         return self.times(x, tensors)
+
+    def changes(self, x: Tensor | None = None) -> Changes:
+        """Return what the kernel needs on x (*rows, i): sums over the entries (E, n) where they cost less."""
+        return self.by_entries(super().changes(x), x)
 
     def delta(self, expert: int) -> Delta:
         """Return ΔW_e (o, i) as its places and values: written into a weight, it is taken back bit for bit."""
