@@ -18,14 +18,15 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **quiet, **more}
 
 
-def run_together(job: str, n: int, *arguments: str, python: str | Path | None = None) -> None:
+def run_together(job: str, n: int, *arguments: str, python: str | Path | None = None, **more: str) -> None:
     """Run `main(rank, n, *arguments)` of a job, a module, in n processes, and fail with what they say if one fails.
 
-    The Python of another environment has another engine's packages, whose warnings are their own.
+    The Python of another environment has another engine's packages, whose warnings are their own. `more` is for the
+    processes' environment.
     """
     strides = "ignore:Grad strides do not match bucket view strides"  # DDP's, of gradients with an axis of size 1
     strict = ["-W", "error", "-W", "ignore::DeprecationWarning", "-W", strides]
     start = [sys.executable, *strict] if python is None else [str(python)]
     command = [*start, "-m", "tests.parallel.fork", job, str(n), *arguments]
-    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, env=environment(**more), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-6000:]
