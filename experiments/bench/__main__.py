@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("imports", "memory", "monitor", "kernels", "host", "step")
+NAMES = ("imports", "memory", "monitor", "kernels", "host", "step", "ddp")
 
 
 def main() -> None:
