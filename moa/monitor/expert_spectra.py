@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..delta import Delta, total
+from ..delta import Delta, LowRank, total
 from ..errors import FoldError
 from ..model.moa_model import MoAModel
-from .spectra import directions_used, effective_rank, entropy, singular_values, subspaces, subspaces_alike
+from .spectra import directions_used, effective_rank, entropy, profile, singular_values, subspaces, subspaces_alike
 
 SHIFTED = "a vector that the router weighs by its product with x: it has no rank of its own"
+LARGEST = 2**20  # entries of a change that is not of low rank, and whose profile takes an SVD at every cut
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,11 @@ class LayerSpectra:
         entropies: singular entropy of each, in nats.
         outputs: for every pair of experts that change something, how alike their column spaces are, from 0 to 1.
         inputs: the same of their row spaces.
+        shape: (o, i) of their changes.
+        profile: cut -> entropy there, in nats, the mean over the experts that change something; empty for changes that
+            are not of low rank and have more than `LARGEST` entries.
         mixed: effective rank of the routed mean change; None where the routing is not known.
+        mixed_profile: the profile of that change; empty where there is none.
         routing: "constant", or "load" where the experts are weighed by their measured load; "" where it is not known.
         why_not: why none of it can be said; "" where it can.
     """
@@ -34,7 +39,10 @@ class LayerSpectra:
     entropies: Sequence[float] = ()
     outputs: Sequence[float] = ()
     inputs: Sequence[float] = ()
+    shape: tuple[int, ...] = ()
+    profile: Mapping[int, float] = field(default_factory=dict)
     mixed: float | None = None
+    mixed_profile: Mapping[int, float] = field(default_factory=dict)
     routing: str = ""
     why_not: str = ""
 
@@ -66,8 +74,7 @@ def expert_spectra(model: MoAModel, loads: Mapping[str, Tensor] | None = None) -
             weights, routing = loads[name], "load"
         if weights is not None and len(weights) != len(changes):  # heads, or several matrices of one layer
             weights, routing = None, ""
-        mixed = None if weights is None else effective_rank(_mean(changes, weights))
-        found[name] = _of(changes, mixed, routing)
+        found[name] = _of(changes, None if weights is None else _mean(changes, weights), routing)
     return found
 
 
@@ -76,17 +83,27 @@ def _mean(changes: Sequence[Delta], weights: Tensor) -> Delta:
     return total([change.scaled(weight) for change, weight in zip(changes, weights.tolist(), strict=True)])
 
 
-def _of(changes: Sequence[Delta], mixed: float | None, routing: str) -> LayerSpectra:
+def _of(changes: Sequence[Delta], mixed: Delta | None, routing: str) -> LayerSpectra:
     """Return the spectra of changes, (o, i) each."""
     values = [singular_values(change) for change in changes]
     bases = [subspaces(change) for change in changes]
     used = [(outputs, inputs) for outputs, inputs in bases if outputs.shape[1]]
     pairs = [(a, b) for n, a in enumerate(used) for b in used[:n]]
+    profiles = [_profile(change) for change, own in zip(changes, values, strict=True) if own.any()]
     return LayerSpectra(
         ranks=[directions_used(own) for own in values],
         entropies=[entropy(own) for own in values],
         outputs=[subspaces_alike(a[0], b[0]) for a, b in pairs],
         inputs=[subspaces_alike(a[1], b[1]) for a, b in pairs],
-        mixed=mixed,
+        shape=tuple(changes[0].shape),
+        profile={cut: sum(own[cut] for own in profiles) / len(profiles) for cut in profiles[0]} if profiles else {},
+        mixed=None if mixed is None else effective_rank(mixed),
+        mixed_profile={} if mixed is None else _profile(mixed),
         routing=routing,
     )
+
+
+def _profile(change: Delta) -> dict[int, float]:
+    """Return the profile of a change (o, i), or none of one that would take too long."""
+    few = isinstance(change, LowRank) or change.shape.numel() <= LARGEST
+    return profile(change) if few else {}

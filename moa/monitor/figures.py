@@ -177,6 +177,52 @@ def rank_figure(ranks: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def profile_figure(
+    layers: Mapping[str, tuple[int, int]], curves: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> Figure:
+    """Return the entropies over cuts of many layers, one panel for each shape of layer; the row-column cut is marked.
+
+    Args:
+        layers: name -> (o, i).
+        curves: what is drawn -> layer -> cut -> entropy in nats; each layer's thin, their mean thick.
+
+    Raises:
+        ShapeError: there is no curve.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shapes = sorted({layers[name] for own in curves.values() for name, cuts in own.items() if cuts})
+    if not shapes:
+        raise ShapeError("a figure of profiles needs at least one curve, and curves has none.")
+    columns = min(len(shapes), PANELS_PER_ROW // 2)
+    rows = math.ceil(len(shapes) / columns)
+    figure: Figure = Figure(figsize=(0.6 + 3.2 * columns, 0.6 + 2.5 * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in list(grid.flat)[len(shapes) :]:
+        axes.set_visible(False)
+    for axes, (o, i) in zip(grid.flat, shapes, strict=False):
+        for colour, (what, own) in zip(("#31688e", "#d1495b"), curves.items(), strict=False):
+            drawn = [cuts for name, cuts in own.items() if cuts and layers[name] == (o, i)]
+            if not drawn:
+                continue
+            places = list(drawn[0])
+            for cuts in drawn:
+                axes.plot(places, list(cuts.values()), color=colour, linewidth=0.5, alpha=0.4)
+            mean = [sum(cuts[place] for cuts in drawn) / len(drawn) for place in places]
+            axes.plot(places, mean, color=colour, linewidth=2, marker=".", label=what)
+        axes.axvline(o, color="0.5", linewidth=1, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_title(f"{o} × {i}", fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=7)
+    grid[0, 0].set_ylim(bottom=0)  # of all panels, once all is drawn
+    figure.supxlabel("size of the part before the cut; dotted: between rows and columns", fontsize=8)
+    figure.supylabel("entropy (nats)", fontsize=8)
+    return figure
+
+
 def reliability_figure(tasks: Mapping[str, Mapping[str, Sequence[float]]], title: str = "") -> Figure:
     """Return how often predictions come true against how sure the model was: one panel a task; on the line is perfect.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ..errors import ConfigError, shown
 from ..model.build import load
+from ..model.moa_model import MoAModel
+from .attention_spectra import Batches
 from .expert_spectra import expert_spectra
 from .figures import routing_figure, short_names
 from .page_parts import page_text, picture, wide
 from .runlog import FILE, LogStep, read_log
-from .spectra_section import spectra_section
+from .spectra_section import rows_part, spectra_section
 from .statistics import LayerLoad
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ td.name { font-family: ui-monospace, monospace; } tr:nth-child(even) { backgroun
 """
 
 
-def report(run_dir: str | Path, spectra: bool = False) -> Path:
+def report(run_dir: str | Path, spectra: bool = False, batches: Callable[[MoAModel], Batches] | None = None) -> Path:
     """Write RUN_DIR/report.html and return its path.
 
     Reads `routing.jsonl` (from `RoutingMonitor`) and, where they are there, `trainer_state.json` (of the folder or
@@ -52,6 +54,8 @@ def report(run_dir: str | Path, spectra: bool = False) -> Path:
     Args:
         run_dir: folder of a run.
         spectra: load its checkpoint, and show the singular values of its experts, too.
+        batches: model -> inputs (B, S) of it by task, labels included; with spectra it adds those of attention outputs
+            and the cosines between the tasks' gradients.
 
     Raises:
         ConfigError: no such folder, no run in it, or a file that cannot be read.
@@ -74,7 +78,8 @@ def report(run_dir: str | Path, spectra: bool = False) -> Path:
     section = ""
     if spectra:
         loads = {name: layer.load for name, layer in steps[-1].layers.items()}
-        section = spectra_section(expert_spectra(load(folder / CHECKPOINT), loads))
+        model = load(folder / CHECKPOINT)
+        section = spectra_section(expert_spectra(model, loads), rows_part(model, batches(model)) if batches else "")
     page = folder / PAGE
     page.write_text(_page(folder.resolve().name, steps, history, results, section), encoding="utf-8")
     return page

@@ -60,13 +60,21 @@ def profile(change: Delta | Tensor) -> dict[int, float]:
     Raises:
         ShapeError: it is not a matrix.
     """
-    dense = _matrix(change)
-    o, i = dense.shape
-    sizes = [*_primes(o), *_primes(i)]
+    if isinstance(change, LowRank):  # an orthonormal side changes no value: what is left has (o + i) r numbers
+        (outputs, inputs), left, right = _cores(change)
+        core = left @ right.T  # (r, r)
+        o, i = change.shape
+        parts = [(1, _primes(o), outputs @ core), (len(core), _primes(i), core @ inputs.T)]
+    else:
+        dense = _matrix(change)
+        o, i = dense.shape
+        parts = [(1, [*_primes(o), *_primes(i)], dense)]
     found, before = {}, 1
-    for size in sizes[:-1]:
-        before *= size
-        found[before] = entropy(torch.linalg.svdvals(dense.reshape(before, -1)))
+    for rows, sizes, matrix in parts:
+        for size in sizes:
+            rows, before = rows * size, before * size
+            if before < o * i:  # behind the last axis there is nothing to cut off
+                found[before] = entropy(torch.linalg.svdvals(matrix.reshape(rows, -1)))
     return found
 
 

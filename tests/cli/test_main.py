@@ -79,6 +79,14 @@ def test_report_writes_a_page(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["report", str(run.parent / "run"), "--spectra"]) == 0
     page = Path(said(capsys).strip()).read_text()
     assert "Spectra of the experts" in page and page.count(" (load)</td>") == 12, "of each of the run's layers"
+    assert "entropy of changes over cuts" in page and "Attention outputs" not in page
+    assert main(["report", str(run.parent / "run"), "--spectra", "--rows", "4"]) == 0
+    page = Path(said(capsys).strip()).read_text()
+    assert all(f"<td class=name>encoder.encoder.layer.{n}.attention.self</td>" in page for n in range(2))
+    assert page.count("<td>+1.000</td>") >= 2 and "pull them apart" in page  # each task's gradient with itself
+    for words in (["--rows", "4"], ["--spectra", "--rows", "0"]):
+        assert main(["report", str(run.parent / "run"), *words]) == 2
+        assert "--rows" in capsys.readouterr().err
 
 
 # peft 0.21 asks a transformers attribute that 5.23 deprecates

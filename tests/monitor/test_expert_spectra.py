@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import moa
+from moa.errors import ShapeError
 from moa.monitor.expert_spectra import LayerSpectra, expert_spectra
-from moa.monitor.figures import rank_figure
+from moa.monitor.figures import profile_figure, rank_figure
 from moa.monitor.report import report
 from moa.monitor.spectra_section import spectra_section
 from tests.monitor.test_report import Page, run
@@ -46,6 +47,12 @@ def effective(matrix: np.ndarray) -> float:
     return float(np.exp(-(p * np.log(p)).sum()))
 
 
+def over_cuts(matrix: np.ndarray) -> dict[int, float]:
+    """Return the entropy of a (20, 12) change at the cuts of 5 · 2 · 2 · 3 · 2 · 2."""
+    cuts = (5, 10, 20, 60, 120)
+    return {cut: float(np.log(effective(matrix.reshape(cut, -1)))) for cut in cuts}
+
+
 def test_ranks_overlaps_and_the_mixed_change_are_those_of_numpy_and_scipy() -> None:
     angles = pytest.importorskip("scipy.linalg").subspace_angles
     loads = {"first": torch.tensor([0.7, 0.3, 0.0])}
@@ -67,6 +74,10 @@ def test_ranks_overlaps_and_the_mixed_change_are_those_of_numpy_and_scipy() -> N
         mixed = sum(float(w) * m for w, m in zip(weights, dense, strict=True))
         assert found.mixed == pytest.approx(effective(mixed), rel=1e-5)
         assert found.routing == routing
+        assert found.shape == (20, 12)
+        profiles = [over_cuts(m) for m in dense]
+        assert found.profile == pytest.approx({cut: np.mean([own[cut] for own in profiles]) for cut in profiles[0]})
+        assert found.mixed_profile == pytest.approx(over_cuts(mixed), rel=1e-5)
 
 
 def test_what_is_not_known_or_not_a_weight_change_says_so() -> None:
@@ -81,6 +92,17 @@ def test_an_expert_that_changes_nothing_has_no_rank_and_no_pairs() -> None:
     fresh = moa.build(Two(), "fixed", n_experts=3, rank=2, targets=["first", "second"])
     found = expert_spectra(fresh)["second"]
     assert list(found.ranks) == [0.0, 0.0, 0.0] and not found.outputs and found.mixed == 0
+    assert not found.profile and set(found.mixed_profile.values()) == {0.0}
+
+
+def test_changes_that_are_not_of_low_rank_have_a_profile_while_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(rank=3, expert="randlora")
+    assert expert_spectra(model)["first"].profile
+    monkeypatch.setattr("moa.monitor.expert_spectra.LARGEST", 239)
+    monkeypatch.setattr("moa.monitor.spectra_section.LARGEST", 239)
+    found = expert_spectra(model)
+    assert not found["first"].profile and found["second"].profile
+    assert "first: not of low rank, and of more than 239 entries" in spectra_section(found)
 
 
 def test_the_page_has_a_folded_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +113,7 @@ def test_the_page_has_a_folded_section(tmp_path: Path, monkeypatch: pytest.Monke
     page = Page(text := report(folder, spectra=True).read_text())
     found = expert_spectra(model)["second"]
     assert "Spectra of the experts" in page.text and "Spectra" not in without
-    assert len(page.sources) == len(Page(without).sources) + 1
+    assert len(page.sources) == len(Page(without).sources) + 2
     assert f"{max(found.outputs):.3f}" in text and f"{found.mixed:.2f} (constant)" in text
 
 
@@ -99,6 +121,18 @@ def test_the_figure_has_the_ranks_in_its_cells() -> None:
     figure = rank_figure({"a": [1.0, 2.0], "b": [3.0]})
     cells = figure.axes[0].images[0].get_array()
     np.testing.assert_array_equal(cells.filled(-1), [[1, 2], [3, -1]])
+
+
+def test_a_figure_of_profiles_has_a_panel_for_each_shape_and_the_mean_of_its_layers() -> None:
+    layers = {"a": (2, 4), "b": (2, 4), "c": (3, 3)}
+    one = {"a": {2: 0.5, 4: 0.25}, "b": {2: 0.1, 4: 0.75}, "c": {3: 0.3}}
+    axes = profile_figure(layers, {"one": one | {"c": {3: 2.5}}, "two": {"a": {2: 1.0, 4: 2.0}, "b": {}, "c": {}}}).axes
+    assert [panel.get_title() for panel in axes] == ["2 × 4", "3 × 3"]
+    thick = [line for line in axes[0].lines if line.get_linewidth() == 2]
+    assert [list(line.get_ydata()) for line in thick] == [pytest.approx([0.3, 0.5]), [1.0, 2.0]]
+    assert all(panel.get_ylim()[0] == 0 and panel.get_ylim()[1] > 2.5 for panel in axes), "all of it is seen"
+    with pytest.raises(ShapeError, match="at least one curve"):
+        profile_figure(layers, {"one": {"a": {}}})
 
 
 def test_names_of_a_page_are_text() -> None:

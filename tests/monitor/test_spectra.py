@@ -55,6 +55,14 @@ def test_the_profile_of_a_random_change_dips_at_the_cut_between_rows_and_columns
     assert profile(flat)[8] == pytest.approx(math.log(8))  # equality where the spectrum is flat
 
 
+@pytest.mark.parametrize(("o", "i", "rank"), [(64, 64, 4), (12, 20, 3), (7, 9, 2), (30, 8, 12), (5, 1, 1)])
+def test_the_profile_of_factors_is_that_of_the_product(o: int, i: int, rank: int) -> None:
+    change = drawn(o, i, rank)
+    found, dense = profile(change), profile(change.dense())
+    assert list(found) == list(dense)
+    assert found == pytest.approx(dense, abs=1e-10)
+
+
 def test_a_product_has_no_entropy_at_any_cut() -> None:
     parts = [torch.randn(n, dtype=torch.float64) for n in (3, 2, 2, 5, 2)]
     whole = parts[0]
