@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..tables import own_words
-from ..training.strategies import Strategy, check_strategy
+from ..training.strategies import check_strategy
+from ..training.strategy import Strategy
 from .arguments import check_training
 from .recipe_keywords import typed_keywords
 from .tasks import Task

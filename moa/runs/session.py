@@ -24,7 +24,7 @@ from transformers import (
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from ..monitor.statistics import RoutingStatistics
-from ..training.strategies import Strategy
+from ..training.strategy import Strategy
 from . import baselines
 from .arguments import SHARES, unknown_argument
 from .baselines import Scores

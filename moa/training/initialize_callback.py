@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
 from .initialize import initialize
+from .originals import Original
 from .start_options import check_start
 
 
@@ -21,6 +22,7 @@ class InitializeCallback(TrainerCallback):
         method: as all others, see `moa.initialize`.
         batches: of each process.
         lr: of the first step, for "lora-sb".
+        original: the weights before they were quantised, for "qwha".
 
     Attributes:
         shares: layer -> what its start holds, after it.
@@ -29,9 +31,11 @@ class InitializeCallback(TrainerCallback):
         ConfigError: see `moa.initialize`; the model is not a `MoAModel`, or is sharded.
     """
 
-    def __init__(self, method: str = "lora-sb", batches: int = 8, lr: float | None = None) -> None:
-        check_start(method, batches, lr)
-        self.method, self.batches, self.lr = method, batches, lr
+    def __init__(
+        self, method: str = "lora-sb", batches: int = 8, lr: float | None = None, original: Original | None = None
+    ) -> None:
+        check_start(method, batches, lr, original)
+        self.method, self.batches, self.lr, self.original = method, batches, lr, original
         self.shares: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -45,4 +49,5 @@ class InitializeCallback(TrainerCallback):
         model = next((m for m in kwargs["model"].modules() if isinstance(m, MoAModel)), None)
         if model is None:
             raise ConfigError(f"there is no MoAModel in {type(kwargs['model']).__name__}: make one with moa.build.")
-        self.shares = initialize(model, kwargs["train_dataloader"], self.method, batches=self.batches, lr=self.lr)
+        data = kwargs["train_dataloader"]
+        self.shares = initialize(model, data, self.method, batches=self.batches, lr=self.lr, original=self.original)

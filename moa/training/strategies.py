@@ -3,69 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ConfigError, unknown_name
-from ..tables import check_numbers, check_types, put
-from .start_options import check_start
+from ..tables import check_numbers, check_types
+from . import start_strategies  # noqa: F401  which fills the table, too
+from .strategy import STRATEGIES, Strategy, register_strategy
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ..model.moa_model import MoAModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strategy:
-    """How a model is trained, where Trainer's own way is not wanted; its fields are the user's keywords.
-
-    Attributes:
-        brings: it makes the optimizer, so that `optim` of TrainingArguments is not looked at.
-    """
-
-    brings: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-
-    def check(self, model: MoAModel) -> None:
-        """Refuse a model that cannot be trained so, whatever the shapes; `optimizer` may refuse it, too.
-
-        Raises:
-            ConfigError: it cannot.
-        """
-
-    def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer | None:
-        """Return the optimizer of a model; None leaves it to Trainer.
-
-        Args:
-            model: whose trained parameters, of any shape, it steps.
-            arguments: TrainingArguments; learning_rate, weight_decay and those of Adam are read.
-        """
-        return None
-
-    def callbacks(self) -> list[Any]:
-        """Return fresh callbacks for Trainer."""
-        return []
-
-
-STRATEGIES: dict[str, type[Strategy]] = {}
-
-
-def register_strategy(name: str) -> Callable[[type[Strategy]], type[Strategy]]:
-    """Return a decorator that puts a class into the table.
-
-    Args:
-        name: by which a configuration asks for it.
-    """
-
-    def decorate(cls: type[Strategy]) -> type[Strategy]:
-        put(STRATEGIES, name, cls, "strategy")
-        return cls
-
-    return decorate
 
 
 def make_strategy(name: str, **options: Any) -> Strategy:
@@ -170,64 +120,6 @@ class LisaStrategy(Strategy):
         from .lisa_callback import LisaCallback
 
         return [LisaCallback(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})]
-
-
-@register_strategy("lora-sb")
-@dataclass(frozen=True, kw_only=True)
-class LoRASBStrategy(Strategy):
-    """Cores that start at the first step of their weight, `moa.initialize`; then Trainer's own way.
-
-    Args:
-        batches: of training rows that are looked at, in each process.
-        lr: of the first step.
-    """
-
-    batches: int = 8
-    lr: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_start("lora-sb", self.batches, self.lr)
-
-    def check(self, model: MoAModel) -> None:
-        """Refuse experts that do not start so, of any shape."""
-        from .initialize import fresh_layers
-
-        fresh_layers(model, "lora-sb")
-
-    def callbacks(self) -> list[Any]:
-        """Return one fresh `InitializeCallback`."""
-        from .initialize_callback import InitializeCallback
-
-        return [InitializeCallback("lora-sb", self.batches, self.lr)]
-
-
-@register_strategy("eva")
-@dataclass(frozen=True, kw_only=True)
-class EvaStrategy(Strategy):
-    """LoRAs that start at the principal components of their inputs, `moa.initialize`; then Trainer's own way.
-
-    Args:
-        batches: of training rows that are looked at, in each process.
-    """
-
-    batches: int = 8
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_start("eva", self.batches, None)
-
-    def check(self, model: MoAModel) -> None:
-        """Refuse experts that do not start so, of any shape."""
-        from .initialize import fresh_layers
-
-        fresh_layers(model, "eva")
-
-    def callbacks(self) -> list[Any]:
-        """Return one fresh `InitializeCallback`."""
-        from .initialize_callback import InitializeCallback
-
-        return [InitializeCallback("eva", self.batches)]
 
 
 @register_strategy("squeeze")

@@ -12,6 +12,7 @@ from tests import models
 
 CASES = {
     "eva": {"rank": 2, "n_experts": 2, "router": "topk", "k": 1},
+    "qwha": {"density": 0.2, "n_experts": 1, "router": "fixed", "expert": "qwha", "mask": "given"},
     "lora-sb": {"rank": 3, "n_experts": 1, "router": "fixed", "expert": "core", "save_bases": True},
 }
 
@@ -29,8 +30,15 @@ def batches(n: int = 4) -> list[dict[str, torch.Tensor]]:
 
 def started(method: str, data: list[dict[str, torch.Tensor]]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Return what a fresh mixture's experts start at, and the shares that it holds."""
-    model = moa.build(models.bert().double(), **CASES[method]).double()
-    shares = moa.initialize(model, data, method)
+    base, options = models.bert().double(), {}
+    if method == "qwha":
+        options["original"] = models.bert().double()
+        with torch.no_grad():
+            for layer in base.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    layer.weight.copy_((layer.weight * 20).round() / 20)
+    model = moa.build(base, **CASES[method]).double()
+    shares = moa.initialize(model, data, method, **options)
     return {name: t for name, t in model.state_dict().items() if ".bank." in name}, shares
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from moa.errors import ConfigError
 from moa.runs.config import parse
 from moa.runs.session import Run
 from moa.runs.train import train
-from moa.training.strategies import STRATEGIES, make_strategy
+from moa.training.strategies import make_strategy
+from moa.training.strategy import STRATEGIES
 from tests.tiny_run import config_values, encoder_folder
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingC
     ("strategy", "training", "message"),
     [
         ({"name": "lora-prp"}, {}, r"strategy: unknown strategy 'lora-prp'.*Did you mean 'lora-pro'"),
-        ({"mode": "sgd"}, {}, r"strategy has no name: choose one of lora-pro, lisa"),
+        ({"mode": "sgd"}, {}, r"strategy has no name: choose one of lora-sb, eva, qwha, lora-pro, lisa"),
         ({"name": "lora-pro", "mod": "sgd"}, {}, r"unknown keyword 'mod'.*strategy 'lora-pro'.*Did you mean 'mode'"),
         ({"name": "lora-pro", "mode": "sdg"}, {}, r"unknown mode 'sdg'.*Did you mean 'sgd'"),
         ({"name": "lora-pro", "mode": True}, {}, r"strategy: unknown mode True|mode must be"),
@@ -61,7 +65,9 @@ def test_the_page_lists_every_strategy_with_its_keywords(name: str) -> None:
         assert f"`{field.name}" in row[0], field.name
 
 
-def test_the_page_s_keys_are_taken() -> None:
+def test_the_page_s_keys_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base-before-it-was-quantised").mkdir()
     texts = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     found = {yaml.safe_load(text)["strategy"]["name"] for text in texts}
     assert found == set(STRATEGIES)
@@ -121,11 +127,44 @@ def test_a_run_starts_where_its_rows_say_and_a_resumed_one_goes_on(tmp_path: Pat
     assert further == pytest.approx(expected["loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "says"), [("lora-sb", "expert='core'"), ("eva", "expert='lora'")])
+def test_a_run_starts_where_quantising_lost(tmp_path: Path, base: Path) -> None:
+    quantised = tmp_path / "quantised"
+    shutil.copytree(base, quantised)
+    tensors = load_file(base / "model.safetensors")
+    layers = [name for name in tensors if ".layer." in name and name.endswith("weight") and tensors[name].ndim == 2]
+    for name in layers:
+        scale = tensors[name].abs().max() / 3
+        tensors[name] = (tensors[name] / scale).round() * scale
+    save_file(tensors, quantised / "model.safetensors", metadata={"format": "pt"})
+    recipe = {"expert": "qwha", "mask": "given", "density": 0.3}
+    made = run_values(tmp_path, quantised, {"name": "qwha", "original": str(base), "batches": 2}, **recipe)
+    made["recipe"].pop("rank", None)
+    made["training"] |= {"learning_rate": 1e-6, "max_steps": 1}  # a step of it hardly moves what started at zero
+    train(parse(made))
+    found = load_file(next((tmp_path / "run").rglob("model.safetensors")))
+    values = [tensor for name, tensor in found.items() if name.endswith(".values")]
+    assert values and all(float(tensor.abs().max()) > 1e-3 for tensor in values)
+    with pytest.raises(ConfigError, match=r"strategy: original: nowhere does not exist"):
+        parse({**made, "strategy": {"name": "qwha", "original": "nowhere"}})
+    with pytest.raises(ConfigError, match=r"strategy: 'qwha' restores what quantising the base lost.*give original="):
+        parse({**made, "strategy": {"name": "qwha"}})
+    other = tmp_path / "other"
+    other.mkdir()
+    save_file({"a.weight": torch.zeros(2, 2)}, other / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"the original weights hold no one"):
+        train(parse({**made, "strategy": {"name": "qwha", "original": str(other)}, "output": str(tmp_path / "none")}))
+    assert not (tmp_path / "none").exists()
+
+
+STARTS = [("lora-sb", "expert='core'"), ("eva", "expert='lora'"), ("qwha", "expert='qwha'")]
+
+
+@pytest.mark.parametrize(("name", "says"), STARTS)
 def test_a_start_that_does_not_fit_stops_before_anything_is_written(
     tmp_path: Path, base: Path, name: str, says: str
 ) -> None:
-    made = run_values(tmp_path, base, {"name": name}, expert="vera")
+    own = {"original": str(base)} if name == "qwha" else {}
+    made = run_values(tmp_path, base, {"name": name, **own}, expert="vera")
     with pytest.raises(ConfigError, match=says):
         train(parse(made))
     assert not (tmp_path / "run").exists()
