@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class MoaError(Exception):
@@ -60,6 +61,25 @@ class UnadaptedWarning(MoaWarning):
 
 class LostLossWarning(MoaWarning):
     """Losses that routers ask for and that no training loss holds."""
+
+
+@contextmanager
+def every_process(at: str) -> Iterator[None]:
+    """Exchange something with all processes inside the block, and say it where one of them did not come.
+
+    Args:
+        at: where all of them should be.
+
+    Raises:
+        ContextError: one was not there within the timeout of its group, or has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ContextError(
+            f"not every process came to {at}, where all of them add up what they have counted: let each of them do it, "
+            f"or none. The wait is the timeout of init_process_group. ({error})"
+        ) from error
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], where: str = "") -> str:

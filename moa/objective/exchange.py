@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
+from ..errors import every_process
+
 
 def over_processes(values: Sequence[Tensor]) -> list[Tensor]:
     """Return the sums of tensors (any shapes) over all processes of torch.distributed; in one process, the tensors.
@@ -39,12 +41,14 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:  # type: ignore[override]
         total = values.clone()
-        distributed.all_reduce(total)
+        with every_process("this training forward"):
+            distributed.all_reduce(total)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
-        distributed.all_reduce(total)
+        with every_process("the backward of this loss"):
+            distributed.all_reduce(total)
         return total

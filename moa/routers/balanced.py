@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, every_process
 from ..types import Routing
 from .router import Router
 
@@ -64,7 +64,8 @@ class BalancedRouter(Router):
             return
         new = self.counts.clone()
         self.counts.zero_()
-        torch.distributed.all_reduce(new)
+        with every_process("this step of an optimizer"):
+            torch.distributed.all_reduce(new)
         self._everywhere = new if self._everywhere is None else self._everywhere + new
 
     @torch.no_grad()
