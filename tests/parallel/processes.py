@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,5 +29,12 @@ def run_together(job: str, n: int, *arguments: str, python: str | Path | None = 
     strict = ["-W", "error", "-W", "ignore::DeprecationWarning", "-W", strides]
     start = [sys.executable, *strict] if python is None else [str(python)]
     command = [*start, "-m", "tests.parallel.fork", job, str(n), *arguments]
-    done = subprocess.run(command, env=environment(**more), stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr[-6000:]
+    with subprocess.Popen(
+        command, env=environment(**more), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as started:
+        try:
+            _, said = started.communicate(timeout=PATIENCE)
+        finally:
+            if started.returncode is None:
+                os.killpg(started.pid, signal.SIGKILL)  # its children, too, which wait for each other
+    assert started.returncode == 0, said[-6000:]
