@@ -198,20 +198,30 @@ class _Backward:
     def _leaves(self, expert: int) -> dict[str, Tensor]:
         return {name: t.requires_grad_(name in self.wanted) for name, t in self._values(expert).items()}
 
-    def _collect(self, expert: int, output: Tensor, above: Tensor, leaves: dict[str, Tensor], *more: Tensor) -> Any:
-        """Add the gradients of one expert's tensors, and return those of more."""
+    def _collect(
+        self,
+        expert: int,
+        output: Tensor,
+        above: Tensor,
+        leaves: dict[str, Tensor],
+        *more: Tensor,
+        scale: Tensor | None = None,
+    ) -> Any:
+        """Add the gradients of one expert's tensors, times a scale (1,), and return those of more."""
         inputs = [*(leaves[name] for name in self.wanted), *more]
         if not inputs or not output.requires_grad:
             return [torch.zeros_like(t) for t in more]
         grads = torch.autograd.grad(output, inputs, above.to(output.dtype), allow_unused=True)
-        self._store(expert, dict(zip(self.wanted, grads, strict=False)))
+        self._store(expert, dict(zip(self.wanted, grads, strict=False)), scale)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(more, grads[len(self.wanted) :], strict=True)]
 
-    def _store(self, expert: int, gradients: Mapping[str, Tensor | None]) -> None:
+    def _store(self, expert: int, gradients: Mapping[str, Tensor | None], scale: Tensor | None = None) -> None:
         for name, grad in gradients.items():
             if grad is not None and name in self.found:
                 found = self.found[name]
-                (found[expert] if name in self.changes.own else found).add_(grad)
+                (found[expert] if name in self.changes.own else found).add_(
+                    grad if scale is None else grad * scale.view(())
+                )
 
     def through_one_weight(
         self,
@@ -243,7 +253,7 @@ class _Backward:
         leaves = self._leaves(expert)
         with torch.enable_grad():
             change = self.changes.form(leaves)  # (o, i)
-        self._collect(expert, change, outer * scale.to(outer.dtype), leaves)
+        self._collect(expert, change, outer, leaves, scale=scale)  # the tensors are smaller than ΔW
         change = change.detach()
         if weight is not None:
             weight.add(change, scale)
@@ -253,7 +263,7 @@ class _Backward:
         assert self.changes.by_hand is not None
         own = self._values(expert)
         _, found = self.changes.by_hand.backward(x, grad, own, False)
-        self._store(expert, {name: value * scale for name, value in found.items()})
+        self._store(expert, found, scale)
         if weight is not None:
             self.changes.add_to(weight, own, scale)
         name, value = next(iter(found.items()))  # ΔW is linear in each of them

@@ -22,13 +22,18 @@ class OneWeight:
         self.base, self.x, self.d_out = base, x, d_out
         self.total: Tensor | None = None
         self.holds_base = False
+        self.scale: Tensor | None = None  # of the only change, whose products are scaled in its place
 
     def add(self, change: Tensor, scale: Tensor) -> None:
         """Add scale · ΔW, of scale (1,) and ΔW (o, i)."""
         if self.total is None and (base := self._base_for(change, scale)) is not None:
             self.total = torch.addcmul(base, change, scale.to(base.dtype))
+        elif self.total is None and change.dtype == self.x.dtype == torch.promote_types(change.dtype, scale.dtype):
+            self.total, self.scale = change, scale
         elif self.total is None:
             self.total = change * scale
+        elif self.scale is not None:
+            self.total, self.scale = torch.addcmul(self.total * self.scale, change, scale.to(change.dtype)), None
         else:
             self.total += change * scale
 
@@ -53,7 +58,7 @@ class OneWeight:
         bias = None if bias is None else cast(bias, x.dtype)
         if self.holds_base:
             return F.linear(x, self.total, bias)  # type: ignore[arg-type]
-        y = None if self.total is None else F.linear(x, cast(self.total, x.dtype))
+        y = None if self.total is None else self._scaled(F.linear(x, cast(self.total, x.dtype)))
         if self.base is None:
             return x.new_zeros(*x.shape[:-1], self.d_out) if y is None else y
         below = F.linear(x, cast(self.base, x.dtype), bias)
@@ -63,8 +68,11 @@ class OneWeight:
         """Return grad times the weight, (*rows, i) of grad (*rows, o)."""
         if self.holds_base:
             return grad @ self.total  # type: ignore[operator]
-        back = None if self.total is None else grad @ cast(self.total, grad.dtype)
+        back = None if self.total is None else self._scaled(grad @ cast(self.total, grad.dtype))
         if self.base is None:
             return torch.zeros_like(self.x) if back is None else back
         below = grad @ cast(self.base, grad.dtype)
         return below if back is None else back.add_(below)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale is None else rows.mul_(self.scale)

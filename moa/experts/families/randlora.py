@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...kernels import Changes, change_mixture
+from ...kernels.low_rank import is_plain
+from ...kernels.scaled_basis import scaled_basis
+from ...kernels.units import routed_units
 from ...layers import Site
+from ...types import Routing
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import Frozen, generator
-from ..structured import StructuredBank, Tensors, few_for_factors
+from ..fused import Fused
+from ..structured import FusedChanges, StructuredBank, Tensors
 
 
 class RandLoRABank(StructuredBank):
@@ -49,8 +55,6 @@ class RandLoRABank(StructuredBank):
         self.bases = bases
         self.short, self.long = sorted((self.d_in, self.d_out))
         self.n_bases = math.ceil(self.short / self.rank)
-        whole = self.rank * self.n_bases
-        self.few = few_for_factors(whole, whole, self.d_in, self.d_out)
         self.inner = nn.Parameter(torch.empty(n_experts, self.rank, self.n_bases))
         self.outer = nn.Parameter(torch.empty(n_experts, self.n_bases, self.short))
         self.reset_parameters()
@@ -60,29 +64,101 @@ class RandLoRABank(StructuredBank):
         nn.init.zeros_(self.inner)
         nn.init.constant_(self.outer, 1 / max(self.n_bases, self.short))
 
-    def _factors(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        """Return one expert's factors, (r N, i) and (o, r N)."""
-        inner, outer = tensors["inner"], tensors["outer"]
-        down: Tensor = self.bases.down  # type: ignore[assignment]
+    def long_basis(self, dtype: torch.dtype) -> Tensor:
+        """Return the bases B_j side by side, (max(o, i), r N), which all experts share."""
         up: Tensor = self.bases.up  # type: ignore[assignment]
-        scaled = inner.unsqueeze(-1) * down[..., : self.short].to(inner.dtype) * outer  # (r, N, short)
-        short = scaled.flatten(0, 1) * self.scaling
-        long = up[: self.long, : self.n_bases].to(inner.dtype).flatten(1)  # (long, N r)
-        return (short, long) if self.d_in <= self.d_out else (long.T, short.T)
+        return up[: self.long, : self.n_bases].to(dtype).flatten(1)
+
+    def _short_basis(self, dtype: torch.dtype) -> Tensor:
+        down: Tensor = self.bases.down  # type: ignore[assignment]
+        return down[..., : self.short].to(dtype)  # (r, 1, min)
+
+    def _whole(self, short: Tensor) -> Tensor:
+        """Return ΔW (o, i) from an expert's own factor (r N, min(o, i))."""
+        change = self.long_basis(short.dtype) @ short
+        return change if self.d_in <= self.d_out else change.T
+
+    def _scaled(self, tensors: Tensors) -> Tensor:
+        inner, outer = tensors["inner"], tensors["outer"]
+        scaled = inner.unsqueeze(-1) * self._short_basis(inner.dtype) * outer  # (r, N, min)
+        return scaled.flatten(0, 1) * self.scaling
 
     def change(self, tensors: Tensors) -> Tensor:
         """Return ΔW (o, i) of one expert."""
-        down, up = self._factors(tensors)
-        return up @ down
+        return self._whole(self._scaled(tensors))
 
     def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
         """Return ΔW x (*rows, o) of x (*rows, i), factor by factor."""
-        down, up = self._factors(tensors)
-        return F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        short, long = self._scaled(tensors).to(x.dtype), self.long_basis(x.dtype)
+        down, up = (short, long) if self.d_in <= self.d_out else (long.T, short.T)
+        return F.linear(F.linear(x, down), up)
+
+    def _own_factor(self, tensors: Tensors) -> Tensor:
+        inner, outer = tensors["inner"], tensors["outer"]
+        return scaled_basis(inner, self._short_basis(inner.dtype), outer, self.scaling)  # (r N, min)
+
+    def changes(self, x: Tensor | None = None) -> Changes:
+        """Return what the kernel needs to form ΔW (o, i) of each expert."""
+        return replace(super().changes(x), form=lambda tensors: self._whole(self._own_factor(tensors)), apply=None)
+
+    def own_factors(self) -> Changes:
+        """Return what the kernel needs for the experts' own factors, (r N, i) before the bases or (o, r N) behind."""
+        known = self.changes()
+        if self.d_in <= self.d_out:
+            return replace(known, form=self._own_factor, d_out=self.rank * self.n_bases)
+        return replace(known, form=lambda tensors: self._own_factor(tensors).T)
+
+    def is_one_weight(self, x: Tensor, routing: Routing) -> bool:
+        """Return whether all rows of x (*rows, i) share a routing, and are so many that forming ΔW (o, i) costs less.
+
+        The bases' product takes n R (i + o) for n rows, forming R i o for each expert, where the base has a product
+        anyway; in training, both again for the gradients, with n R or n (o i) / min(o, i) for each of the short side.
+        """
+        if routed_units(x, routing.weights):
+            return False
+        inner, n_rows = self.rank * self.n_bases, x.shape[:-1].numel()
+        n_active = self.n_experts if routing.indices is None else routing.indices.shape[-1]
+        by_rows, forming = inner * (self.d_in + self.d_out), n_active * inner * self.d_in * self.d_out
+        if torch.is_grad_enabled():
+            by_rows, forming = 2 * by_rows + inner * self.short - self.d_in * self.d_out, 3 * forming
+        return n_rows * by_rows > forming
+
+    def mixed(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o) of x (*rows, i): the bases that all experts share multiply once."""
+        bases = self.long_basis(x.dtype)  # (max(o, i), r N)
+        if self.d_in <= self.d_out:
+            hidden = change_mixture(x, routing.weights, routing.indices, self.own_factors())  # (*rows, r N)
+            return F.linear(hidden, bases.to(hidden.dtype))
+        return change_mixture(F.linear(x, bases.T), routing.weights, routing.indices, self.own_factors())
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
+        if not is_plain(x, routing.weights) or self.is_one_weight(x, routing):
+            return super().forward(x, routing)
+        return self.mixed(F.dropout(x, self.dropout, self.training), routing)
+
+    @property
+    def fused(self) -> FusedBases:
+        """The base in one step with the experts, on rows (*rows, i)."""
+        return FusedBases(self)
 
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, n_bases={self.n_bases}, scaling={self.scaling:g}"
+
+
+class FusedBases(FusedChanges):
+    """Base and changes on rows (*rows, i): one product where the routing is the same on all of them."""
+
+    __slots__ = ()
+
+    bank: RandLoRABank
+
+    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x W^T + b + Σ_e w_e ΔW_e x, (*rows, o)."""
+        if self.bank.is_one_weight(x, routing):
+            return super().add_linear(x, routing, weight, bias)
+        return Fused.add_linear(self, x, routing, weight, bias)
 
 
 def dense_basis(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
