@@ -22,7 +22,18 @@ from .config import TrainConfig, read_config
 from .yaml_values import shortened
 
 RESULTS, FIGURE, CONFIG, MODEL, DATA = "results.json", "routing.png", "config.yaml", "model", "trained_on.json"
-OWN = (RESULTS, FIGURE, CONFIG, MODEL, DATA, "routing.jsonl", "report.html", "runs", "trainer_state.json")
+OWN = (
+    RESULTS,
+    FIGURE,
+    CONFIG,
+    MODEL,
+    DATA,
+    "routing.jsonl",
+    "report.html",
+    "runs",
+    "trainer_state.json",
+    "scales.safetensors",
+)
 HEADER = "# Written by moa train.\n"
 LONGEST_NAME = 240  # bytes; file systems take 255, and what stands beside it has a longer one
 # what may differ when a run is resumed: nothing of it changes a step that was or will be done, except how many

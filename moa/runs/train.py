@@ -137,6 +137,9 @@ def _trained(checked: Checked, model: MoAModel, run: Run, arguments: Any) -> tup
     model.save_pretrained(folder.work / MODEL, is_main_process=is_first())
     if is_first():
         tokenizer.save_pretrained(folder.work / MODEL)
+        strategy = config.made_strategy()
+        if strategy is not None:
+            strategy.finish(model, folder.work)
     statistics = RoutingStatistics(n_tasks=len(tasks))
     say("after training")
     after = run.evaluate(model, statistics, title="after training")

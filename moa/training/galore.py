@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 
 PROJECTIONS = ("std", "reverse_std", "right", "left", "full")
+MOST = 2**31
 
 
 def galore_groups(
@@ -34,13 +36,10 @@ def galore_groups(
         One or two groups, the projected matrices first.
 
     Raises:
-        ConfigError: a rank or every below 1, an unknown projection, or a model without a matrix to project.
+        ConfigError: see `check_galore`, or a model without a matrix to project.
     Source: arXiv 2403.03507, algorithm 2.
     """
-    if rank < 1 or every < 1:
-        raise ConfigError(f"rank and every must be at least 1, got {rank} and {every}.")
-    if projection not in PROJECTIONS:
-        raise ConfigError(f"unknown projection {projection!r}. Known: {', '.join(PROJECTIONS)}.")
+    check_galore(rank, every, scale, projection)
     trained = [p for p in model.parameters() if p.requires_grad]
     projected = [p for p in trained if p.ndim == 2 and min(p.shape) > rank]
     if not projected:
@@ -54,6 +53,56 @@ def galore_groups(
     told = {"rank": rank, "update_proj_gap": every, "scale": scale, "proj_type": projection}
     groups: list[dict[str, Any]] = [{"params": projected, **told}, {"params": rest}]
     return groups[: 1 + bool(rest)]
+
+
+def galore_adamw(
+    model: nn.Module,
+    rank: int = 128,
+    every: int = 200,
+    scale: float = 0.25,
+    projection: str = "std",
+    **options: Any,
+) -> torch.optim.Optimizer:
+    """Return galore-torch's AdamW over a model's trained parameters, of any shape; Trainer can resume its state.
+
+    Args:
+        model: as in `galore_groups`, with all up to projection.
+        rank: r.
+        every: steps.
+        scale: of the steps.
+        projection: of the gradient.
+        options: lr, betas, eps and weight_decay.
+
+    Raises:
+        ConfigError: as `galore_groups`, or galore-torch cannot be imported.
+    """
+    groups = galore_groups(model, rank, every, scale, projection)
+    try:
+        from galore_torch import GaLoreAdamW
+        from galore_torch.galore_projector import GaLoreProjector
+    except ImportError as error:
+        raise ConfigError(
+            f"GaLore needs galore-torch and the bitsandbytes that it imports ({error}): pip install galore-torch."
+        ) from error
+    torch.serialization.add_safe_globals([GaLoreProjector])  # its state holds them, and Trainer reads tensors only
+    made: torch.optim.Optimizer = GaLoreAdamW(groups, no_deprecation_warning=True, **options)
+    return made
+
+
+def check_galore(rank: int, every: int, scale: float, projection: str) -> None:
+    """Check what can be checked without a model; no tensors, so no shapes.
+
+    Raises:
+        ConfigError: a rank or every below 1, a scale that is not positive, or an unknown projection.
+    """
+    if rank < 1 or every < 1:
+        raise ConfigError(f"rank and every must be at least 1, got {rank} and {every}.")
+    if max(rank, every) > MOST:
+        raise ConfigError(f"rank and every must be at most {MOST:,}, got {rank} and {every}.")
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"scale must be positive, got {scale}.")
+    if projection not in PROJECTIONS:
+        raise ConfigError(unknown_name("projection", projection, PROJECTIONS, "GaLore"))
 
 
 def galore_state_bytes(groups: list[dict[str, Any]]) -> int:

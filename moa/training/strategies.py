@@ -1,4 +1,4 @@
-"""The table of strategies: how a mixture is trained, by the name and the keywords of a configuration."""
+"""The strategies: how a mixture is trained, by the name and the keywords of a configuration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from . import start_strategies  # noqa: F401  which fills the table, too
 from .strategy import STRATEGIES, Strategy, register_strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.optim import Optimizer
 
     from ..model.moa_model import MoAModel
@@ -192,6 +194,92 @@ class MoSAStrategy(Strategy):
         from .mosa_callback import MoSACallback
 
         return [MoSACallback(**dataclasses.asdict(self))]
+
+
+@register_strategy("galore")
+@dataclass(frozen=True, kw_only=True)
+class GaLoreStrategy(Strategy):
+    """GaLore, `moa.training.galore`, by galore-torch's AdamW.
+
+    Args:
+        rank: r of the projections.
+        every: steps after which they are taken anew.
+        scale: of the projected steps.
+        projection: "std", "reverse_std", "right", "left" or "full".
+    """
+
+    rank: int = 128
+    every: int = 200
+    scale: float = 0.25
+    projection: Literal["std", "reverse_std", "right", "left", "full"] = "std"
+
+    brings = True
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        from .galore import check_galore
+
+        check_galore(self.rank, self.every, self.scale, self.projection)
+
+    def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer:
+        """Return galore-torch's AdamW, which projects matrices (m, n) above the rank."""
+        from .galore import galore_adamw
+
+        return galore_adamw(model, **dataclasses.asdict(self), **adam_options(arguments))
+
+
+@register_strategy("quantisation_aware")
+@dataclass(frozen=True, kw_only=True)
+class QuantisationAwareStrategy(Strategy):
+    """EfficientDM's quantisation-aware LoRA, `moa.training.quantisation_aware`; the rest by AdamW.
+
+    Args:
+        bits: of a code, 2 to 8.
+        share: of a layer's mean scale, which is its experts' learning rate.
+        scale_lr: of the scales; 0 leaves them as the weight gives them.
+    """
+
+    bits: int = 4
+    share: float = 1 / 2500
+    scale_lr: float = 1e-6
+
+    brings = True
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        from .quantisation_aware import check_rates
+
+        check_rates(self.bits, self.share, self.scale_lr)
+
+    def check(self, model: MoAModel) -> None:
+        """Refuse layers (i -> o) without one weight to round."""
+        from .quantisation_aware import scaled_groups
+
+        scaled_groups(model, 1.0, self.bits)
+
+    def optimizer(self, model: MoAModel, arguments: Any) -> Optimizer:
+        """Return AdamW over scales (o, 1), experts and the rest, each at its learning rate."""
+        from torch.optim import AdamW
+
+        from .quantisation_aware import learn_scales, scaled_groups
+
+        if self.scale_lr:
+            learn_scales(model, self.bits)
+        groups = scaled_groups(model, arguments.learning_rate, self.bits, self.share, self.scale_lr)
+        return AdamW(groups, **adam_options(arguments))
+
+    def callbacks(self) -> list[Any]:
+        """Return one fresh `QuantisationAwareCallback`."""
+        from .quantisation_callback import QuantisationAwareCallback
+
+        return [QuantisationAwareCallback(self.bits, learned=bool(self.scale_lr))]
+
+    def finish(self, model: MoAModel, folder: Path) -> None:
+        """Write scales.safetensors, (o, 1) a layer, where they were learned."""
+        from .quantisation_aware import write_scales
+
+        if self.scale_lr:
+            write_scales(model, folder / "scales.safetensors")
 
 
 def adam_options(arguments: Any) -> dict[str, Any]:

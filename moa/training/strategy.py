@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..tables import check_numbers, put
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch.optim import Optimizer
 
     from ..model.moa_model import MoAModel
@@ -46,6 +48,9 @@ class Strategy:
     def callbacks(self) -> list[Any]:
         """Return fresh callbacks for Trainer."""
         return []
+
+    def finish(self, model: MoAModel, folder: Path) -> None:
+        """Write what it has learned beside the experts, e.g. scales (o, 1), into the folder of a run that is done."""
 
 
 STRATEGIES: dict[str, type[Strategy]] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -15,27 +13,15 @@ from moa.training.galore import galore_groups, galore_state_bytes
 from tests import models
 
 
-@pytest.fixture
-def adamw(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return galore-torch's AdamW; its package imports bitsandbytes for an optimizer that is not used here."""
-    if "bitsandbytes" not in sys.modules:
-        for name in ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimizer"):
-            module = types.ModuleType(name)
-            module.Optimizer2State = object  # type: ignore[attr-defined]
-            monkeypatch.setitem(sys.modules, name, module)
-    package = pytest.importorskip("galore_torch", reason="needs galore-torch: pip install --no-deps galore-torch")
-    return package.GaLoreAdamW
-
-
 def built() -> moa.MoAModel:
     model = moa.build(models.bert(), "topk", n_experts=6, k=2, rank=2, targets=["query"], modules_to_save=["pooler"])
     return models.randomise(model).train()
 
 
-def test_steps_have_the_rank_and_the_state_its_bytes(adamw: Any) -> None:
+def test_steps_have_the_rank_and_the_state_its_bytes(galore_torch: Any) -> None:
     model = built()
     groups = galore_groups(model, rank=3)
-    optimizer = adamw(groups, lr=0.1, no_deprecation_warning=True)
+    optimizer = galore_torch.GaLoreAdamW(groups, lr=0.1, no_deprecation_warning=True)
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     model(**models.class_batch()).loss.backward()
     optimizer.step()

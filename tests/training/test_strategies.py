@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import moa
 from moa.errors import ConfigError
 from moa.runs.config import parse
+from moa.runs.preflight import check_run
+from moa.runs.run_model import build_model
 from moa.runs.session import Run
-from moa.runs.train import train
+from moa.runs.train import prepare, train
+from moa.training.quantisation_aware import read_scales, run_on_integers
 from moa.training.strategies import make_strategy
 from moa.training.strategy import STRATEGIES
 from tests.tiny_run import config_values, encoder_folder
@@ -36,6 +41,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingC
         ({"name": "lora-pro", "mode": True}, {}, r"strategy: unknown mode True|mode must be"),
         ({"name": 3}, {}, r"unknown strategy 3"),
         ({"name": "lora-pro"}, {"optim": "sgd"}, r"training.optim has no effect under strategy 'lora-pro'"),
+        ({"name": "galore", "projection": "sdt"}, {}, r"unknown projection 'sdt'.*Did you mean 'std'"),
+        ({"name": "galore", "rank": 4}, {"optim": "sgd"}, r"training.optim has no effect under strategy 'galore'"),
+        ({"name": "quantisation_aware", "bits": 9}, {}, r"bits must be a whole number from 2 to 8, got 9"),
+        ({"name": "quantisation_aware", "share": 0.0}, {}, r"share is of a layer's mean scale, above 0"),
+        ({"name": "squeeze"}, {}, r"ranks must fall from stage to stage"),
+        ({"name": "squeeze", "ranks": [4, 8]}, {}, r"ranks must fall from stage to stage.*got"),
+        ({"name": "mosa", "by": "row"}, {}, r"unknown value of by 'row'.*Did you mean 'rows'"),
         ({"name": "lora-pro"}, {"fsdp": "full_shard"}, r"training.fsdp shards them: leave one out"),
     ],
 )
@@ -175,4 +187,46 @@ def test_a_strategy_that_does_not_fit_the_recipe_stops_before_anything_is_writte
     made["recipe"].pop("rank")
     with pytest.raises(ConfigError, match="experts hold no two factors that are trained"):
         train(parse(made))
+    assert not (tmp_path / "run").exists()
+
+
+def test_galore_steps_a_run_and_goes_on_where_it_stopped(
+    tmp_path: Path, base: Path, galore_torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run_values(tmp_path, base, {"name": "galore", "rank": 2, "every": 3}, targets=["query"])
+    made["training"] |= {"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}
+    train(parse(made))
+    again = {**made, "training": {**made["training"], "max_steps": 4}}
+    further = train(parse(again), resume=True).results["scores"]["mixture"]["first"]["loss"]
+    straight = train(parse({**again, "output": str(tmp_path / "straight")})).results["scores"]["mixture"]["first"]
+    assert further == pytest.approx(straight["loss"], abs=1e-6)
+    monkeypatch.setitem(sys.modules, "galore_torch", None)
+    with pytest.raises(ConfigError, match="GaLore needs galore-torch and the bitsandbytes"):
+        train(parse({**again, "output": str(tmp_path / "without")}))
+    assert not (tmp_path / "without").exists()
+
+
+def test_a_quantisation_aware_run_is_scored_on_its_integers_and_keeps_its_scales(tmp_path: Path, base: Path) -> None:
+    recipe = {"router": "fixed", "n_experts": 1, "rank": 2, "targets": ["query"]}
+    made = run_values(tmp_path, base, {"name": "quantisation_aware", "bits": 3, "share": 0.1, "scale_lr": 1e-3})
+    made["recipe"] = recipe
+    made["training"] |= {"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}
+    train(parse(made))
+    again = {**made, "training": {**made["training"], "max_steps": 4}}
+    further = train(parse(again), resume=True).results["scores"]["mixture"]
+    straight = train(parse({**again, "output": str(tmp_path / "straight")})).results["scores"]["mixture"]
+    assert further == straight
+    checked = check_run(parse({**again, "output": str(tmp_path / "other")}), False)
+    _, run, _, _ = prepare(checked)
+    empty = build_model(parse(again), run.tasks)
+    model = moa.load(tmp_path / "run" / "model", base=empty.unload())
+    unrounded = run.evaluate(model)
+    assert read_scales(model, tmp_path / "run" / "scales.safetensors") == 3
+    run_on_integers(model, 3)
+    assert run.evaluate(model) == further != unrounded
+
+
+def test_a_layer_that_is_not_one_weight_stops_before_anything_is_written(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(ConfigError, match=r"only experts with factors .* under a constant routing"):
+        train(parse(run_values(tmp_path, base, {"name": "quantisation_aware"})))
     assert not (tmp_path / "run").exists()
