@@ -11,6 +11,7 @@ import scipy.linalg
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moa
 from moa.errors import ConfigError, FoldError
@@ -117,9 +118,9 @@ def test_large_inputs_stay_finite_in_float16() -> None:
 
 
 def bank_on(d_in: int, d_out: int, n_experts: int = 2, **keywords: Any) -> Any:
-    family, options = laws.make_family("qwha", keywords), {"rank": 2, "scaling": 1.0}
     site = moa.Site("q", nn.Linear(d_in, d_out, bias=False), d_in, d_out)
-    return laws.randomised(family.build(site, n_experts, family.shared([site], **options), **options).double())
+    made = laws.make_family("qwha", keywords).build(site, n_experts, None, rank=2, scaling=1.0)
+    return laws.randomised(made.double())
 
 
 @pytest.mark.parametrize("sizes", [(16, 12), (12, 7), (40, 5)])
@@ -248,6 +249,19 @@ def test_it_stands_beside_other_families_in_one_bank(tmp_path: Path) -> None:
     expected = models.outputs_of(model, models.lm_batch())
     model.save_pretrained(tmp_path)
     assert torch.equal(models.outputs_of(moa.load(tmp_path, base=models.llama()), models.lm_batch()), expected)
+
+
+def test_it_adapts_the_matrices_of_a_layer_of_experts_and_folds() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "head_dim": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts_per_tok=2, **sizes, **heads)).eval()
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    before = base(**batch).logits
+    options = {"expert": "qwha", "density": 0.2, "targets": ["experts"]}
+    model = models.randomise(moa.build(base, "fixed", n_experts=2, **options)).eval()
+    after = model(**batch).logits
+    assert (after - before).norm() > 0.1
+    assert_close(model.merge_and_unload()(**batch).logits, after, 1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in packed.KINDS if kind not in packed.SLOW])

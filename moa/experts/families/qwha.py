@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from ...layers import Site
 from ...types import Routing
 from ..bank import ExpertBank
 from ..family import Family, register_expert
-from ..frozen import Frozen, generator
+from ..frozen import generator
 from ..fused import Fused
 from ..hadamard import hadamard, orders
 from ..sparse import EntriesBank, check_density, n_entries, random_places
@@ -40,7 +39,6 @@ class QWHABank(EntriesBank):
         d_in: i.
         d_out: o.
         places: (E, n), distinct within an expert.
-        bases: holds a matrix order_b (b, b) for each b of `orders(i)`.
         stored: the places go into a checkpoint: no seed gives them again.
         options: scaling and dropout as in `ExpertBank`.
 
@@ -49,15 +47,15 @@ class QWHABank(EntriesBank):
         of any size, and s = 1 is theirs where √(i o) is 4000. Their code forms ΔW in every step.
     """
 
-    def __init__(
-        self, d_in: int, d_out: int, places: Tensor, bases: nn.Module, stored: bool = False, **options: Any
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, places: Tensor, stored: bool = False, **options: Any) -> None:
         super().__init__(d_in, d_out, places, stored, **options)
-        self.bases, self.orders = bases, orders(d_in)
+        self.n_blocks = len(orders(d_in))
+        for number, order in enumerate(orders(d_in)):
+            self.register_buffer(f"block_{number}", hadamard(order), persistent=False)
 
     def transform(self, x: Tensor, inverse: bool = False) -> Tensor:
         """Return H^T x / √i, (*rows, i), of x (*rows, i); or H x / √i, its inverse."""
-        return kronecker_rows(x, [getattr(self.bases, f"order_{b}") for b in self.orders], inverse)
+        return kronecker_rows(x, [getattr(self, f"block_{number}") for number in range(self.n_blocks)], inverse)
 
     def spectrum(self, tensors: Tensors) -> Tensor:
         """Return s · F (o, i) of one expert's tensors."""
@@ -164,30 +162,19 @@ class QWHA(Family):
         if self.scale <= 0:
             raise ConfigError(f"scale must be above 0, got {self.scale}.")
 
-    def shared(self, sites: Sequence[Site], **options: Any) -> nn.Module:
-        """Return the blocks order_b (b, b) of which the layers' Hadamard matrices (i, i) are Kronecker products."""
-        needed = {order for site in sites for order in _orders(site)}
-        return Frozen({f"order_{order}": hadamard(order) for order in sorted(needed)})
-
     def build(self, site: Site, n_experts: int, shared: nn.Module | None, **options: Any) -> ExpertBank:
         """Return a fresh bank with values and places (E, n).
 
         Raises:
-            ConfigError: more coefficients than there are, no Hadamard matrix, or without the shared blocks.
+            ConfigError: more coefficients than there are, or no Hadamard matrix.
         """
-        if shared is None:
-            raise ConfigError(f"{site.name}: QWHA experts need the Hadamard blocks that their layers share.")
-        _orders(site)
+        try:
+            orders(site.d_in)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{site.name}: QWHA transforms its {site.d_in} inputs. {error} Leave the layer out of targets."
+            ) from error
         count, draw = n_entries(site, self.density, options["rank"]), generator(self.seed, site.name)
         places = torch.stack([random_places(site.d_out * site.d_in, count, draw) for _ in range(n_experts)])
         own = {**options, "scaling": self.scale}
-        return QWHABank(site.d_in, site.d_out, places, shared, self.mask == "given", **own)
-
-
-def _orders(site: Site) -> tuple[int, ...]:
-    try:
-        return orders(site.d_in)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{site.name}: QWHA transforms its {site.d_in} inputs. {error} Leave the layer out of targets."
-        ) from error
+        return QWHABank(site.d_in, site.d_out, places, self.mask == "given", **own)
