@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 import moa
 from moa.recipes import Recipe
@@ -107,11 +109,27 @@ def take_step(run: nn.Module, optimizer: Any, step: int, world: int, rank: int |
         last = micro == MICRO - 1
         waits = isinstance(run, DistributedDataParallel) and not last
         waiting = run.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
-        with waiting:
+        with waiting, losses_as_wide_as_logits():
             loss = run(**batch, num_items_in_batch=n_items).loss
             (loss if rank is None else loss * world).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def losses_as_wide_as_logits() -> Iterator[None]:
+    """Form losses of fp64 logits in fp64: transformers rounds them to fp32, each process's part by itself."""
+    kept, narrow = LOSS_MAPPING["ForCausalLM"], Tensor.float
+
+    def wide(self: Tensor) -> Tensor:
+        return self if self.dtype == torch.float64 else narrow(self)
+
+    def loss(*args: Any, **kwargs: Any) -> Tensor:
+        with mock.patch.object(Tensor, "float", wide):
+            return kept(*args, **kwargs)  # type: ignore[no-any-return]
+
+    with mock.patch.dict(LOSS_MAPPING, ForCausalLM=loss):
+        yield
 
 
 @contextlib.contextmanager
