@@ -35,7 +35,8 @@ class MixedBank(ExpertBank):
     """
 
     fixed_size: ClassVar[str | None] = (
-        "its experts are of several kinds or ranks, and nobody says of which a new one is"
+        "its experts are of several kinds or ranks, and an expert's number says which; build a model of another "
+        "n_experts, with one entry for each in expert=[…] or rank=[…]"
     )
 
     place: Tensor

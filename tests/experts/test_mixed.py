@@ -236,9 +236,11 @@ def test_what_needs_different_places_is_named_with_its_layer() -> None:
 
 
 def test_a_mixed_model_keeps_its_number_of_experts() -> None:
-    model = subject("ranks").fresh()
-    with pytest.raises(ConfigError, match="its experts are of several kinds or ranks"):
-        model.remove_expert(0)
+    for name in ("ranks", "families"):
+        model = subject(name).fresh()
+        for change in (model.add_expert, lambda model=model: model.remove_expert(0)):
+            with pytest.raises(ConfigError, match=r"several kinds or ranks.* build a model of another n_experts"):
+                change()
     with pytest.raises(ConfigError, match="adapters that exist already are of one kind"):
         moa.build(models.llama(), "topk", expert=["lora", "shira"], experts=["a", "b"])
     with pytest.raises(ConfigError, match=r"whole weights .* decides row by row"):
