@@ -67,3 +67,26 @@ def reasoning() -> str:
         f"of one half has a standard error of {50 / settings['asked'] ** 0.5:.0f} points. {settings['trained']} other "
         f"questions were learned.\n\n{made_by('faithfulness')}"
     )
+
+
+def smaller_base() -> str:
+    """What a mixture knows that was trained on a pruned base, on that and on the full one."""
+    if not (HERE / "results" / "loram.json").exists():
+        return "Not measured yet: `python -m experiments.loram` measures it."
+    found = result("loram")
+    rows = []
+    for arm, runs in found["arms"].items():
+        cells = [arm]
+        cells += [" / ".join(f"{100 * run['accuracy']:.1f}" for run in runs)]
+        cells += [" / ".join(f"{run['loss']:.3f}" for run in runs)]
+        cells += [" / ".join(f"{run['seconds']:.0f}" for run in runs if "seconds" in run)]
+        rows.append(cells)
+    settings = found["settings"]
+    sizes = ", ".join(f"{name} {n / 1e6:.0f}M" for name, n in found["parameters"].items())
+    spread = 100 * (found["majority"] * (1 - found["majority"]) / settings["tested"]) ** 0.5
+    return (
+        f"{table(['base', 'accuracy, %', 'loss, nats', 'training, CPU s'], rows)}\n\n{settings['trained']} training "
+        f"rows seen once, {settings['tested']} test rows, a figure a seed; always the commoner answer: "
+        f"{100 * found['majority']:.1f} %, with a standard error of {spread:.0f} points. Parameters: {sizes}.\n\n"
+        f"{made_by('loram')}"
+    )

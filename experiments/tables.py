@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from .family_tables import family_costs, family_learning
-from .study_tables import calibrated, reasoning
+from .study_tables import calibrated, reasoning, smaller_base
 from .table_text import HERE, made_by, number, result, table
 
 PAGES = HERE / "README.md", *(HERE.parent / "docs" / f"{page}.md" for page in ("scaling", "families", "federated"))
@@ -301,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
         family_learning,
         calibrated,
         reasoning,
+        smaller_base,
     )
 }
 
