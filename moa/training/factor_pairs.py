@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ConfigError
@@ -10,8 +9,10 @@ from ..experts.lora import LoRABank
 from ..model.host import Host
 
 
-def factored_banks(model: Host, what: str) -> Iterator[tuple[str, LoRABank]]:
-    """Yield (layer name, bank) of every branch, whose parameters are down (E, r, i) and up (E, r, o).
+def factored_banks(model: Host, what: str) -> dict[str, LoRABank]:
+    """Return the bank of every branch, whose parameters are down (E, r, i) and up (E, r, o), by its layer's name.
+
+    A layer that has several, as a base's own fused experts do, has "name", "name#1", ….
 
     Args:
         model: with experts.
@@ -20,10 +21,18 @@ def factored_banks(model: Host, what: str) -> Iterator[tuple[str, LoRABank]]:
     Raises:
         ConfigError: experts that are something else, or that are not trained; the layer is named.
     """
+    found: dict[str, LoRABank] = {}
     for name, branch in model.branches():
         bank: Any = branch.bank
         own = type(bank).factors is LoRABank.factors  # neither drawn, derived nor padded
         if not own or not (bank.down.requires_grad and bank.up.requires_grad):
             kind = f"{type(bank).__name__} experts hold no two factors that are trained"
             raise ConfigError(f"{name}: {kind}, and {what} such pairs: choose expert='lora'.")
-        yield name, bank
+        others = sum(layer_of(key) == name for key in found)
+        found[f"{name}#{others}" if others else name] = bank
+    return found
+
+
+def layer_of(key: str) -> str:
+    """Return the layer of a key of `factored_banks`; no tensors, so no shapes."""
+    return key.partition("#")[0]

@@ -84,7 +84,7 @@ class LoRAPro(torch.optim.Optimizer):
             raise ConfigError(f"mode must be 'sgd' or 'adam', got {mode!r}.")
         self.mode, self.scales = mode, []
         factors: list[nn.Parameter] = []
-        for _, bank in factored_banks(model, "LoRA-Pro corrects"):
+        for bank in factored_banks(model, "LoRA-Pro corrects").values():
             factors += [bank.down, bank.up]
             self.scales.append(bank.scaling)
         own = set(factors)

@@ -77,7 +77,7 @@ class MoSA:
         check_agrees(model, consistency)
         self.model, self.n, self.seed = model, n, seed
         self.factor = n if merge == "average" else 1
-        self.banks = dict(factored_banks(model, "MoSA splits"))
+        self.banks = factored_banks(model, "MoSA splits")
         self._drawn: tuple[int, dict[tuple[str, int], Tensor]] = (-1, {})
         found = starts_of(model) if starts is None else starts
         self.splits: dict[str, tuple[_Split | None, _Split]] = {}
@@ -166,7 +166,7 @@ def starts_of(model: MoAModel) -> dict[str, tuple[Tensor, Tensor]]:
         ConfigError: experts without two trained factors of their own, or sharded ones.
     """
     found = {}
-    for name, bank in factored_banks(model, "MoSA splits"):
+    for name, bank in factored_banks(model, "MoSA splits").items():
         if is_sharded(bank.down):
             raise ConfigError("MoSA splits whole factors, and these are sharded: leave out fsdp and deepspeed.")
         found[name] = bank.down.detach().clone(), bank.up.detach().clone()

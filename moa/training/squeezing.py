@@ -21,7 +21,7 @@ from ..merge.compose import thin_svd
 from ..model.host import Host
 from ..recipes import Recipe
 from ..spectrum import rank_for_energy
-from .factor_pairs import factored_banks
+from .factor_pairs import factored_banks, layer_of
 
 MOST = 2**20  # ranks
 
@@ -61,7 +61,7 @@ def squeeze_experts(
     banks = _banks(model)
     targets = {}
     for number, (recipe, names) in enumerate(model.recipes):
-        wanted = rank or max(_energetic(banks[name], energy or 0) for name in names)
+        wanted = rank or max(_energetic(bank, energy or 0) for key, bank in banks.items() if layer_of(key) in names)
         if wanted < recipe.largest_rank:
             targets[number] = wanted
     errors = {name: [0.0] * bank.n_experts for name, bank in banks.items()}
@@ -133,7 +133,7 @@ def take_ranks(model: Host, tensors: Mapping[str, Tensor], prefix: str, *_: Any)
 
 
 def _banks(model: Host) -> dict[str, LoRABank]:
-    banks = dict(factored_banks(model, "LoRA-Squeeze shortens"))
+    banks = factored_banks(model, "LoRA-Squeeze shortens")
     if any(is_sharded(parameter) for bank in banks.values() for parameter in bank.parameters()):
         raise ConfigError("LoRA-Squeeze needs whole factors, and these are sharded: leave out fsdp and deepspeed.")
     return banks
@@ -143,8 +143,8 @@ def _of_recipes(
     model: Host, banks: Mapping[str, LoRABank], targets: Mapping[int, int]
 ) -> Iterator[tuple[int, LoRABank, str]]:
     for number in targets:
-        for name in model.recipes[number][1]:
-            yield number, banks[name], name
+        names = set(model.recipes[number][1])
+        yield from ((number, bank, key) for key, bank in banks.items() if layer_of(key) in names)
 
 
 def _energetic(bank: LoRABank, energy: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainingArguments
 
 import moa
 from moa.errors import ConfigError
@@ -88,6 +89,22 @@ def test_energy_takes_the_smallest_rank_that_keeps_it_in_every_expert() -> None:
     assert len(set(ranks)) > 1 and max(ranks) < 8
     squeeze_experts(model, energy=0.9)
     assert current_rank(model) == max(ranks)
+
+
+def test_all_branches_of_a_layer_are_squeezed(tmp_path: Path) -> None:
+    """A base's own fused experts have two, of up and of down."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(vocab_size=32, num_hidden_layers=1, num_local_experts=3, num_experts_per_tok=2, **sizes)
+    base = MixtralForCausalLM(config)
+    model = moa.build(copy.deepcopy(base), "topk", n_experts=2, k=1, rank=6, targets="moe-experts")
+    models.randomise(model)
+    errors = squeeze_experts(model, 4)
+    assert len(errors) == 2 and all(all(one) for one in errors.values())
+    assert {branch.bank.down.shape[1] for _, branch in model.branches()} == {4}
+    model.save_pretrained(tmp_path)
+    again, x = moa.load(tmp_path, base=base).eval(), torch.arange(12).view(2, 6)
+    assert torch.equal(again(x).logits, model.eval()(x).logits)
 
 
 def test_experts_that_are_zero_can_still_be_trained() -> None:
