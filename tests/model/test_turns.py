@@ -24,6 +24,7 @@ from tests import models
 READS = {
     "adapted_summary",
     "adapter_state_dict",
+    "adapter_tensors",
     "around",
     "base_model",
     "branches",
