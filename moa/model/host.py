@@ -24,6 +24,7 @@ from ..mixture import (
 )
 from ..mixture.preview import Preview
 from ..mixture.streams import Streams
+from ..objective.exchange import over_processes
 from ..objective.trace import Trace
 from ..offload import check_trainable
 from ..recipes import Recipe
@@ -176,20 +177,24 @@ class Host(Switched, Sound):
     def optimizer_step_done(self) -> None:
         """Let every router take its step; called after each step of an optimizer that trains this model."""
         super().optimizer_step_done()
-        for _, branch in self.branches():
-            branch.router.step()
-        for shared in (module for number in self.shared_by_layers for module in self.shared_of(number).values()):
-            step: Any = getattr(shared, "step", None)
+        for part in self._counting():
+            step: Any = getattr(part, "step", None)
             if step is not None:
                 step()
 
     def exchange_counts(self) -> None:
-        """Let routers add up over the processes what they have counted, (E,); called in all of them."""
-        shared = (module for number in self.shared_by_layers for module in self.shared_of(number).values())
-        for counting in (*(branch.router for _, branch in self.branches()), *shared):
-            exchange: Any = getattr(counting, "exchange", None)
-            if exchange is not None:
-                exchange()
+        """Add up over the processes what routers have counted, (E,) each, in one collective; called in all of them."""
+        counting = (part for part in self._counting() if hasattr(part, "take_counts"))
+        new = [(part, counts) for part in counting if (counts := part.take_counts()) is not None]
+        totals = over_processes([counts for _, counts in new], "this step of an optimizer")
+        for (part, _), total in zip(new, totals, strict=True):
+            part.give_counts(total)
+
+    def _counting(self) -> Iterator[Any]:
+        for _, branch in self.branches():
+            yield branch.router
+        for number in self.shared_by_layers:
+            yield from self.shared_of(number).values()
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[Trace]:

@@ -71,6 +71,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = held or {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in held for p in model.parameters() if p.requires_grad):
             model._held = True
+            model.exchange_counts()
             model.optimizer_step_done()
         else:
             model._another_stepped()

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import every_process
 
 
-def over_processes(values: Sequence[Tensor]) -> list[Tensor]:
+def over_processes(values: Sequence[Tensor], at: str = "this training forward") -> list[Tensor]:
     """Return the sums of tensors (any shapes) over all processes of torch.distributed; in one process, the tensors.
 
     One collective for all of them, and one in the backward pass: a tensor's gradient is the sum of those that its sum
@@ -22,13 +22,17 @@ def over_processes(values: Sequence[Tensor]) -> list[Tensor]:
     Every process must call this equally often, and go backward from it or not alike.
 
     Args:
-        values: of the same shapes in every process.
+        values: of the same shapes in every process; on any devices.
+        at: where all processes should be, named where one of them is not.
+
+    Raises:
+        ContextError: a process did not come within the timeout of its group.
     """
     if not values or not _is_shared():
         return list(values)
-    flat = torch.cat([value.flatten() for value in values])
-    parts = _Sum.apply(flat).split([value.numel() for value in values])
-    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+    flat = torch.cat([value.flatten().to(values[0].device) for value in values])
+    parts = _Sum.apply(flat, at).split([value.numel() for value in values])
+    return [part.view(value.shape).to(value.device) for part, value in zip(parts, values, strict=True)]
 
 
 def _is_shared() -> bool:
@@ -39,16 +43,16 @@ class _Sum(torch.autograd.Function):
     """Σ over processes; PyTorch's own function of this kind is deprecated, and its successor has no gradient in 2.9."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, at: str) -> Tensor:  # type: ignore[override]
         total = values.clone()
-        with every_process("this training forward"):
+        with every_process(at):
             distributed.all_reduce(total)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.contiguous().clone()
         with every_process("the backward of this loss"):
             distributed.all_reduce(total)
-        return total
+        return total, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, every_process
+from ..errors import ConfigError
 from ..types import Routing
 from .router import Router
 
@@ -30,7 +30,7 @@ class BalancedRouter(Router):
 
     selection_bias: Tensor | None
     counts: Tensor | None
-    _everywhere: Tensor | None = None  # counts of all processes, between an exchange and its step
+    _everywhere: Tensor | None = None  # counts of all processes, until the step
 
     def __init__(self, d_in: int, n_experts: int, k: int, bias_rate: float = 0.0) -> None:
         super().__init__(d_in, n_experts, k)
@@ -58,15 +58,17 @@ class BalancedRouter(Router):
         counts.scatter_add_(0, indices.reshape(-1), one.reshape(-1))
 
     @torch.no_grad()
-    def exchange(self) -> None:
-        """Add up the counts (E,) since the last exchange over all processes, which then make the same move."""
-        if self.counts is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
+    def take_counts(self) -> Tensor | None:
+        """Return the rows that each expert got since the last call, (E,), and count anew; None without a bias."""
+        if self.counts is None:
+            return None
         new = self.counts.clone()
         self.counts.zero_()
-        with every_process("this step of an optimizer"):
-            torch.distributed.all_reduce(new)
-        self._everywhere = new if self._everywhere is None else self._everywhere + new
+        return new
+
+    def give_counts(self, counts: Tensor) -> None:
+        """Take the rows that each expert got in all processes, (E,), which then make the same move."""
+        self._everywhere = counts if self._everywhere is None else self._everywhere + counts
 
     @torch.no_grad()
     def step(self) -> None:
@@ -74,15 +76,11 @@ class BalancedRouter(Router):
 
         Source: Wang et al. 2024, arXiv 2408.15664, algorithm 1.
         """
-        if self.selection_bias is None or self.counts is None:
-            return
-        if self._everywhere is None:
-            self.exchange()
         counts, self._everywhere = self._everywhere, None
-        if counts is None:  # one process
-            counts = self.counts.clone()
-            self.counts.zero_()
-        self.selection_bias += self.bias_rate * torch.sign(counts.mean() - counts)
+        if counts is None:  # by itself, outside of a model
+            counts = self.take_counts()
+        if self.selection_bias is not None and counts is not None:
+            self.selection_bias += self.bias_rate * torch.sign(counts.mean() - counts)
 
 
 def check_bias_rate(bias_rate: float) -> None:

@@ -115,8 +115,12 @@ class Router(nn.Module):
         """Return the modules (*rows, d) -> (*rows, E) that it calls and that all layers share: the model owns them."""
         return [value for value in vars(self).values() if isinstance(value, nn.Module)]
 
-    def exchange(self) -> None:
-        """Add up what was counted over all processes, before a step that may come when only one of them is here."""
+    def take_counts(self) -> Tensor | None:
+        """Return what was counted since the last call, (E,), and count anew; None of a router that counts nothing."""
+        return None
+
+    def give_counts(self, counts: Tensor) -> None:
+        """Take what all processes have counted, (E,), for the next step."""
 
     def step(self) -> None:
         """Update what is not learned by gradient; called once after each optimizer step."""

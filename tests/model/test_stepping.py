@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import moa
+from moa.objective import exchange
 from tests import models
 
 RATE, STEPS = 0.01, 4
@@ -136,3 +137,26 @@ def test_an_unloaded_model_that_is_still_held_leaves_other_optimizers_alone() ->
     before = other.weight.detach().clone()
     torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert not torch.equal(other.weight, before)
+
+
+def test_the_counts_of_all_routers_are_one_collective(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, the other of which sent 1000 rows to the first expert: every router moves by their sum."""
+    model = moa.build(models.llama(), "sigmoid", n_experts=4, k=2, bias_rate=0.1, targets="all-linear").train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    model(**models.lm_batch()).loss.backward()
+    routers = [branch.router for _, branch in model.branches()]
+    expected = [router.counts.clone() for router in routers]
+    sizes: list[int] = []
+
+    def add_the_other(total: torch.Tensor) -> None:
+        sizes.append(total.numel())
+        total.view(-1, 4)[:, 0] += 1000
+
+    monkeypatch.setattr(exchange, "_is_shared", lambda: True)
+    monkeypatch.setattr(exchange.distributed, "all_reduce", add_the_other)
+    optimizer.step()
+    assert sizes == [4 * len(routers)] and len(routers) == 14
+    for router, counts in zip(routers, expected, strict=True):
+        counts[0] += 1000
+        torch.testing.assert_close(router.selection_bias, 0.1 * torch.sign(counts.mean() - counts))
+        assert not router.counts.any()
