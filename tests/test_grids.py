@@ -79,11 +79,12 @@ OTHERS = {
     **dict.fromkeys(
         ("end_to_end", "expert_parallel", "families", "imports", "kernels_cpu", "memory", "merge_bench"), COST
     ),
-    **dict.fromkeys(("monitor", "pool", "serving", "step", "systems"), COST),
+    **dict.fromkeys(("ddp", "monitor", "pool", "serving", "step", "systems"), COST),
     "federated": "bytes a round are compared; its accuracies are of seconds of training, and no table has them",
     "faithfulness": "one model, before and after one training",
     "remix_granularity": "one method at one rate, against itself with its router at rest",
     "loram": "one recipe on two bases at one rate, and says that it is tuned on neither",
+    "grpo": "one method at one rate, by itself",
     "fuzz": "what breaks",
     "kills": "what breaks",
     "peft_suite": "what breaks",
