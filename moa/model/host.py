@@ -24,7 +24,7 @@ from ..mixture import (
 )
 from ..mixture.preview import Preview
 from ..mixture.streams import Streams
-from ..objective.exchange import over_processes
+from ..objective import exchange
 from ..objective.trace import Trace
 from ..offload import check_trainable
 from ..recipes import Recipe
@@ -184,9 +184,11 @@ class Host(Switched, Sound):
 
     def exchange_counts(self) -> None:
         """Add up over the processes what routers have counted, (E,) each, in one collective; called in all of them."""
+        if not exchange.is_shared():
+            return  # routers keep their own until the step
         counting = (part for part in self._counting() if hasattr(part, "take_counts"))
         new = [(part, counts) for part in counting if (counts := part.take_counts()) is not None]
-        totals = over_processes([counts for _, counts in new], "this step of an optimizer")
+        totals = exchange.over_processes([counts for _, counts in new], "this step of an optimizer")
         for (part, _), total in zip(new, totals, strict=True):
             part.give_counts(total)
 

@@ -28,14 +28,15 @@ def over_processes(values: Sequence[Tensor], at: str = "this training forward") 
     Raises:
         ContextError: a process did not come within the timeout of its group.
     """
-    if not values or not _is_shared():
+    if not values or not is_shared():
         return list(values)
     flat = torch.cat([value.flatten().to(values[0].device) for value in values])
     parts = _Sum.apply(flat, at).split([value.numel() for value in values])
     return [part.view(value.shape).to(value.device) for part, value in zip(parts, values, strict=True)]
 
 
-def _is_shared() -> bool:
+def is_shared() -> bool:
+    """Tell whether several processes share a global batch; no tensors."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 

@@ -152,7 +152,7 @@ def test_the_counts_of_all_routers_are_one_collective(monkeypatch: pytest.Monkey
         sizes.append(total.numel())
         total.view(-1, 4)[:, 0] += 1000
 
-    monkeypatch.setattr(exchange, "_is_shared", lambda: True)
+    monkeypatch.setattr(exchange, "is_shared", lambda: True)
     monkeypatch.setattr(exchange.distributed, "all_reduce", add_the_other)
     optimizer.step()
     assert sizes == [4 * len(routers)] and len(routers) == 14
