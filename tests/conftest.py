@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -14,6 +15,17 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """Give transformers' messages and torch's threads back as they were."""
+    from transformers.utils import logging
+
+    level, threads = logging.get_verbosity(), torch.get_num_threads()
+    yield
+    logging.set_verbosity(level)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -65,11 +65,21 @@ class StructuredBank(ExpertBank):
         """Return ΔW_e (o, i) as one tensor."""
         return Dense(self.change({name: t.detach() for name, t in self.tensors(expert).items()}))
 
+    def is_one_weight(self, x: Tensor, routing: Routing) -> bool:
+        """Return whether rows x (*rows, i) may be multiplied once, by the base and the changes (o, i); else `apart`."""
+        return True
+
+    def apart(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o) of x (*rows, i), in a way of the family's own, apart from the base."""
+        raise NotImplementedError
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
         x = F.dropout(x, self.dropout, self.training)
         if not is_plain(x, routing.weights):
             return super().forward(x, routing)
+        if not self.is_one_weight(x, routing):
+            return self.apart(x, routing)
         return change_mixture(x, routing.weights, routing.indices, self.changes(x))
 
     @property
@@ -101,6 +111,7 @@ class FusedChanges(Fused):
     def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return x W^T + b + Σ_e w_e ΔW_e x, (*rows, o)."""
         bank = self.bank
-        if (bank.training and bank.dropout) or not is_plain(x, routing.weights):
+        plain = is_plain(x, routing.weights) and not (bank.training and bank.dropout)
+        if not plain or not bank.is_one_weight(x, routing):
             return super().add_linear(x, routing, weight, bias)
         return change_mixture(x, routing.weights, routing.indices, bank.changes(x), weight, bias)

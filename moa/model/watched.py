@@ -35,6 +35,18 @@ def watched(layers: Mapping[str, nn.Module], watch: Watch) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Run a model, (B, S) -> its outputs, in evaluation mode inside; each module has its own mode again afterwards."""
+    was = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in was:
+            module.training = mode
+
+
 def rows_of(module: nn.Module, x: Tensor) -> Tensor:
     """Return the rows (*rows, i) that a layer multiplies by its weight, of its input x."""
     return patches(module, x) if is_convolution(module) else x

@@ -6,8 +6,7 @@ weights do not show in attention outputs: theirs are compared with those of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..model.moa_model import MoAModel
+from ..model.watched import in_evaluation
 from .spectra import effective_rank, gradient_alignment, profile
 
 Batches = Mapping[str, Mapping[str, Tensor]]
@@ -84,7 +84,7 @@ def task_alignment(model: MoAModel, batches: Batches) -> tuple[list[str], Tensor
     held = {id(p): p for _, branch in model.branches() for p in branch.bank.parameters() if p.requires_grad}
     if not held:
         raise ConfigError("gradients are of experts that are trained, and this model has none.")
-    with _evaluated(model), torch.enable_grad():
+    with in_evaluation(model), torch.enable_grad():
         losses = {task: model(**batch).loss for task, batch in batches.items()}
         without = [task for task, loss in losses.items() if loss is None]
         if without:
@@ -114,7 +114,7 @@ def _outputs(model: MoAModel, batches: Batches) -> dict[str, Tensor]:
         for name, module in attentions(model.base).items()
     ]
     try:
-        with _evaluated(model), torch.no_grad():
+        with in_evaluation(model), torch.no_grad():
             for batch in batches.values():
                 mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
                 model(**batch)
@@ -127,13 +127,3 @@ def _outputs(model: MoAModel, batches: Batches) -> dict[str, Tensor]:
 def _check(batches: Batches) -> None:
     if not batches:
         raise ConfigError("there is no batch: pass the inputs of one task or more.")
-
-
-@contextmanager
-def _evaluated(model: MoAModel) -> Iterator[None]:
-    was = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was)

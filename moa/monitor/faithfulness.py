@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..model.watched import in_evaluation
 from .rewording import reworded
 
 Ids = tuple[int, ...]
@@ -114,9 +115,7 @@ def faithfulness(
     filling = asked.ids(filler)[:1]
     if not filling:
         raise ConfigError(f"filler={filler!r} has not one token.")
-    was = model.training
-    model.eval()
-    try:
+    with in_evaluation(model):
         before = [asked.prompt(text) for text in prompts]
         if reasonings is None:
             stop = cue.strip()
@@ -139,8 +138,6 @@ def faithfulness(
             reasonings=list(reasonings),
             reworded=sum(a != b for a, b in zip(others, reasonings, strict=True)) / len(others),
         )
-    finally:
-        model.train(was)
 
 
 @dataclass(frozen=True)

@@ -189,19 +189,10 @@ def profile_figure(
     Raises:
         ShapeError: there is no curve.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shapes = sorted({layers[name] for own in curves.values() for name, cuts in own.items() if cuts})
     if not shapes:
         raise ShapeError("a figure of profiles needs at least one curve, and curves has none.")
-    columns = min(len(shapes), PANELS_PER_ROW // 2)
-    rows = math.ceil(len(shapes) / columns)
-    figure: Figure = Figure(figsize=(0.6 + 3.2 * columns, 0.6 + 2.5 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes in list(grid.flat)[len(shapes) :]:
-        axes.set_visible(False)
+    figure, grid = _panels(len(shapes), 3.2, 2.5, sharey=True)
     for axes, (o, i) in zip(grid.flat, shapes, strict=False):
         for colour, (what, own) in zip(("#31688e", "#d1495b"), curves.items(), strict=False):
             drawn = [cuts for name, cuts in own.items() if cuts and layers[name] == (o, i)]
@@ -233,18 +224,9 @@ def reliability_figure(tasks: Mapping[str, Mapping[str, Sequence[float]]], title
     Raises:
         ShapeError: there is no task.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not tasks:
         raise ShapeError("a reliability figure needs at least one task, and tasks has none.")
-    columns = min(len(tasks), PANELS_PER_ROW // 2)
-    rows = math.ceil(len(tasks) / columns)
-    figure: Figure = Figure(figsize=(0.6 + 2.9 * columns, 0.6 + 3.1 * rows), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in list(grid.flat)[len(tasks) :]:
-        axes.set_visible(False)
+    figure, grid = _panels(len(tasks), 2.9, 3.1, sharex=True, sharey=True)
     for axes, (task, bins) in zip(grid.flat, tasks.items(), strict=False):
         confidence, accuracy = bins["confidence"], bins["accuracy"]
         share = [count / sum(bins["counts"]) for count in bins["counts"]]
@@ -261,6 +243,21 @@ def reliability_figure(tasks: Mapping[str, Mapping[str, Sequence[float]]], title
     if title:
         figure.suptitle(shown(title), fontsize=9, parse_math=False)
     return figure
+
+
+def _panels(n: int, width: float, height: float, **shared: Any) -> tuple[Figure, Any]:
+    """Return a figure of n panels of a size in inches, and their grid (rows, columns), whose rest is not shown."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(n, PANELS_PER_ROW // 2)
+    rows = math.ceil(n / columns)
+    figure: Figure = Figure(figsize=(0.6 + width * columns, 0.6 + height * rows), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    for axes in list(grid.flat)[n:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 def _by_name(load: Loads) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..delta import Delta
 from ..errors import ConfigError, NumericsError
 from ..mixture import BlockMixture, Branch, Mixture
-from ..model.watched import Batches, check_reached, rows_of, watched
+from ..model.watched import Batches, check_reached, in_evaluation, rows_of, watched
 from .start_options import METHODS
 
 if TYPE_CHECKING:
@@ -63,14 +63,8 @@ def fresh_layers(model: MoAModel, method: str) -> dict[str, Mixture]:
 @contextmanager
 def base_alone(model: MoAModel) -> Iterator[None]:
     """Run the base without its experts inside the block, in evaluation mode."""
-    was = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with model.disable_adapter():
-            yield
-    finally:
-        for module, mode in was:
-            module.training = mode
+    with in_evaluation(model), model.disable_adapter():
+        yield
 
 
 def watch_inputs(

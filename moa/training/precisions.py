@@ -63,6 +63,7 @@ class PrecisionSets:
         self.blocks = list(dict.fromkeys(block_of(name) for name in self._own[self.bits[-1]]))
         self.drawn: dict[str, int] = {}
         self.steps = 0
+        self._trained = parameters(self.models)
         _share_the_rest(self.models)
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward),
@@ -92,7 +93,7 @@ class PrecisionSets:
             self._plug({})
             return
         if not self.drawn:
-            for parameter in parameters(self.models):  # Trainer clears those of `model` only
+            for parameter in self._trained:  # Trainer clears those of `model` only
                 parameter.grad = None
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
             bits = draw(len(self.blocks), self.bits, rng, balanced=self.balanced)

@@ -16,7 +16,7 @@ from ..errors import ConfigError, NumericsError
 from ..mixture import backbone_prefix
 from ..model.outputs import loss_of
 from ..model.pruned import LAYOUTS, Group, check_prunable, groups, kept_of, smaller
-from ..model.watched import Batches, weight_gradients
+from ..model.watched import Batches, in_evaluation, weight_gradients
 
 FIRST, LAST = 4, 2  # blocks at both ends that the paper leaves whole
 
@@ -129,12 +129,8 @@ def _gradients(model: nn.Module, layers: Sequence[str], data: Batches) -> dict[s
             raise ConfigError("scores by gradients need a loss, and the model gave none: put labels into the batches.")
         return found
 
-    was = [(module, module.training) for module in model.modules()]
-    try:
-        return weight_gradients(model.eval(), {name: model.get_submodule(name) for name in layers}, data, loss)
-    finally:
-        for module, mode in was:
-            module.training = mode
+    with in_evaluation(model):
+        return weight_gradients(model, {name: model.get_submodule(name) for name in layers}, data, loss)
 
 
 def _scores(model: nn.Module, group: Group, gradients: dict[str, Tensor] | None) -> Tensor:

@@ -6,6 +6,7 @@ He et al. 2023 (EfficientDM's quantisation-aware LoRA), arXiv 2310.03270.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,12 +217,16 @@ class _Layer:
         self.grid: Grid | None = getattr(branch, "grid", None)
         if self.grid is not None and self.grid.bits != bits:
             raise ConfigError(f"{mixture.name}: its scales were learned for bits={self.grid.bits}, not {bits}.")
-        self.own = row_scales(self.frozen, bits)  # (o, 1)
+        self.bits = bits
 
     @property
     def scale(self) -> Tensor:
         """The scales s (o, 1), W0's own unless they are learned."""
-        return self.own if self.grid is None else self.grid.scale
+        return self._own if self.grid is None else self.grid.scale
+
+    @functools.cached_property
+    def _own(self) -> Tensor:
+        return row_scales(self.frozen, self.bits)
 
     def weight(self) -> Tensor:
         """Return W0 + ΔW, (o, i), with a gradient for the experts."""

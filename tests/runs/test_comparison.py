@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers.utils import logging
 
 from experiments import demo_tuning
 from moa.cli.main import main
@@ -24,17 +22,10 @@ from moa.runs.comparison import ARMS, GRID, RATES, SETTINGS, Comparison, Outcome
 from moa.runs.downloads import VADER
 from tests.tiny_run import encoder_folder, rows, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("as_before")
 RESULTS = Path(__file__).parents[2] / "experiments" / "results"
 TOGETHER, OPPOSED = SETTINGS
 BY_NAME = {arm.name: arm for arm in ARMS}
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    level, threads = logging.get_verbosity(), torch.get_num_threads()
-    yield
-    logging.set_verbosity(level)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers.utils import logging
 
 from experiments import calibration as study
 from moa.monitor.calibration import calibration
 from moa.runs import comparison
 from tests.tiny_run import encoder_folder, rows, write_jsonl
 
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    level, threads = logging.get_verbosity(), torch.get_num_threads()
-    yield
-    logging.set_verbosity(level)
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("as_before")
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...kernels import Changes, change_mixture
-from ...kernels.low_rank import is_plain
 from ...kernels.units import routed_units
 from ...kernels.walsh import kronecker_rows
 from ...layers import Site
@@ -20,10 +18,9 @@ from ...types import Routing
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import generator
-from ..fused import Fused
 from ..hadamard import hadamard, orders
 from ..sparse import EntriesBank, check_density, n_entries, random_places
-from ..structured import FusedChanges, Tensors
+from ..structured import Tensors
 
 MASKS = ("random", "given")
 TRANSFORM = 225  # of a number, in products of a matrix product, with its backward pass: measured on one CPU core
@@ -88,17 +85,10 @@ class QWHABank(EntriesBank):
         n_rows, formed = x.shape[:-1].numel(), self.n_experts * self.d_out
         return not routed_units(x, routing.weights) and n_rows * (self.d_out + TRANSFORM) > formed * TRANSFORM
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
-        if not is_plain(x, routing.weights) or self.is_one_weight(x, routing):
-            return super().forward(x, routing)
-        x = self.transform(F.dropout(x, self.dropout, self.training))
+    def apart(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i), which is transformed once."""
+        x = self.transform(x)
         return change_mixture(x, routing.weights, routing.indices, self.spectra(x))
-
-    @property
-    def fused(self) -> FusedSpectra:
-        """The base in one step with the experts, on rows (*rows, i)."""
-        return FusedSpectra(self)
 
     @property
     def starts(self) -> tuple[str, ...]:
@@ -112,20 +102,6 @@ class QWHABank(EntriesBank):
         rows, columns = start.indices()
         self.places.copy_(rows * self.d_in + columns)
         self.values.copy_(start.values() / self.scaling)
-
-
-class FusedSpectra(FusedChanges):
-    """Base and changes on rows (*rows, i): one product where the routing is the same on all of them."""
-
-    __slots__ = ()
-
-    bank: QWHABank
-
-    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b + Σ_e w_e ΔW_e x, (*rows, o)."""
-        if self.bank.is_one_weight(x, routing):
-            return super().add_linear(x, routing, weight, bias)
-        return Fused.add_linear(self, x, routing, weight, bias)
 
 
 @register_expert("qwha", "Jeon et al. 2025, arXiv 2509.17428")

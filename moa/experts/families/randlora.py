@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...kernels import Changes, change_mixture
-from ...kernels.low_rank import is_plain
 from ...kernels.scaled_basis import scaled_basis
 from ...kernels.units import routed_units
 from ...layers import Site
@@ -21,8 +20,7 @@ from ...types import Routing
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import Frozen, generator
-from ..fused import Fused
-from ..structured import FusedChanges, StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors
 
 
 class RandLoRABank(StructuredBank):
@@ -73,23 +71,15 @@ class RandLoRABank(StructuredBank):
         down: Tensor = self.bases.down  # type: ignore[assignment]
         return down[..., : self.short].to(dtype)  # (r, 1, min)
 
-    def _whole(self, short: Tensor) -> Tensor:
-        """Return ΔW (o, i) from an expert's own factor (r N, min(o, i))."""
-        change = self.long_basis(short.dtype) @ short
-        return change if self.d_in <= self.d_out else change.T
-
-    def _scaled(self, tensors: Tensors) -> Tensor:
-        inner, outer = tensors["inner"], tensors["outer"]
-        scaled = inner.unsqueeze(-1) * self._short_basis(inner.dtype) * outer  # (r, N, min)
-        return scaled.flatten(0, 1) * self.scaling
-
     def change(self, tensors: Tensors) -> Tensor:
         """Return ΔW (o, i) of one expert."""
-        return self._whole(self._scaled(tensors))
+        short = self._own_factor(tensors)
+        change = self.long_basis(short.dtype) @ short  # (max, min)
+        return change if self.d_in <= self.d_out else change.T
 
     def on_rows(self, x: Tensor, tensors: Tensors) -> Tensor:
         """Return ΔW x (*rows, o) of x (*rows, i), factor by factor."""
-        short, long = self._scaled(tensors).to(x.dtype), self.long_basis(x.dtype)
+        short, long = self._own_factor(tensors).to(x.dtype), self.long_basis(x.dtype)
         down, up = (short, long) if self.d_in <= self.d_out else (long.T, short.T)
         return F.linear(F.linear(x, down), up)
 
@@ -99,7 +89,7 @@ class RandLoRABank(StructuredBank):
 
     def changes(self, x: Tensor | None = None) -> Changes:
         """Return what the kernel needs to form ΔW (o, i) of each expert."""
-        return replace(super().changes(x), form=lambda tensors: self._whole(self._own_factor(tensors)), apply=None)
+        return replace(super().changes(x), apply=None)
 
     def own_factors(self) -> Changes:
         """Return what the kernel needs for the experts' own factors, (r N, i) before the bases or (o, r N) behind."""
@@ -123,7 +113,7 @@ class RandLoRABank(StructuredBank):
             by_rows, forming = 2 * by_rows + inner * self.short - self.d_in * self.d_out, 3 * forming
         return n_rows * by_rows > forming
 
-    def mixed(self, x: Tensor, routing: Routing) -> Tensor:
+    def apart(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e ΔW_e x, (*rows, o) of x (*rows, i): the bases that all experts share multiply once."""
         bases = self.long_basis(x.dtype)  # (max(o, i), r N)
         if self.d_in <= self.d_out:
@@ -131,34 +121,9 @@ class RandLoRABank(StructuredBank):
             return F.linear(hidden, bases.to(hidden.dtype))
         return change_mixture(F.linear(x, bases.T), routing.weights, routing.indices, self.own_factors())
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
-        if not is_plain(x, routing.weights) or self.is_one_weight(x, routing):
-            return super().forward(x, routing)
-        return self.mixed(F.dropout(x, self.dropout, self.training), routing)
-
-    @property
-    def fused(self) -> FusedBases:
-        """The base in one step with the experts, on rows (*rows, i)."""
-        return FusedBases(self)
-
     def extra_repr(self) -> str:
         """Return the sizes that `repr` shows."""
         return f"{super().extra_repr()}, rank={self.rank}, n_bases={self.n_bases}, scaling={self.scaling:g}"
-
-
-class FusedBases(FusedChanges):
-    """Base and changes on rows (*rows, i): one product where the routing is the same on all of them."""
-
-    __slots__ = ()
-
-    bank: RandLoRABank
-
-    def add_linear(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return x W^T + b + Σ_e w_e ΔW_e x, (*rows, o)."""
-        if self.bank.is_one_weight(x, routing):
-            return super().add_linear(x, routing, weight, bias)
-        return Fused.add_linear(self, x, routing, weight, bias)
 
 
 def dense_basis(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
