@@ -184,7 +184,8 @@ def main() -> None:
     whole = gains(rows)
     for name, row in whole.items():
         print(f"{name:16s} {row['mean']:.3f} {row['over_probe']:+.3f} ± {row['standard_error']:.3f} at {row['rate']:g}")
-    print(write("family_accuracy", {"settings": size, "rows": whole}, COMMAND))
+    chosen = "" if sorted(options.families) == sorted(FAMILIES) else f" --families {' '.join(options.families)}"
+    print(write("family_accuracy", {"settings": size, "rows": whole}, COMMAND + chosen))
 
 
 if __name__ == "__main__":

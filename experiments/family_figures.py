@@ -286,7 +286,17 @@ def main() -> None:
         sys.exit(1)
     shown = {kind: "random weights" if kind not in settings["folders"] else "its weights" for kind in options.only}
     size = {**settings, "folders": shown, "experts": models.N_EXPERTS, "rank": models.RANK, "k": models.K}
-    print(write("families", {"settings": size, "rows": rows}, COMMAND))
+    print(write("families", {"settings": size, "rows": rows}, command_of(options)))
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """Return the command that makes this result again; folders, which are this machine's, by their kind."""
+    words = [COMMAND]
+    words += ["--model MODEL"] * bool(options.model)
+    words += [f"--{name} {getattr(options, name)}" for name in ("rounds", "blocks", "tokens", "workers")]
+    if sorted(options.families) != sorted(FAMILIES):
+        words.append(f"--families {' '.join(options.families)}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":
