@@ -66,21 +66,19 @@ class StructuredBank(ExpertBank):
         return Dense(self.change({name: t.detach() for name, t in self.tensors(expert).items()}))
 
     def is_one_weight(self, x: Tensor, routing: Routing) -> bool:
-        """Return whether rows x (*rows, i) may be multiplied once, by the base and the changes (o, i); else `apart`."""
+        """Return whether rows x (*rows, i) may be multiplied once, by the base and the changes (o, i) together."""
         return True
 
-    def apart(self, x: Tensor, routing: Routing) -> Tensor:
-        """Return Σ_e w_e ΔW_e x, (*rows, o) of x (*rows, i), in a way of the family's own, apart from the base."""
-        raise NotImplementedError
+    def mix_changes(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i); a family may know a better way."""
+        return change_mixture(x, routing.weights, routing.indices, self.changes(x))
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i)."""
         x = F.dropout(x, self.dropout, self.training)
         if not is_plain(x, routing.weights):
             return super().forward(x, routing)
-        if not self.is_one_weight(x, routing):
-            return self.apart(x, routing)
-        return change_mixture(x, routing.weights, routing.indices, self.changes(x))
+        return self.mix_changes(x, routing)
 
     @property
     def fused(self) -> FusedChanges:

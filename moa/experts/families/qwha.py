@@ -85,8 +85,10 @@ class QWHABank(EntriesBank):
         n_rows, formed = x.shape[:-1].numel(), self.n_experts * self.d_out
         return not routed_units(x, routing.weights) and n_rows * (self.d_out + TRANSFORM) > formed * TRANSFORM
 
-    def apart(self, x: Tensor, routing: Routing) -> Tensor:
+    def mix_changes(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e ΔW_e x, (*rows, o), of x (*rows, i), which is transformed once."""
+        if self.is_one_weight(x, routing):
+            return super().mix_changes(x, routing)
         x = self.transform(x)
         return change_mixture(x, routing.weights, routing.indices, self.spectra(x))
 

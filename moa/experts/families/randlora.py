@@ -113,8 +113,10 @@ class RandLoRABank(StructuredBank):
             by_rows, forming = 2 * by_rows + inner * self.short - self.d_in * self.d_out, 3 * forming
         return n_rows * by_rows > forming
 
-    def apart(self, x: Tensor, routing: Routing) -> Tensor:
+    def mix_changes(self, x: Tensor, routing: Routing) -> Tensor:
         """Return Σ_e w_e ΔW_e x, (*rows, o) of x (*rows, i): the bases that all experts share multiply once."""
+        if self.is_one_weight(x, routing):
+            return super().mix_changes(x, routing)
         bases = self.long_basis(x.dtype)  # (max(o, i), r N)
         if self.d_in <= self.d_out:
             hidden = change_mixture(x, routing.weights, routing.indices, self.own_factors())  # (*rows, r N)
