@@ -31,7 +31,9 @@ from .page import page
 
 @dataclass(frozen=True)
 class Section:
-    """A module of this package with `rows(machine, found)`, found() its rows so far; and its seconds of 480."""
+    """A module of this package with `rows(machine, found)`, found() its rows so far, found(name) another section's; and
+    its seconds of 480.
+    """
 
     name: str
     seconds: float
@@ -42,10 +44,11 @@ SECTIONS = (
     Section("numerics", 80),
     Section("table", 75),
     Section("decode", 25),
-    Section("end_to_end", 130),
+    Section("end_to_end", 115),
     Section("dispatcher", 40),
-    Section("tiles", 50),
+    Section("tiles", 40),
     Section("host", 30),
+    Section("counters", 25),
 )
 FAILING = Section("failures", 10)  # in a rehearsal: rows that raise, hang and end the process
 LOST = 3  # how a process ends whose device is lost
@@ -78,7 +81,7 @@ def rows_of(section: Section, options: argparse.Namespace, book: Book) -> Iterat
     kinds = set()
     module = importlib.import_module(f".{section.name}", __package__)
     device = machine(options) if section is not FAILING else None
-    for row in module.rows(device, lambda: book.rows(section.name)):
+    for row in module.rows(device, lambda name=section.name: book.content["sections"].get(name, {})):
         kind = row.kind or row.name
         if options.rehearse != "quick" or (kind not in kinds and not row.slow):
             yield row

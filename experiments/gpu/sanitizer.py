@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .machine import Machine
+from .processes import end
 
 TOOLS = ("memcheck", "racecheck")
 SECONDS = 100.0
@@ -44,8 +45,7 @@ class Checks:
     def close(self) -> None:
         """End what nobody waited for."""
         for process, _, _ in self.running.values():
-            process.kill()
-            process.wait()
+            end(process)
 
 
 def _start(prefix: list[str], arguments: list[str]) -> tuple[subprocess.Popen[bytes], Path, float]:
@@ -61,8 +61,7 @@ def _ended(process: subprocess.Popen[bytes], log: Path, until: float) -> dict[st
     try:
         process.wait(max(1.0, until - time.time()))
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        end(process)
     lines = log.read_text(errors="replace").splitlines()
     done = any(line.endswith("all shapes ran") for line in lines)
     said = [line for line in lines if "=========" in line][:30] or lines[-8:]
