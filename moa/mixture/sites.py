@@ -174,9 +174,10 @@ def _feed_forward(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     The last are a fused gate and up projection; they are a block where their parent holds nothing else, as that of a
     state-space layer does.
     """
-    stacked = [site for site in sites if _numbers(site)] or sites
-    sizes = {(site.d_in, site.d_out, *_numbers(site)) for site in stacked}
-    found = [s for s in stacked if s.d_in != s.d_out and (s.d_out, s.d_in, *_numbers(s)) in sizes]
+    numbers = block_numbers(sites)
+    stacked = [site for site in sites if numbers[site.name]] or sites
+    sizes = {(site.d_in, site.d_out, *numbers[site.name]) for site in stacked}
+    found = [s for s in stacked if s.d_in != s.d_out and (s.d_out, s.d_in, *numbers[s.name]) in sizes]
     names = {site.name for site in found}
     for first, last in itertools.pairwise(stacked):
         parent = first.name.rpartition(".")[0]
@@ -290,11 +291,12 @@ def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
     """
     blocks: list[list[Site]] = []
     opened: list[Site] = []
-    stacked = any(_numbers(site) for site in sites)
+    numbers = block_numbers(sites)
+    stacked = any(numbers.values())
     for site in sites:
-        if _is_attention(site) or is_convolution(site.module) or (stacked and not _numbers(site)):
+        if _is_attention(site) or is_convolution(site.module) or (stacked and not numbers[site.name]):
             continue
-        together = bool(opened) and _numbers(site) == _numbers(opened[0])
+        together = bool(opened) and numbers[site.name] == numbers[opened[0].name]
         if together and (site.d_in == opened[0].d_out or (len(opened) == 1 and _is_fused(opened[0], site))):
             blocks.append([*opened, site])
             opened = []
@@ -305,6 +307,28 @@ def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:
     return blocks
 
 
-def _numbers(site: Site) -> list[str]:
-    """Return the numbered parts of a layer's name: layers of one block agree in them."""
-    return [part for part in site.name.split(".") if part.isdigit()]
+def block_numbers(sites: Sequence[Site]) -> dict[str, list[str]]:
+    """Return name -> the numbers in a layer's name that tell its block: layers of one block agree in them.
+
+    Layers that are numbered themselves and follow on one another, each (*rows, i) -> the next one's i, are the steps of
+    one `nn.Sequential`; their own number tells no block. Those of a list of experts, all d -> f, do not follow so.
+
+    Args:
+        sites: of one model, in order.
+    """
+    lists: dict[str, list[Site]] = {}
+    for site in sites:
+        parent, _, last = site.name.rpartition(".")
+        if last.isdigit():
+            lists.setdefault(parent, []).append(site)
+    steps = {
+        site.name
+        for members in lists.values()
+        if all(one.d_out == other.d_in for one, other in itertools.pairwise(members))
+        for site in members
+    }
+    found = {}
+    for site in sites:
+        parts = site.name.split(".")
+        found[site.name] = [part for part in parts[: -1 if site.name in steps else None] if part.isdigit()]
+    return found

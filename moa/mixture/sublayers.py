@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ConfigError
 from ..layers import Site, is_convolution
 from .narrow import Narrowing
-from .sites import ALL, all_sites, feed_forward_blocks, find_sites
+from .sites import ALL, all_sites, block_numbers, feed_forward_blocks, find_sites
 
 ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
@@ -52,12 +52,13 @@ def attention_sublayers(sites: Sequence[Site]) -> list[tuple[Site, Site]]:
         sites: of one model, in order.
     """
     groups: dict[tuple[str, ...], list[Site]] = {}
+    numbers = block_numbers(sites)
     for site in sites:
         parts = site.name.split(".")
         head = next((n for n, part in enumerate(parts) if ATTENTION.search(part)), None)
         if head is not None and not is_convolution(site.module):
-            numbers = [part for part in parts[head:] if part.isdigit()]
-            groups.setdefault((*parts[: head + 1], *numbers), []).append(site)
+            within = sum(part.isdigit() for part in parts[:head])
+            groups.setdefault((*parts[: head + 1], *numbers[site.name][within:]), []).append(site)
     found = []
     for group in groups.values():
         for number in range(len(group) - 1, 0, -1):

@@ -12,7 +12,8 @@ import moa
 from moa.errors import ConfigError
 from moa.layers import features
 from moa.mixture.mixture import Mixture
-from moa.mixture.sites import backbone_prefix, find_sites, linear_sites
+from moa.mixture.sites import backbone_prefix, feed_forward_blocks, find_sites, linear_sites
+from moa.mixture.sublayers import attention_sublayers
 from tests import models
 
 
@@ -168,3 +169,72 @@ def test_new_parameters_follow_the_layer():
     model = moa.build(models.llama().double(), "topk", targets=["q_proj"])
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float64}
     assert not any(m.training for m in model.mixtures().values())
+
+
+class Steps(nn.Module):
+    """A block as many write it: attention whose output is a Sequential, a feed-forward that is one."""
+
+    def __init__(self, d: int = 8) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {"qkv": nn.Linear(d, 3 * d), "out": nn.Sequential(nn.Linear(d, d), nn.Dropout())}
+        )
+        self.ff = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, d))
+
+    def forward(self, x):
+        """Return (*, d)."""
+        q, k, v = self.attention["qkv"](x).chunk(3, -1)
+        x = x + self.attention["out"](nn.functional.scaled_dot_product_attention(q, k, v))
+        return x + self.feed(x)
+
+    def feed(self, x):
+        """Return the feed-forward of x (*, d)."""
+        return self.ff(x)
+
+
+def test_the_steps_of_a_sequential_are_one_block():
+    """Their own numbers do not part them; those of the blocks, in a list of lists too, do."""
+    model = nn.Sequential(Steps(), Steps()).double().eval()
+    assert [site.name for site in find_sites(model, "ffn")] == ["0.ff.1", "0.ff.3", "1.ff.1", "1.ff.3"]
+    blocks = feed_forward_blocks(find_sites(model, "all-linear"))
+    assert [[site.name for site in block] for block in blocks] == [["0.ff.1", "0.ff.3"], ["1.ff.1", "1.ff.3"]]
+    pairs = attention_sublayers(find_sites(model, "all-linear"))
+    assert [(a.name, b.name) for a, b in pairs] == [(f"{n}.attention.qkv", f"{n}.attention.out.0") for n in (0, 1)]
+
+
+def test_layers_of_experts_in_lists_are_not_steps_of_one_block():
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+            self.down = nn.ModuleList(nn.Linear(16, 8) for _ in range(3))
+
+    blocks = feed_forward_blocks(find_sites(nn.ModuleList([Experts(), Experts()]), "all-linear"))
+    assert blocks == []
+
+
+def test_experts_over_a_sequential_are_those_over_the_same_layers_by_name():
+    """MixLoRA's whole blocks: the names of a block's layers say nothing of its values."""
+
+    class Named(Steps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.up, self.act, self.down = self.ff
+            del self.ff
+
+        def feed(self, x):
+            return self.down(self.act(self.up(self.norm(x))))
+
+    made = []
+    for kind in (Steps, Named):
+        torch.manual_seed(0)
+        base = nn.ModuleList([kind()]).double().eval()
+        model = models.randomise(moa.build(base, "mixlora", n_experts=3, k=2, targets="all-linear"))
+        made.append(model.eval())
+    sequential, named = made
+    for one, other in zip(sequential.branches(), named.branches(), strict=True):
+        other[1].load_state_dict(one[1].state_dict())
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(sequential.base[0](x), named.base[0](x), rtol=1e-12, atol=1e-12)
+    routed = [name for name, branch in sequential.branches() if list(branch.router.parameters())]
+    assert routed == ["0.ff.1"], "one gate, on the block's first layer"
