@@ -266,8 +266,12 @@ def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool =
         return (
             f"{type(model).__name__} has no linear layer that can get experts (targets={target!r}).{sizeless}{tensors}"
         )
-    endings = sorted({s.name.rsplit(".", 1)[-1] for s in sites if not s.name.rsplit(".", 1)[-1].isdigit()})
-    near = difflib.get_close_matches(target.rsplit(".", 1)[-1], [*endings, *GROUPS], n=3, cutoff=0.4)
+    linear = _endings(site for site in sites if not is_convolution(site.module))
+    convolved = _endings(site for site in sites if is_convolution(site.module))
+    known = [name for name in (*linear, *convolved, *GROUPS) if name != target]
+    near = difflib.get_close_matches(target.rsplit(".", 1)[-1], known, n=3, cutoff=0.4)
+    there = f" Linear layers end in: {', '.join(linear[:20])}." if linear else ""
+    there += f" Convolutions, which have to be named, end in: {', '.join(convolved[:20])}." if convolved else ""
     hint = f" Near: {', '.join(near)}." if near else ""
     others = [(n, m) for n, m in model.named_modules() if ends_in(n, target)]
     kind = f" {others[0][0]} is of class {type(others[0][1]).__name__}." if others else ""
@@ -275,9 +279,14 @@ def _no_match(model: nn.Module, target: str, sites: list[Site], *, group: bool =
     already = f" {len(taken)} layers already carry experts." if taken else ""
     how = " A string is a regex on the whole name; a list holds name endings." if group else ""
     return (
-        f"targets={target!r} matches no linear layer of {type(model).__name__}.{kind}{sizeless}{hint} "
-        f"Linear layers end in: {', '.join(endings[:20])}.{already}{tensors}{how}"
+        f"targets={target!r} matches no linear layer of {type(model).__name__}.{kind}{sizeless}{hint}"
+        f"{there}{already}{tensors}{how}"
     )
+
+
+def _endings(sites: Iterable[Site]) -> list[str]:
+    """Return the last parts of names, but for numbers."""
+    return sorted({last for site in sites if not (last := site.name.rsplit(".", 1)[-1]).isdigit()})
 
 
 def feed_forward_blocks(sites: Sequence[Site]) -> list[list[Site]]:

@@ -102,6 +102,14 @@ def test_no_target_matched(targets, words):
         moa.build(models.llama(), "topk", targets=targets)
 
 
+def test_a_model_of_convolutions_says_that_they_have_to_be_named():
+    model = nn.Sequential(nn.ModuleDict({"conv": nn.Conv2d(3, 8, 1), "norm": nn.LayerNorm(4)}))
+    with pytest.raises(ConfigError) as error:
+        moa.build(model, "topk")
+    assert "Convolutions, which have to be named, end in: conv." in str(error.value)
+    assert "Linear layers end in" not in str(error.value) and "Near: all-linear" not in str(error.value)
+
+
 def test_a_model_without_linear_layers():
     with pytest.raises(ConfigError, match="Sequential has no linear layer"):
         moa.build(nn.Sequential(nn.LayerNorm(4)), "topk")
