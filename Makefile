@@ -92,6 +92,7 @@ bench-gpu: setup
 gpu-rehearsal: setup env-gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m experiments.gpu.rehearsal --out runs/rehearsal/today
 	OMP_NUM_THREADS=1 .envs/gpu/bin/python -W ignore -m experiments.gpu.rehearsal --out runs/rehearsal/gpu
+	OMP_NUM_THREADS=1 .envs/gpu/bin/python -m pytest -q tests/kernels/test_launcher.py
 
 env-gpu: .envs/gpu/.done
 

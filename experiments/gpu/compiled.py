@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from moa.kernels.triton import routed, triton_concat, triton_grouped
+from moa.kernels.triton import launcher, routed, triton_concat, triton_grouped
 
 from .shapes import Shape, operands
 
@@ -42,7 +42,7 @@ class Report:
     matrix_ops: frozenset[str]  # mnemonics, e.g. HGMMA.64x64x16.F32.BF16
 
 
-class _Driver:
+class Driver:
     """A driver of a GPU that is not there: it names the architecture, and nothing can be launched on it."""
 
     def __init__(self, arch: int) -> None:
@@ -70,7 +70,8 @@ def compile_only(arch: int) -> Iterator[Launched]:
         return kernel
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)))
+        stack.enter_context(mock.patch.object(launcher, "DIRECT", False))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", Driver(arch)))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_instead))
         yield launched
 

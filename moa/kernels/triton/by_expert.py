@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launcher import launched
 from .thin import project
 
 
@@ -51,7 +52,7 @@ def _gated(values_ptr, weights_ptr, slots, ok, columns, column_ok, s_t, s_k, RAN
     return tl.where(weight[:, None] != 0.0, value * weight[:, None], 0.0).to(values_ptr.dtype.element_ty)
 
 
-@triton.jit
+@launched()
 def grouped_shrink_kernel(
     x_ptr,
     factor_ptr,
@@ -86,7 +87,7 @@ def grouped_shrink_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=ok[:, None] & column_ok[None, :])
 
 
-@triton.jit
+@launched()
 def grouped_expand_kernel(
     values_ptr,
     weights_ptr,
@@ -125,7 +126,7 @@ def grouped_expand_kernel(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit
+@launched()
 def combine_kernel(parts_ptr, bias_ptr, out_ptr, d, K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr):
     """out[t] = Σ_j parts[t, j] (+ bias), in fp32 and in the order of the slots."""
     row = tl.program_id(0).to(tl.int64)
@@ -139,7 +140,7 @@ def combine_kernel(parts_ptr, bias_ptr, out_ptr, d, K: tl.constexpr, HAS_BIAS: t
     tl.store(out_ptr + row * d + inner, total.to(out_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@launched()
 def grouped_gram_kernel(
     values_ptr,
     weights_ptr,
@@ -183,7 +184,7 @@ def grouped_gram_kernel(
     tl.store(out, total, mask=column_ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit
+@launched()
 def add_chunks_kernel(parts_ptr, ends_ptr, out_ptr, size, BLOCK: tl.constexpr):
     """out[e] = Σ of the chunks of expert e, in their order; 0 for an expert without rows."""
     expert = tl.program_id(0)

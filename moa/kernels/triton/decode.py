@@ -7,18 +7,19 @@ expand adds the splits in its prologue, applies the gate and keeps the hidden va
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launcher import launched
 from .thin import Sizes, column_gate, project, store_hidden
+from .tiles import cdiv, next_power_of_2
 
 # Up to this many rows one row block is enough, and splitting features is what fills the device.
 MAX_ROWS = 64
 _FEATURES_PER_SPLIT = 256
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@launched(do_not_specialize=["n_rows"])
 def partial_shrink_kernel(
     x_ptr,
     a_ptr,
@@ -50,7 +51,7 @@ def partial_shrink_kernel(
     tl.store(places, total, mask=row_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+@launched(do_not_specialize=["n_rows", "n_splits"])
 def gated_expand_kernel(
     parts_ptr,
     factor_ptr,
@@ -111,13 +112,13 @@ def gated_expand_kernel(
 
 def shrink_sizes(n_rows: int, itemsize: int) -> Sizes:
     """Return the tiles of the split shrink: one row block, and columns narrow enough to give many programs."""
-    return Sizes(max(16, triton.next_power_of_2(n_rows)), 16, 128 // itemsize, 4, 3)
+    return Sizes(max(16, next_power_of_2(n_rows)), 16, 128 // itemsize, 4, 3)
 
 
 def expand_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles of the gated expand: one row block, narrow in features."""
-    block_t = max(16, triton.next_power_of_2(n_rows))
-    block_c = min(128 // itemsize, max(16, triton.next_power_of_2(columns)))
+    block_t = max(16, next_power_of_2(n_rows))
+    block_c = min(128 // itemsize, max(16, next_power_of_2(columns)))
     return Sizes(block_t, block_c, 32, 4 if block_t == 16 else 8, 2)
 
 
@@ -149,10 +150,10 @@ def mix_few_rows(
     shrink = shrink_sizes(n_rows, x.itemsize)
     block_d = shrink.block_d
     splits = max(1, d_in // _FEATURES_PER_SPLIT)
-    d_per_split = triton.cdiv(triton.cdiv(d_in, splits), block_d) * block_d
-    splits = triton.cdiv(d_in, d_per_split)
+    d_per_split = cdiv(cdiv(d_in, splits), block_d) * block_d
+    splits = cdiv(d_in, d_per_split)
     parts = x.new_empty(splits, n_rows, columns, dtype=torch.float32)
-    partial_shrink_kernel[(triton.cdiv(columns, shrink.block_c), splits)](
+    partial_shrink_kernel[(cdiv(columns, shrink.block_c), splits)](
         x, a, parts, n_rows, d_in, x.stride(0), d_per_split,
         COLUMNS=columns, EVEN=d_in % block_d == 0, PRECISION=precision,
         BLOCK_T=shrink.block_t, BLOCK_C=shrink.block_c, BLOCK_D=shrink.block_d,
@@ -161,7 +162,7 @@ def mix_few_rows(
     size = expand_sizes(n_rows, columns, x.itemsize)
     hidden = x.new_empty(n_rows, weights.shape[1], rank)
     y = x.new_empty(n_rows, d_out)
-    gated_expand_kernel[(triton.cdiv(d_out, size.block_d),)](
+    gated_expand_kernel[(cdiv(d_out, size.block_d),)](
         parts, b, bias, weights, indices, hidden, y, n_rows, d_out, splits, *strides,
         COLUMNS=columns, RANK=rank, K=weights.shape[1], DENSE=indices is None, HAS_BIAS=bias is not None,
         PRECISION=precision, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,

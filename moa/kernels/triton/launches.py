@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 from torch import Tensor
 
 from ...errors import BackendError
 from . import thin, tiles
 from .thin import Sizes
+from .tiles import cdiv, next_power_of_2
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Programs that a split product aims at: two waves on the largest GPUs known; the same everywhere, so that sums
@@ -22,20 +22,20 @@ def shrink_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles of shrink and unmix: few rows get short tiles, so that the device is still filled."""
     block_t = 16 if n_rows <= 2048 else 32 if n_rows <= 4096 else 64
     # 128 columns in one tile read x once instead of twice, but spill in the epilogue on most architectures.
-    block_c = min(64, max(16, triton.next_power_of_2(columns)))
+    block_c = min(64, max(16, next_power_of_2(columns)))
     return Sizes(block_t, block_c, 128 // itemsize, 4 if block_t == 16 else 8, 3)
 
 
 def expand_sizes(n_rows: int, columns: int, itemsize: int) -> Sizes:
     """Return the tiles of expand: the columns in chunks of at most 64, where one step would spill."""
     block_t = 16 if n_rows <= 16 else 32 if n_rows <= 1024 else 128
-    block_c = min(128 // itemsize, max(16, triton.next_power_of_2(columns)))
+    block_c = min(128 // itemsize, max(16, next_power_of_2(columns)))
     return Sizes(block_t, block_c, 128, 4 if block_t < 128 else 8, 3)
 
 
 def gram_sizes(columns: int, itemsize: int) -> Sizes:
     """Return the tiles of a weight gradient."""
-    block_c = min(64, max(16, triton.next_power_of_2(columns)))
+    block_c = min(64, max(16, next_power_of_2(columns)))
     return Sizes(128 // itemsize, block_c, 128, 4, 3)
 
 
@@ -73,17 +73,17 @@ def shrink(x: Tensor, a: Tensor, weights: Tensor, indices: Tensor | None, hidden
     size = shrink_sizes(n_rows, columns, x.itemsize)
     if n_rows == 0:
         return
-    rank, k, dense = a.shape[1], weights.shape[1], indices is None
+    rank, k, dense, products = a.shape[1], weights.shape[1], indices is None, precision()
 
     def run(size: Sizes) -> None:
-        thin.shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
+        thin.shrink_kernel[(cdiv(n_rows, size.block_t) * cdiv(columns, size.block_c),)](
             x, a, weights, indices, hidden, mixed, n_rows, d, x.stride(0), *routing_strides(weights, indices),
             COLUMNS=columns, RANK=rank, K=k, DENSE=dense, EVEN=d % size.block_d == 0,
-            PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
+            PRECISION=products, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
 
-    tiles.launch("shrink", n_rows, (d, columns, rank, k, dense, str(x.dtype), precision()), size, run)
+    tiles.launch("shrink", n_rows, (d, columns, rank, k, dense, str(x.dtype), products), size, run)
 
 
 def expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,17 +94,17 @@ def expand(mixed: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     size = expand_sizes(n_rows, columns, mixed.itemsize)
     if n_rows == 0:
         return out
-    factor = factor.contiguous()
+    factor, products = factor.contiguous(), precision()
 
     def run(size: Sizes) -> None:
-        thin.expand_kernel[(triton.cdiv(n_rows, size.block_t), triton.cdiv(d, size.block_d))](
+        thin.expand_kernel[(cdiv(n_rows, size.block_t), cdiv(d, size.block_d))](
             mixed, factor, bias, out, n_rows, d,
-            COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=precision(),
+            COLUMNS=columns, HAS_BIAS=bias is not None, PRECISION=products,
             BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
 
-    tiles.launch("expand", n_rows, (d, columns, bias is not None, str(mixed.dtype), precision()), size, run)
+    tiles.launch("expand", n_rows, (d, columns, bias is not None, str(mixed.dtype), products), size, run)
     return out
 
 
@@ -123,25 +123,25 @@ def unmix(
     rank, d = b.shape[1:]
     columns = b.shape[0] * rank
     size = shrink_sizes(n_rows, columns, grad.itemsize)
-    blocks = triton.cdiv(columns, size.block_c)
+    blocks = cdiv(columns, size.block_c)
     grad_hidden = grad.new_empty(n_rows, columns) if need_hidden else None
     mixed = grad.new_empty(n_rows, columns) if need_mixed else None
     parts = grad.new_empty(blocks, n_rows, k, dtype=torch.float32) if need_weights else None
-    dense, needs = indices is None, (need_hidden, need_mixed, need_weights)
+    dense, needs, products = indices is None, (need_hidden, need_mixed, need_weights), precision()
 
     def run(size: Sizes) -> None:
-        thin.unmix_kernel[(triton.cdiv(n_rows, size.block_t) * blocks,)](
+        thin.unmix_kernel[(cdiv(n_rows, size.block_t) * blocks,)](
             grad, b, weights, indices, hidden, grad_hidden, mixed, parts, n_rows, d, grad.stride(0),
             *routing_strides(weights, indices),
             COLUMNS=columns, RANK=rank, K=k, DENSE=dense,
             NEED_HIDDEN=need_hidden, NEED_MIXED=need_mixed, NEED_WEIGHTS=need_weights,
-            EVEN=d % size.block_d == 0, PRECISION=precision(),
+            EVEN=d % size.block_d == 0, PRECISION=products,
             BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
 
     if n_rows:
-        tiles.launch("unmix", n_rows, (d, columns, rank, k, dense, *needs, str(grad.dtype), precision()), size, run)
+        tiles.launch("unmix", n_rows, (d, columns, rank, k, dense, *needs, str(grad.dtype), products), size, run)
     grad_weights = None
     if parts is not None:
         grad_weights = (parts[0] if blocks == 1 else parts.sum(0)).to(weights.dtype)
@@ -153,12 +153,12 @@ def gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     n_rows, columns = left.shape
     d = right.shape[1]
     size = gram_sizes(columns, left.itemsize)
-    programs = triton.cdiv(d, size.block_d) * triton.cdiv(columns, size.block_c)
-    splits = max(1, min(_PROGRAMS // programs, triton.cdiv(n_rows, 4 * size.block_t)))
-    rows_per_split = triton.cdiv(triton.cdiv(n_rows, splits), size.block_t) * size.block_t
+    programs = cdiv(d, size.block_d) * cdiv(columns, size.block_c)
+    splits = max(1, min(_PROGRAMS // programs, cdiv(n_rows, 4 * size.block_t)))
+    rows_per_split = cdiv(cdiv(n_rows, splits), size.block_t) * size.block_t
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     parts = out if splits == 1 else left.new_empty(splits, columns, d, dtype=torch.float32)
-    thin.gram_kernel[(triton.cdiv(d, size.block_d), triton.cdiv(columns, size.block_c), splits)](
+    thin.gram_kernel[(cdiv(d, size.block_d), cdiv(columns, size.block_c), splits)](
         left, right, parts, n_rows, d, right.stride(0), rows_per_split,
         COLUMNS=columns, PRECISION=precision(),
         BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
@@ -166,5 +166,5 @@ def gram(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     )  # fmt: skip
     if splits > 1:
         total, block = out.numel(), 1024
-        thin.add_splits_kernel[(triton.cdiv(total, block),)](parts, out, total, splits, BLOCK=block, **thin.FUSED)
+        thin.add_splits_kernel[(cdiv(total, block),)](parts, out, total, splits, BLOCK=block, **thin.FUSED)
     return out

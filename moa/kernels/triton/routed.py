@@ -17,8 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import decode
+from .launcher import launched
 from .launches import expand, on_device, precision, rows_of, shrink_sizes
 from .thin import Sizes, tile_of
+from .tiles import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def _next_choice(left, experts):
     return value, expert, tl.where(experts[None, :] == expert[:, None], float("-inf"), left)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@launched(do_not_specialize=["n_rows"])
 def routed_shrink_kernel(
     x_ptr,
     a_ptr,
@@ -151,11 +153,11 @@ def routed(
     hidden, mixed = x.new_empty(n_rows, k, rank), x.new_empty(n_rows, columns)
     size = routed_sizes(n_rows, columns, x.itemsize)
     with on_device(x):
-        routed_shrink_kernel[(triton.cdiv(n_rows, size.block_t) * triton.cdiv(columns, size.block_c),)](
+        routed_shrink_kernel[(cdiv(n_rows, size.block_t) * cdiv(columns, size.block_c),)](
             x, a.contiguous(), gate, logits, weights, indices, hidden, mixed, n_rows, d, x.stride(0), scaling,
             COLUMNS=columns, RANK=rank, N_EXPERTS=n_experts, K=k, SPLIT=x.dtype != torch.float32,
             EVEN=d % size.block_d == 0, PRECISION=precision(), BLOCK_T=size.block_t, BLOCK_C=size.block_c,
-            BLOCK_E=max(16, triton.next_power_of_2(n_experts)), BLOCK_D=size.block_d,
+            BLOCK_E=max(16, next_power_of_2(n_experts)), BLOCK_D=size.block_d,
             **size.options,
         )  # fmt: skip
         y = expand(mixed, b, bias)

@@ -16,6 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .launcher import launched
+
 # Said outright, because triton's default changes between releases, and 3.9 warns where nobody says.
 FUSED = {"enable_fp_fusion": True}
 
@@ -145,7 +147,7 @@ def store_hidden(
             tl.store(places, value, mask=chosen & row_ok[:, None])
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@launched(do_not_specialize=["n_rows"])
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -186,7 +188,7 @@ def shrink_kernel(
     tl.store(places, mixed, mask=row_ok[:, None] & column_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@launched(do_not_specialize=["n_rows"])
 def expand_kernel(
     mixed_ptr,
     factor_ptr,
@@ -221,7 +223,7 @@ def expand_kernel(
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@launched(do_not_specialize=["n_rows"])
 def unmix_kernel(
     grad_ptr,
     b_ptr,
@@ -299,7 +301,7 @@ def unmix_kernel(
                 tl.store(grad_weights_ptr + part_rows * K + j, part, mask=row_ok)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_split"])
+@launched(do_not_specialize=["n_rows", "rows_per_split"])
 def gram_kernel(
     left_ptr,
     right_ptr,
@@ -335,7 +337,7 @@ def gram_kernel(
     tl.store(places, total.to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & inner_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@launched(do_not_specialize=["n_splits"])
 def add_splits_kernel(parts_ptr, out_ptr, size, n_splits, BLOCK: tl.constexpr):
     """out[n] = Σ_s parts[s, n], in the order of s: the deterministic second reduction."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

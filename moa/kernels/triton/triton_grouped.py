@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import concat
@@ -20,6 +19,7 @@ from ..plan import Plan, sort_slots
 from . import by_expert, triton_concat
 from .launches import on_device, precision, rows_of
 from .thin import FUSED, Sizes
+from .tiles import cdiv, next_power_of_2
 from .triton_concat import why_not
 
 __all__ = ["backward", "forward", "slot_gradients", "slot_products", "why_not"]
@@ -47,7 +47,7 @@ def _warps(itemsize: int) -> int:
 
 
 def _ranks(rank: int) -> int:
-    return min(64, max(16, triton.next_power_of_2(rank)))
+    return min(64, max(16, next_power_of_2(rank)))
 
 
 class Groups:
@@ -60,7 +60,7 @@ class Groups:
         self.n_experts = n_experts
         self.shared = {
             "N_EXPERTS": n_experts,
-            "EXPERTS": triton.next_power_of_2(n_experts),
+            "EXPERTS": next_power_of_2(n_experts),
             "RANK": rank,
             "K": self.k,
             "PRECISION": precision(),
@@ -70,7 +70,7 @@ class Groups:
         """Return each expert's past-last tile (E,) and the static bound of their number."""
         counts = self.plan.offsets.diff()
         tiles = torch.div(counts + step - 1, step, rounding_mode="floor").cumsum(0)
-        return tiles, triton.cdiv(self.n_rows * self.k, step) + self.n_experts
+        return tiles, cdiv(self.n_rows * self.k, step) + self.n_experts
 
     def shrink(self, x: Tensor, factor: Tensor) -> Tensor:
         """Return each slot's x factorᵀ (T, K, r)."""
@@ -78,7 +78,7 @@ class Groups:
         size = shrink_sizes(self.rank, x.itemsize)
         ends, tiles = self.ends(size.block_t)
         d = x.shape[1]
-        by_expert.grouped_shrink_kernel[(tiles, triton.cdiv(self.rank, size.block_c))](
+        by_expert.grouped_shrink_kernel[(tiles, cdiv(self.rank, size.block_c))](
             x, factor, self.plan.order, self.plan.offsets, ends, out, d, x.stride(0), **self.shared,
             EVEN=d % size.block_d == 0, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d,
             **size.options,
@@ -91,12 +91,12 @@ class Groups:
         parts = values.new_empty(self.n_rows * self.k, d)
         size = expand_sizes(self.rank, values.itemsize)
         ends, tiles = self.ends(size.block_t)
-        by_expert.grouped_expand_kernel[(tiles, triton.cdiv(d, size.block_d))](
+        by_expert.grouped_expand_kernel[(tiles, cdiv(d, size.block_d))](
             values, self.weights, factor, self.plan.order, self.plan.offsets, ends, parts, d, *self.weights.stride(),
             **self.shared, BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d, **size.options,
         )  # fmt: skip
         out = values.new_empty(self.n_rows, d)
-        by_expert.combine_kernel[(self.n_rows, triton.cdiv(d, 1024))](
+        by_expert.combine_kernel[(self.n_rows, cdiv(d, 1024))](
             parts, bias, out, d, K=self.k, HAS_BIAS=bias is not None, BLOCK_D=1024, **FUSED
         )
         return out
@@ -107,7 +107,7 @@ class Groups:
         size = gram_sizes(self.rank, right.itemsize)
         ends, chunks = self.ends(_CHUNK)
         parts = right.new_empty(chunks, self.rank, d, dtype=torch.float32)
-        grid = (chunks, triton.cdiv(self.rank, size.block_c), triton.cdiv(d, size.block_d))
+        grid = (chunks, cdiv(self.rank, size.block_c), cdiv(d, size.block_d))
         by_expert.grouped_gram_kernel[grid](
             values, self.weights, right, self.plan.order, self.plan.offsets, ends, parts, d, right.stride(0),
             *self.weights.stride(), **self.shared, CHUNK=_CHUNK,
@@ -115,9 +115,7 @@ class Groups:
         )  # fmt: skip
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         total = self.rank * d
-        by_expert.add_chunks_kernel[(self.n_experts, triton.cdiv(total, 1024))](
-            parts, ends, out, total, BLOCK=1024, **FUSED
-        )
+        by_expert.add_chunks_kernel[(self.n_experts, cdiv(total, 1024))](parts, ends, out, total, BLOCK=1024, **FUSED)
         return out
 
 
