@@ -28,9 +28,11 @@ class StructuredBank(ExpertBank):
 
     Attributes:
         few: up to so many rows of an expert, `on_rows` costs less than the change formed, in training, too.
+        few_alone: likewise where all rows share a routing, and the base and the change are one weight; None is `few`.
     """
 
     few: float = 0
+    few_alone: float | None = None
 
     def change(self, tensors: Tensors) -> Tensor:
         """Return ΔW (o, i) of one expert, its scale included.
@@ -51,11 +53,13 @@ class StructuredBank(ExpertBank):
     def changes(self, x: Tensor | None = None) -> Changes:
         """Return what the kernel needs on x (*rows, i): on few rows without a gradient, `on_rows` costs the least."""
         decodes = x is not None and not torch.is_grad_enabled() and x.shape[:-1].numel() <= FEW_ROWS
-        few = max(self.few, FEW_ROWS) if decodes else self.few
+        few, alone = self.few, self.few if self.few_alone is None else self.few_alone
+        if decodes:
+            few, alone = max(few, FEW_ROWS), max(alone, FEW_ROWS)
         known = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         own = {name: known[name] for name in self.per_expert}
         shared = {name: p for name, p in self.named_parameters() if name not in own}
-        return Changes(self.n_experts, self.d_out, self.change, self.on_rows if few else None, own, shared, few)
+        return Changes(self.n_experts, self.d_out, self.change, self.on_rows if few else None, own, shared, few, alone)
 
     def expert_forward(self, x: Tensor, expert: int) -> Tensor:
         """Return ΔW_e x, (*rows, o), of x (*rows, i)."""
@@ -86,17 +90,26 @@ class StructuredBank(ExpertBank):
         return FusedChanges(self)
 
 
-def few_for_factors(rank: int, forming: int, d_in: int, d_out: int) -> float:
-    """Return up to how many rows (n, i) two products with factors cost less than ΔW (o, i) and one with it.
+def few_for(a_row: int, forming: int, d_in: int, d_out: int) -> tuple[float, float]:
+    """Return up to how many rows (n, i) products without ΔW cost less than ΔW (o, i) and products with it.
+
+    A step of training forms ΔW twice, and going back through that costs as much again. It multiplies three times by as
+    many numbers as ΔW has, once where the base and ΔW are one weight; without ΔW it multiplies four times by `a_row`.
 
     Args:
-        rank: R of the factors, n R (i + o) for n rows.
-        forming: of ΔW, so many numbers for each of its entries, beside the n o i of its product.
+        a_row: multiplications of a row without ΔW, e.g. R (i + o) with factors of rank R.
+        forming: of ΔW, so many multiplications for each of its entries.
         d_in: i.
         d_out: o.
+
+    Returns:
+        `StructuredBank.few` and `few_alone`.
     """
-    more = rank * (d_in + d_out) - d_in * d_out
-    return math.inf if more <= 0 else forming * d_in * d_out / more
+    size = d_in * d_out
+    few, alone = (
+        math.inf if 4 * a_row <= times * size else 4 * forming * size / (4 * a_row - times * size) for times in (3, 1)
+    )
+    return few, alone
 
 
 class FusedChanges(Fused):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ...layers import Site
 from ..bank import Axes, ExpertBank
 from ..family import Family, register_expert
-from ..structured import StructuredBank, Tensors, few_for_factors
+from ..structured import StructuredBank, Tensors, few_for
 
 
 class LoHaBank(StructuredBank):
@@ -47,7 +47,7 @@ class LoHaBank(StructuredBank):
         for name in self.per_expert:
             shape = (d_out, self.rank) if name.endswith("up") else (self.rank, d_in)
             setattr(self, name, nn.Parameter(torch.empty(n_experts, *shape)))
-        self.few = few_for_factors(self.rank**2, 2 * self.rank, d_in, d_out)
+        self.few, self.few_alone = few_for(self.rank**2 * (d_in + d_out), 2 * self.rank, d_in, d_out)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

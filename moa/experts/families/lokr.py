@@ -14,7 +14,7 @@ from ...layers import Site
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import divides
-from ..structured import StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors, few_for
 
 
 class LoKrBank(StructuredBank):
@@ -37,13 +37,12 @@ class LoKrBank(StructuredBank):
     Source: arXiv 2309.14859, §3.3.
     """
 
-    few = math.inf  # two thin products in place of one with the whole ΔW
-
     def __init__(
         self, d_in: int, d_out: int, n_experts: int, inner: tuple[int, int], outer: tuple[int, int], **options: Any
     ) -> None:
         super().__init__(d_in, d_out, n_experts, **options)
         self.inner, self.outer = inner, outer
+        self.few, self.few_alone = few_for(d_in * outer[1] + inner[0] * d_out, 1, d_in, d_out)
         self.left = nn.Parameter(torch.empty(n_experts, outer[0], inner[0]))
         self.whole_right = self.rank >= max(outer[1], inner[1]) / 2
         if self.whole_right:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from ...spectrum import rank_at_elbow, rank_for_energy
 from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import divides, singular, weight_of
-from ..structured import StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors, few_for
 from .lokr import factor_pair
 
 
@@ -39,7 +38,6 @@ class SoKABank(StructuredBank):
     Source: arXiv 2506.15251, the Kronecker-product SVD: W0 ≈ Σ_j σ_j U_j ⊗ V_j with A⁰_j = √σ_j U_j, B⁰_j = √σ_j V_j.
     """
 
-    few = math.inf  # thin products in place of one with the whole ΔW
     equal_at_init = True
     per_expert: ClassVar[tuple[str, ...]] = ("left", "right")
 
@@ -50,6 +48,9 @@ class SoKABank(StructuredBank):
         rank, *outer = left_start.shape
         d_out, d_in = (one * other for one, other in zip(outer, right_start.shape[1:], strict=True))
         super().__init__(d_in, d_out, n_experts, **{**options, "rank": rank})
+        # block by block a row meets 2 r products of each factor: seldom less than one product with the whole ΔW
+        a_row = 2 * rank * (d_in * right_start.shape[1] + outer[1] * d_out)  # r i o₂ and r i₁ o
+        self.few, self.few_alone = few_for(a_row, 2 * rank, d_in, d_out)
         self.register_buffer("left_start", left_start, persistent=False)
         self.register_buffer("right_start", right_start, persistent=False)
         self.left = nn.Parameter(torch.zeros(n_experts, *left_start.shape))

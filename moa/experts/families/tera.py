@@ -19,7 +19,7 @@ from ..bank import ExpertBank
 from ..family import Family, register_expert
 from ..frozen import Frozen, generator
 from ..modes import checked_modes, mode_sizes
-from ..structured import StructuredBank, Tensors
+from ..structured import StructuredBank, Tensors, few_for
 
 LARGEST = 2**24  # numbers of a core tensor
 
@@ -50,13 +50,14 @@ class TeRABank(StructuredBank):
         trained vectors as diagonal factors.
     """
 
-    few = math.inf  # two thin products in place of one with the whole ΔW
     equal_at_init = True
 
     def __init__(
         self, outer: Sequence[int], inner: Sequence[int], n_experts: int, bases: nn.Module, **options: Any
     ) -> None:
         super().__init__(math.prod(inner), math.prod(outer), n_experts, **options)
+        components = self.rank ** len(outer)
+        self.few, self.few_alone = few_for(components * (self.d_in + self.d_out), components, self.d_in, self.d_out)
         self.bases, self.outer, self.inner = bases, tuple(outer), tuple(inner)
         for kind, sizes in (("out", outer), ("in", inner)):
             for n, size in enumerate(sizes):
