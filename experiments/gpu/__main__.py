@@ -20,7 +20,8 @@ import sys
 import tarfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ SECTIONS = (
 )
 FAILING = Section("failures", 10)  # in a rehearsal: rows that raise, hang and end the process
 LOST = 3  # how a process ends whose device is lost
+PROCESSES = 3  # that a section may cost before the others have had their turn, or that may end outside of any row
 GRACE = 5.0  # seconds that a row may run over the end
 
 
@@ -76,7 +78,7 @@ def sections(options: argparse.Namespace) -> list[Section]:
     return [section for section in known if not options.only or section.name in options.only]
 
 
-def rows_of(section: Section, options: argparse.Namespace, book: Book) -> Iterator[Row]:
+def rows_of(section: Section, options: argparse.Namespace, book: Book) -> Generator[Row]:
     """Yield a section's rows; in a quick rehearsal one of each kind."""
     kinds = set()
     module = importlib.import_module(f".{section.name}", __package__)
@@ -98,7 +100,10 @@ def machine(options: argparse.Namespace) -> Any:
 
 
 def work(options: argparse.Namespace, book: Book) -> None:
-    """Run every section twice: for its share, and then for what is left."""
+    """Run every section twice: for its share, and then for what is left.
+
+    One whose rows take process after process with them waits for the second time, so that the others have theirs.
+    """
     if "environment" not in book.content and options.only != [FAILING.name]:
         common = importlib.import_module("experiments.bench.common")
         book.content["environment"] = {**common.environment(), **({"commit": options.commit} if options.commit else {})}
@@ -106,13 +111,15 @@ def work(options: argparse.Namespace, book: Book) -> None:
     asked = sections(options)
     for attempt in (1, 2):
         for n, section in enumerate(asked):
+            if attempt == 1 and book.content.get("processes lost", {}).get(section.name, 0) >= PROCESSES:
+                continue
             left = options.until - time.time()
             wanted = sum(other.seconds for other in asked[n:])
             share = left if attempt == 2 else left * section.seconds / wanted
             try:
-                book.content.setdefault("left over", {})[section.name] = book.run(
-                    section.name, rows_of(section, options, book), time.time() + share
-                )
+                with closing(rows_of(section, options, book)) as rows:
+                    left_over = book.run(section.name, rows, time.time() + share)
+                book.content.setdefault("left over", {})[section.name] = left_over
             except Lost:
                 raise
             except Exception:  # noqa: BLE001 - a section that cannot begin leaves the others be
@@ -122,7 +129,7 @@ def work(options: argparse.Namespace, book: Book) -> None:
 
 def watch(options: argparse.Namespace, arguments: list[str]) -> None:
     """Run the work in a process of its own, and another where one hangs or ends, until the time is over."""
-    file, until = options.out / "gpu.json", time.time() + options.seconds
+    file, until, outside = options.out / "gpu.json", time.time() + options.seconds, 0
     while time.time() < until:
         command = [sys.executable, "-m", "experiments.gpu", *arguments, "--until", str(until)]
         started = time.time()
@@ -142,11 +149,15 @@ def watch(options: argparse.Namespace, arguments: list[str]) -> None:
             return
         under_way = _under_way(file)
         if under_way is None and code != LOST:
-            print(f"experiments.gpu: the process ended with code {code} outside of any row: the rest is not measured.")
-            return
+            outside += 1
+            print(f"experiments.gpu: the process ended with code {code} outside of any row.")
+            if outside == PROCESSES:
+                return
         if under_way is not None:
             said = said or f"the process ended with code {code}"
-            Book(file).fail(under_way["section"], under_way["row"], said, time.time() - under_way["since"])
+            book = Book(file)
+            book.fail(under_way["section"], under_way["row"], said, time.time() - under_way["since"])
+            book.lose(under_way["section"])
 
 
 def _under_way(file: Path) -> Any:
@@ -190,7 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     # Nothing is fetched, and what libraries warn of is not read here.
     os.environ.update({"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"})
-    if options.cache:
+    if options.cache and not options.cache.exists():
+        print(f"{options.cache} is not here: kernels are compiled.")
+    elif options.cache:
         os.environ["TRITON_CACHE_DIR"] = unpacked(options.cache, options.out)
     watch(options, arguments)
     text = page(Book(options.out / "gpu.json").content)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # The context of a GPU is lost after such an error: nothing can be run in that process any more.
-LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert", "CUDA error")
+LOST = ("illegal memory access", "unspecified launch failure", "misaligned address", "device-side assert", "CUDA error",
+        "illegal instruction", "illegal address", "CUBLAS_STATUS_EXECUTION_FAILED")  # fmt: skip
 PATIENCE = 20.0  # in a rehearsal, where other work may share the machine
 
 
@@ -42,6 +43,11 @@ class Row:
 
 class Lost(Exception):
     """The device cannot be used by this process any more."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether the device is lost for this process."""
+    return any(words in str(error) for words in LOST)
 
 
 class Book:
@@ -90,6 +96,12 @@ class Book:
         self.content.pop("under way", None)
         self.save()
 
+    def lose(self, section: str) -> None:
+        """Count a process that a section cost."""
+        lost: dict[str, int] = self.content.setdefault("processes lost", {})
+        lost[section] = lost.get(section, 0) + 1
+        self.save()
+
     def run(self, section: str, rows: Iterable[Row], deadline: float) -> list[str]:
         """Run the rows that are not there yet, until a deadline on the clock of `time.time`; return those left over.
 
@@ -112,7 +124,8 @@ class Book:
                 where = traceback.extract_tb(error.__traceback__)[-3:]
                 places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(where))
                 self.fail(section, row.name, f"{said[:600]} ({places})", time.time() - start)
-                if any(words in said for words in LOST):
+                if is_lost(error):
+                    self.lose(section)
                     raise Lost(said) from error
             else:
                 self.put(section, row.name, found, time.time() - start)

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .book import is_lost
+
 T = TypeVar("T")
 Step = Callable[[], Any]
 _FLUSH = 512 << 20  # int32 values: 2 GB, many times any L2 cache; the host issues a step while they are written
@@ -69,7 +71,11 @@ class Machine:
     def compare(self, steps: dict[str, Step], rounds: int = 20, warmup: int = 3) -> dict[str, dict[str, Any]]:
         """Return name -> median, least and spread of device time in ms, and peak memory beyond what is held.
 
-        Steps are interleaved, in another order each round, each on a cold L2 cache. One that fails carries its error.
+        Steps are interleaved, in another order each round, each on a cold L2 cache. One that fails carries its error,
+        and the others are compared without it.
+
+        Raises:
+            Exception: what a step raised, where the device is lost by it.
         """
         found: dict[str, dict[str, Any]] = {}
         for name, step in steps.items():
@@ -99,9 +105,11 @@ class Machine:
             for _ in range(self.pick(warmup, 1)):
                 step()
             self.cuda.synchronize()
-        except self.cuda.OutOfMemoryError as error:
+        except Exception as error:
+            if is_lost(error):
+                raise
             self.cuda.empty_cache()
-            return {"error": str(error).splitlines()[0]}
+            return {"error": (str(error).splitlines() or [type(error).__name__])[0]}
         return {"peak_mib": (self.cuda.max_memory_allocated() - held) / 2**20}
 
     def _once(self, step: Step) -> float:

@@ -263,7 +263,7 @@ def rows(machine: Machine, found: Callable[[], dict[str, Any]]) -> Iterator[Row]
     try:
         yield from _rows(machine)
         for tool in sanitizer.TOOLS:
-            yield Row(f"{title} {tool}", partial(checks.ended, tool), 20, kind="sanitizer", slow=True)
+            yield Row(f"{title} {tool}", partial(checks.ended, tool), kind="sanitizer", slow=True)
     finally:
         checks.close()
 

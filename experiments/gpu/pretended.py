@@ -82,7 +82,6 @@ class Cuda:
     """The part of `torch.cuda` that `Machine` uses."""
 
     Event, Stream, CUDAGraph = Event, Stream, CUDAGraph
-    OutOfMemoryError = torch.cuda.OutOfMemoryError
 
     @staticmethod
     def synchronize(device: Any = None) -> None:

@@ -69,6 +69,7 @@ LAYER = Shape(600, 512, 768)
 ROUTED = Shape(4096, 512, 768)
 SLOTS = Shape(700, 256, 256, 64, 48)
 REPLAYED = (1, 16, 512)  # rows
+SANITIZED = (Shape(5, 40, 72, 4, 3), Shape(333, 200, 136, 5, 7), Shape(600, 256, 256), Shape(130, 72, 40, k=None))
 PAST = Shape(2**19 + 77, 4160, 4160, 4, 8)  # T·d is past 2^31
 
 

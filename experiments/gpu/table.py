@@ -53,9 +53,15 @@ def ceilings(machine: Machine) -> dict[str, Any]:
     times = machine.compare(
         {"copy of 2 GiB": lambda: into.copy_(long), "8192³ product": lambda: torch.mm(one, other, out=out)}
     )
-    times["copy of 2 GiB"]["GB/s"] = 2 * long.nbytes / times["copy of 2 GiB"]["median_ms"] / 1e6
-    times["8192³ product"]["TFLOP/s"] = 2 * n**3 / times["8192³ product"]["median_ms"] / 1e9
+    per_ms(times["copy of 2 GiB"], "GB/s", 2 * long.nbytes / 1e6)
+    per_ms(times["8192³ product"], "TFLOP/s", 2 * n**3 / 1e9)
     return {"times": times}
+
+
+def per_ms(found: dict[str, Any], name: str, amount: float) -> None:
+    """Add how much is done in a ms, where the step did not fail."""
+    if "median_ms" in found:
+        found[name] = amount / found["median_ms"]
 
 
 def whole_layer(machine: Machine) -> dict[str, Any]:
@@ -94,7 +100,6 @@ def whole_layer(machine: Machine) -> dict[str, Any]:
             "moa, its router apart": apart,
             "peft LoRA r64": lambda: torch.autograd.grad(lora(given.x), own, given.grad),
             "plain concat": train_step(plain, given),
-            "torch.compile of plain concat": train_step(machine.compile(plain), given),
         }
     )
     ours = "moa with its router"
@@ -128,21 +133,34 @@ def peft_lora(weight: Tensor, rank: int) -> Any:
 def adapters(machine: Machine) -> dict[str, Any]:
     """Return times of the adapters alone, and peer / moa."""
     given = inputs(machine)
-    functions = {
-        "moa": low_rank_mixture,
-        "torch.compile of plain concat": machine.compile(plain_concat),
-        **MIXERS,
-    }
+    functions = {"moa": low_rank_mixture, **MIXERS}
     times = machine.compare({name: train_step(function, given) for name, function in functions.items()})
-    least = {
-        "plain concat": 1.3,
-        "torch.compile of plain concat": 1.2,
-        "HF grouped_mm": 4.0,
-        "ScatterMoE-type": 3.0,
-        LOOP: 10.0,
-    }
+    least = {"plain concat": 1.3, "HF grouped_mm": 4.0, "ScatterMoE-type": 3.0, LOOP: 10.0}
     goals = [goal(f"{name} / moa", over(times, name, "moa"), at_least=value) for name, value in least.items()]
     return {"times": times, "goals": goals}
+
+
+def compiled(machine: Machine) -> dict[str, Any]:
+    """Return times beside plain concat under torch's compiler, which takes long enough to have a row of its own."""
+    given = inputs(machine)
+    weight = base_weight(machine, given.x.shape[1])
+
+    def plain(x: Tensor, *rest: Tensor) -> Tensor:
+        return F.linear(x, weight) + plain_concat(x, *rest)
+
+    def mixed(x: Tensor, *rest: Tensor) -> Tensor:
+        return mixture_linear(x, weight, None, *rest)
+
+    name, ours = "torch.compile of plain concat", "moa"
+    times = machine.compare(
+        {
+            ours: train_step(low_rank_mixture, given),
+            name: train_step(machine.compile(plain_concat), given),
+            f"{ours}, with its base": train_step(mixed, given),
+            f"{name}, with its base": train_step(machine.compile(plain), given),
+        }
+    )
+    return {"times": times, "goals": [goal(f"{name} / {ours}", over(times, name, ours), at_least=1.2)]}
 
 
 def many_columns(machine: Machine) -> dict[str, Any]:
@@ -190,14 +208,15 @@ def kernels(machine: Machine) -> dict[str, Any]:
     times = machine.compare(steps)
     moved = {"copy of x": 2, "shrink": 1, "expand": 1, "unmix": 1, "gram": 1, "shrink with its router, and expand": 2}
     for name, passes in moved.items():
-        times[name]["GB/s"] = passes * x.nbytes / times[name]["median_ms"] / 1e6
+        per_ms(times[name], "GB/s", passes * x.nbytes / 1e6)
     for name in ("base onto y", "base into nothing"):
-        times[name]["TFLOP/s"] = 2 * n * d * d / times[name]["median_ms"] / 1e9
-    reached = {name: times[name]["GB/s"] / times["copy of x"]["GB/s"] for name in moved}
+        per_ms(times[name], "TFLOP/s", 2 * n * d * d / 1e9)
+    speeds = {name: times[name]["GB/s"] for name in moved if "GB/s" in times[name]}
+    reached = {name: speed / speeds["copy of x"] for name, speed in speeds.items()} if "copy of x" in speeds else {}
     return {
         "times": times,
         "bandwidth over a copy's": reached,
-        "goals": [goal("shrink's bandwidth / a copy's", reached["shrink"], at_least=0.75)],
+        "goals": [goal("shrink's bandwidth / a copy's", reached.get("shrink"), at_least=0.75)],
     }
 
 
@@ -220,6 +239,6 @@ def memory(machine: Machine) -> dict[str, Any]:
 
 def rows(machine: Machine, _: Any) -> Iterator[Row]:
     """Yield the rows."""
-    made = (ceilings, whole_layer, adapters, kernels, many_columns, memory)
-    for make, seconds in zip(made, (4, 15, 20, 5, 12, 3), strict=True):
+    made = (ceilings, whole_layer, kernels, adapters, many_columns, memory, compiled)
+    for make, seconds in zip(made, (4, 8, 5, 15, 12, 3, 15), strict=True):
         yield Row(make.__name__.replace("_", " "), partial(make, machine), seconds)

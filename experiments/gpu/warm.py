@@ -34,6 +34,7 @@ from .shapes import (
     REGRET,
     REPLAYED,
     ROUTED,
+    SANITIZED,
     SIZES,
     SLOTS,
     Shape,
@@ -78,6 +79,10 @@ def jobs() -> Iterator[Job]:
     for rows, engine in itertools.product(REPLAYED, ENGINES):
         yield Job(engine, replace(NUMERICS["usual"], rows=rows), backward=False)
     yield Job("routed", replace(NUMERICS["usual"], rows=REPLAYED[-1]))
+    for shape in SANITIZED:
+        yield from (Job(engine, shape) for engine in ENGINES)
+        if shape.k is not None and shape.rows > decode.MAX_ROWS:
+            yield Job("routed", shape)
     yield from (Job(engine, PAST) for engine in ENGINES)
     usual = Shape()
     yield Job("triton_concat", usual)

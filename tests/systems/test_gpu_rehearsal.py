@@ -7,28 +7,33 @@ import json
 import os
 import subprocess
 import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from experiments.gpu import pretended
+from experiments.gpu import __main__ as command
+from experiments.gpu import pretended, tiles, warm
 from experiments.gpu.__main__ import SECTIONS, has_driver, main, unpacked
-from experiments.gpu.book import Book, Row
+from experiments.gpu.book import Book, Lost, Row
 from experiments.gpu.machine import Machine, over
 from experiments.gpu.pack import pack
 from experiments.gpu.page import goal, page
 from experiments.gpu.rehearsal import failures
+from experiments.gpu.shapes import ENGINES, SANITIZED
 
 ROOT = Path(__file__).parents[2]
 
 
 def rehearse(out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """Return what a rehearsal wrote and printed."""
-    command = [sys.executable, "-W", "ignore", "-m", "experiments.gpu", "--out", str(out), "--rehearse", *arguments]
+    called = [sys.executable, "-W", "ignore", "-m", "experiments.gpu", "--out", str(out), "--rehearse", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(called, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     file = out / "gpu.json"
     return json.loads(file.read_text()) if file.exists() else {}, done.stdout
@@ -61,12 +66,13 @@ def test_rows_that_fail_leave_the_rest_be(tmp_path):
     assert "illegal memory access" in rows["loses the device"]["error"]
     assert rows["is well"]["found"] == {"answer": 42}
     assert content["left over"]["failures"] == ["has no time"]
+    assert content["processes lost"] == {"failures": 3}
     assert "for want of time: 1 rows" in said and said.count("**failed**") == 4
 
 
 def test_no_time_at_all_is_said(tmp_path):
-    content, said = rehearse(tmp_path, "quick", "--seconds", "0", "--only", "failures")
-    assert not content and "# moa on one GPU" in said
+    content, said = rehearse(tmp_path, "quick", "--seconds", "0", "--only", "failures", "--cache", "nowhere.tgz")
+    assert not content and "# moa on one GPU" in said and "nowhere.tgz is not here" in said
 
 
 @pytest.mark.skipif(has_driver(), reason="there is a CUDA driver")
@@ -88,12 +94,46 @@ def test_a_run_is_taken_up_where_it_ended(tmp_path):
     assert ran == ["one", "two"]
 
 
+@pytest.mark.parametrize("lost, order", [(2, ["a", "b"]), (3, ["b", "a"])])
+def test_a_section_that_costs_processes_waits_for_the_others(tmp_path, monkeypatch, lost, order):
+    ran: list[str] = []
+
+    def rows(section: command.Section, *_: Any) -> Iterator[Row]:
+        yield Row("row", lambda: ran.append(section.name))
+
+    monkeypatch.setattr(command, "sections", lambda _: [command.Section("a", 1), command.Section("b", 1)])
+    monkeypatch.setattr(command, "rows_of", rows)
+    book = Book(tmp_path / "gpu.json")
+    book.content |= {"environment": {}, "processes lost": {"a": lost}}
+    command.work(Namespace(until=time.time() + 1000, rehearse=None, only=None), book)
+    assert ran == order
+
+
+def test_what_rows_hold_is_given_back_where_the_device_is_lost(tmp_path, monkeypatch):
+    closed: list[str] = []
+
+    def loses() -> None:
+        raise RuntimeError("Triton Error [CUDA]: an illegal instruction was encountered")
+
+    def rows(section: command.Section, *_: Any) -> Iterator[Row]:
+        try:
+            yield Row("loses", loses)
+        finally:
+            closed.append(section.name)
+
+    monkeypatch.setattr(command, "sections", lambda _: [command.Section("a", 1)])
+    monkeypatch.setattr(command, "rows_of", rows)
+    book = Book(tmp_path / "gpu.json")
+    book.content["environment"] = {}
+    with pytest.raises(Lost) as kept:  # its frames are alive, as they are while a process ends
+        command.work(Namespace(until=time.time() + 1000, rehearse=None, only=None), book)
+    assert closed == ["a"] and kept.value and book.content["processes lost"] == {"a": 1}
+
+
 @pytest.mark.parametrize("name", [name for name in vars(pretended.Cuda) if not name.startswith("_")])
-def test_the_pretended_device_has_the_arguments_of_the_real_one(name):
+def test_the_pretended_device_has_the_calledof_the_real_one(name):
     mine, real = getattr(pretended.Cuda, name), getattr(torch.cuda, name)
     if inspect.isclass(mine):
-        if issubclass(mine, BaseException):
-            return
         pairs = [(n, getattr(mine, n), getattr(real, n)) for n in vars(mine) if not n.startswith("_")]
         pairs.append(("__new__", mine.__new__, real.__init__ if name == "graph" else real.__new__))
     else:
@@ -135,6 +175,35 @@ def test_times_are_compared_and_goals_judged():
     assert goal("r", 1.3, at_most=1.25)["holds"] is False and goal("r", 1.5, at_least=1.3)["holds"] is True
     text = page({"sections": {"s": {"r": {"found": {"goals": [goal("g", None, at_most=1)]}, "seconds": 1}}}})
     assert "| r: g | not measured | ≤ 1 |" in text
+
+
+def test_a_step_that_fails_leaves_the_others_be():
+    def fails() -> None:
+        raise ValueError("no kernel for it\nand more")
+
+    times = pretended.Rehearsal().compare({"fails": fails, "well": lambda: None})
+    assert times["fails"] == {"error": "no kernel for it"} and times["well"]["median_ms"] >= 0
+
+    def loses() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pretended.Rehearsal().compare({"loses": loses, "well": lambda: None})
+
+
+def test_tiles_that_cannot_be_launched_are_said(monkeypatch):
+    def no_room(*_: Any) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tiles, "with_sizes", no_room)
+    with pytest.raises(RuntimeError, match="no tiles of expand can be launched; out of resource"):
+        tiles.sweep_rows(pretended.Rehearsal(), "expand")
+
+
+def test_what_the_sanitizer_runs_is_compiled_before():
+    """Under the sanitizer compiling takes its time."""
+    compiled = {(job.what, job.shape) for job in warm.jobs()}
+    assert {(engine, shape) for engine in ENGINES for shape in SANITIZED} <= compiled
 
 
 def test_a_rehearsal_says_what_failed(tmp_path):
