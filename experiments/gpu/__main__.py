@@ -52,6 +52,7 @@ SECTIONS = (
     Section("counters", 25),
 )
 FAILING = Section("failures", 10)  # in a rehearsal: rows that raise, hang and end the process
+OVER = "the time was over"
 LOST = 3  # how a process ends whose device is lost
 PROCESSES = 3  # that a section may cost before the others have had their turn, or that may end outside of any row
 GRACE = 5.0  # seconds that a row may run over the end
@@ -139,7 +140,7 @@ def watch(options: argparse.Namespace, arguments: list[str]) -> None:
             time.sleep(0.2)
             under_way = _under_way(file)
             if time.time() > until + GRACE:
-                said = "the time was over"
+                said = OVER
             elif under_way and under_way["since"] >= started and time.time() > under_way["until"]:
                 said = f"it ran for more than {under_way['until'] - under_way['since']:.0f} s"
         if process.poll() is None:
@@ -156,6 +157,9 @@ def watch(options: argparse.Namespace, arguments: list[str]) -> None:
         if under_way is not None:
             said = said or f"the process ended with code {code}"
             book = Book(file)
+            if said == OVER:
+                book.cut(under_way["section"], under_way["row"])
+                return
             book.fail(under_way["section"], under_way["row"], said, time.time() - under_way["since"])
             book.lose(under_way["section"])
 

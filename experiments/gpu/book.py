@@ -96,6 +96,12 @@ class Book:
         self.content.pop("under way", None)
         self.save()
 
+    def cut(self, section: str, row: str) -> None:
+        """Count a row that was under way when the time was over to those that had none: another call runs it."""
+        self.content.setdefault("left over", {}).setdefault(section, []).append(row)
+        self.content.pop("under way", None)
+        self.save()
+
     def lose(self, section: str) -> None:
         """Count a process that a section cost."""
         lost: dict[str, int] = self.content.setdefault("processes lost", {})

@@ -24,10 +24,11 @@ _FLUSH = 512 << 20  # int32 values: 2 GB, many times any L2 cache; the host issu
 
 @dataclass
 class Captured:
-    """A graph that holds a call, and what the call returned."""
+    """A graph that holds a call, what the call returned, and the call: a replay reads the memory that it reads."""
 
     graph: Any
     output: Tensor
+    function: Callable[[], Tensor]
 
     def replay(self) -> None:
         """Run the captured calls again on what their inputs hold now."""
@@ -151,7 +152,7 @@ class Machine:
 
     def captured(self, graph: Any, output: Tensor, function: Callable[[], Tensor], grad: bool) -> Captured:
         """Return what replays; a device that is not there has to call the function again."""
-        return Captured(graph, output)
+        return Captured(graph, output, function)
 
     def free(self) -> None:
         """Give cached memory back."""

@@ -12,8 +12,9 @@ def page(content: dict[str, Any]) -> str:
     environment = content.get("environment", {})
     said = ", ".join(f"{key} {value}" for key, value in environment.items())
     parts = ["# moa on one GPU", said or "no environment", _goals(content), _speed(content)]
-    for section, rows in content["sections"].items():
-        parts.append(f"## {section}\n\n{_summary(section, rows, content.get('left over', {}).get(section, []))}")
+    sections, left = content["sections"], content.get("left over", {})
+    for section in dict.fromkeys([*sections, *(name for name, rows in left.items() if rows)]):
+        parts.append(f"## {section}\n\n{_summary(section, sections.get(section, {}), left.get(section, []))}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -135,7 +135,6 @@ class Cuda:
 class Again(Captured):
     """What calls the function again, into the same output."""
 
-    function: Callable[[], Tensor]
     grad: bool
 
     def replay(self) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,25 @@ def test_a_graph_refuses_what_waits_for_the_device():
     assert captured.output.tolist() == [2.0, 4.0, 6.0]
     with pytest.raises(RuntimeError, match="waits for the device"):
         machine.capture(lambda: x * float(x.sum()))
+
+
+def test_what_a_graph_reads_is_kept():
+    """A replay reads the memory of a model that nothing else holds."""
+    weight = torch.ones(3)
+    kept = weakref.ref(weight)
+    captured = Machine.captured(pretended.Rehearsal(), None, torch.zeros(3), lambda weight=weight: weight, False)
+    del weight
+    assert kept() is not None and captured.output.shape == (3,)
+
+
+def test_a_row_that_the_end_cut_off_is_run_by_another_call(tmp_path):
+    book = Book(tmp_path / "gpu.json")
+    book.begin("s", Row("cut", lambda: None))
+    book.cut("s", "cut")
+    text = page(book.content)
+    assert "not measured, for want of time: 1 rows (cut)" in text
+    again = Book(tmp_path / "gpu.json")
+    assert again.run("s", [Row("cut", lambda: 7)], deadline=2e9) == [] and again.rows("s")["cut"]["found"] == 7
 
 
 def test_times_are_compared_and_goals_judged():
