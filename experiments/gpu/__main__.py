@@ -107,7 +107,8 @@ def work(options: argparse.Namespace, book: Book) -> None:
     """
     if "environment" not in book.content and options.only != [FAILING.name]:
         common = importlib.import_module("experiments.bench.common")
-        book.content["environment"] = {**common.environment(), **({"commit": options.commit} if options.commit else {})}
+        book.content["environment"] = {"date": time.strftime("%Y-%m-%d"), **common.environment()}
+        book.content["environment"] |= {"commit": options.commit} if options.commit else {}
         book.save()
     asked = sections(options)
     for attempt in (1, 2):

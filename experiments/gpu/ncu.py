@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import re
@@ -52,6 +53,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 BUILT_IN = "launch__"  # of every launch, and in no list of counters
 PREFIXES = {"": 1.0, "n": 1e-9, "u": 1e-6, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 WORDS = ("second", "s", "byte", "inst", "cycle", "sector", "warp", "register", "block", "thread", "hz")
+LISTING = 8.0  # seconds for a list of counters
 Counted = dict[str, float]
 
 
@@ -122,12 +124,14 @@ def chosen(known: Collection[str], without: Collection[str] = ()) -> dict[str, s
 
 def known_to(ncu: Sequence[str]) -> set[str]:
     """Return the base names of the counters of this device, none where ncu does not list them."""
-    try:
-        done = subprocess.run([*ncu, "--query-metrics"], capture_output=True, text=True, timeout=15)
-    except subprocess.TimeoutExpired:
-        return set()
-    names = {line.split()[0] for line in done.stdout.splitlines() if "__" in line}
-    return names if done.returncode == 0 else set()
+    with tempfile.TemporaryFile("w+") as file:
+        process = subprocess.Popen([*ncu, "--query-metrics"], stdout=file, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LISTING)
+        end(process)
+        file.seek(0)
+        names = {line.split()[0] for line in file if "__" in line}
+    return names if process.returncode == 0 else set()
 
 
 def profile(ncu: Sequence[str], program: Sequence[str], seconds: float) -> tuple[list[tuple[str, Counted]], list[str]]:
