@@ -45,9 +45,10 @@ SECTIONS = (
     Section("numerics", 80),
     Section("table", 75),
     Section("decode", 25),
-    Section("end_to_end", 115),
+    Section("end_to_end", 90),
     Section("dispatcher", 40),
-    Section("tiles", 40),
+    Section("variants", 35),
+    Section("tiles", 30),
     Section("host", 30),
     Section("counters", 25),
 )

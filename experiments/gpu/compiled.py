@@ -40,6 +40,8 @@ class Report:
     spills: int  # loads and stores of local memory in the machine code
     shared: int  # bytes
     matrix_ops: frozenset[str]  # mnemonics, e.g. HGMMA.64x64x16.F32.BF16
+    copies: frozenset[str]  # what brings tiles into shared memory: UTMALDG.2D, the copy engine; LDGSTS.E.BYPASS.128
+    apart: bool  # some warps do nothing but bring tiles
 
 
 class Driver:
@@ -129,6 +131,8 @@ def report(name: str, kernel: Any) -> Report:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         shared=kernel.metadata.shared,
         matrix_ops=frozenset(re.findall(r"\b((?:HGMMA|HMMA|UTCHMMA)[\w.]*)", code)),
+        copies=frozenset(re.findall(r"\b((?:UTMALDG|LDGSTS)[\w.]*)", code)),
+        apart="ttg.warp_specialize" in kernel.asm["ttgir"],
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from moa.kernels.triton import decode
 from moa.recipes import RECIPES
 
-from . import recipes
+from . import recipes, variants
 from .book import Row
 from .machine import Machine
 from .shapes import (
@@ -47,7 +47,7 @@ class Job:
     """What is compiled together.
 
     Args:
-        what: an engine, "routed", "slots", the name of a sweep, or "recipe NAME".
+        what: an engine, "routed", "slots", the name of a sweep, "recipe NAME", or "contest NAME".
         shape: of the mixture; a recipe has its own.
         dtype: of the rows.
         tf32: fp32 products run in it.
@@ -99,6 +99,7 @@ def jobs() -> Iterator[Job]:
     for n_experts, rank, k in REGRET:
         yield from (Job(engine, replace(usual, n_experts=n_experts, rank=rank, k=k)) for engine in ENGINES)
     yield from (Job(f"recipe {name}", dtype=dtype) for name in RECIPES for dtype in ("float32", "bfloat16"))
+    yield from (Job(f"contest {name}") for name in variants.ALL)
     yield from (Job(sweep) for sweep in SWEEPS)
 
 
@@ -119,6 +120,8 @@ def compile_job(job: Job, arch: int) -> list[tuple[str, Any]]:
         with compiled.compile_only(arch) as launched:
             if job.what in SWEEPS:
                 tiles_kernels(job.what, job.shape)
+            elif job.what.startswith("contest "):
+                variants.launch_all(job.what.removeprefix("contest "))
             else:
                 recipes.compile_step(job.what.removeprefix("recipe "), dtype)
         return compiled.distinct(launched)
@@ -172,13 +175,15 @@ def remarks(job: Job, name: str, kernel: Any, arch: int) -> list[str]:
     """Return what the compiler says of a kernel that spills; of one that does not fit an error, but for a sweep's.
 
     Raises:
-        RuntimeError: it asks for more shared memory than a block may have.
+        RuntimeError: it asks for more shared memory than a block may have, or a contest's is not what it is called.
     """
     from . import compiled
 
     said = compiled.report(name, kernel)
     if said.shared > compiled.SHARED_LIMIT[arch] and job.what not in SWEEPS:
         raise RuntimeError(f"{name} of {job} asks for {said.shared} bytes of shared memory")
+    if job.what.startswith("contest ") and (flaw := variants.flaw(job.what, said)) is not None:
+        raise RuntimeError(f"{name} of {job}: {flaw}: {said}")
     spills = said.spills or said.stack
     where = f"{job.what} {job.dtype}{' tf32' if job.tf32 else ''}, {job.shape}"
     text = f"{name} spills: {said.registers} registers, {said.stack} bytes of stack, {said.shared} shared; {where}"
