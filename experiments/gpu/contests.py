@@ -55,25 +55,40 @@ class Contest:
 
 @dataclass(frozen=True)
 class Given:
-    """Operands: x, grad (T, d), a, b (E, r, d), weights, indices (T, K), hidden (T, K, r), mixed (T, E·r)."""
+    """Operands: x (T, i), grad (T, o), a (E, r, i), b (E, r, o), weights (T, K), indices (T, K) or None.
+
+    What earlier launches gave is drawn as well: hidden (T, K, r) and mixed (T, E·r).
+    """
 
     x: Tensor
     grad: Tensor
     a: Tensor
     b: Tensor
     weights: Tensor
-    indices: Tensor
+    indices: Tensor | None
     hidden: Tensor
     mixed: Tensor
 
     def gate(self, dtype: torch.dtype) -> Tensor:
         """Return each expert's weight (T, E)."""
+        if self.indices is None:
+            return self.weights.to(_wide(dtype))
         none = self.weights.new_zeros(len(self.x), len(self.a))
         return none.scatter(1, self.indices, self.weights).to(_wide(dtype))
 
     def chosen(self, values: Tensor) -> Tensor:
         """Return the chosen experts' part (T, K, r) of values (T, E, r)."""
+        if self.indices is None:
+            return values
         return values.gather(1, self.indices[:, :, None].expand(-1, -1, values.shape[2]))
+
+    def placed(self, dtype: torch.dtype) -> Tensor:
+        """Return hidden in the place of its experts (T, E, r), 0 elsewhere."""
+        hidden = self.hidden.to(dtype)
+        if self.indices is None:
+            return hidden
+        none = hidden.new_zeros(len(self.x), len(self.b), hidden.shape[2])
+        return none.scatter(1, self.indices[:, :, None].expand(-1, -1, hidden.shape[2]), hidden)
 
 
 def given(machine: Machine, rows: int = ROWS) -> Given:
@@ -81,7 +96,7 @@ def given(machine: Machine, rows: int = ROWS) -> Given:
     made = make_inputs(*machine.pick((rows, D), (70, 64)), dtype=machine.low, device=machine.device)
     x, a, b, weights, grad = (value.detach() for value in (made.x, made.a, made.b, made.weights, made.grad))
     n_experts, rank, _ = a.shape
-    hidden = torch.randn(*made.indices.shape, rank, device=machine.device).to(machine.low)
+    hidden = torch.randn(*weights.shape, rank, device=machine.device).to(machine.low)
     mixed = torch.randn(len(x), n_experts * rank, device=machine.device).to(machine.low)
     return Given(x, grad, a, b, weights, made.indices, hidden, mixed)
 
@@ -95,7 +110,8 @@ def _label(size: Sizes, *rest: object) -> str:
     return ", ".join((tiles, *map(str, rest)))
 
 
-def _shrunk(own: Given, a: Tensor, dtype: torch.dtype) -> Values:
+def shrunk(own: Given, a: Tensor, dtype: torch.dtype) -> Values:
+    """Return hidden (T, K, r) and mixed (T, E·r)."""
     every = (own.x.to(dtype) @ a.to(dtype).flatten(0, 1).T).unflatten(1, a.shape[:2])  # (T, E, r)
     mixed = (every * own.gate(dtype)[:, :, None]).to(dtype)
     return own.chosen(every), mixed.flatten(1)
@@ -118,22 +134,22 @@ def shrink(machine: Machine, rows: int = ROWS) -> Contest:
     for size in PERSISTENT if rows == ROWS else ():
         run = partial(_shrink, own, filled.persistent_shrink, size, processors(machine))
         after[f"persistent, {_label(size)}"] = run
-    return Contest(("hidden", "mixed"), partial(_shrunk, own, own.a), partial(_shrink, own, launches.shrink), after)
+    return Contest(("hidden", "mixed"), partial(shrunk, own, own.a), partial(_shrink, own, launches.shrink), after)
 
 
 def shrink_apart(machine: Machine) -> Contest:
     """Return the shrink against one some of whose warps do nothing but bring tiles."""
     own = given(machine)
     after: dict[str, Step] = {_label(size): partial(_shrink, own, bulk.shrink, size, True) for size in APART}
-    return Contest(("hidden", "mixed"), partial(_shrunk, own, own.a), partial(_shrink, own, launches.shrink), after)
+    return Contest(("hidden", "mixed"), partial(shrunk, own, own.a), partial(_shrink, own, launches.shrink), after)
 
 
-def _unmixed(own: Given, dtype: torch.dtype) -> Values:
+def unmixed(own: Given, dtype: torch.dtype) -> Values:
+    """Return grad_hidden (T, E·r), mixed (T, E·r) and grad_weights (T, K)."""
     n_experts, rank, _ = own.b.shape
     total = (own.grad.to(dtype) @ own.b.to(dtype).flatten(0, 1).T).unflatten(1, (n_experts, rank))  # (T, E, r)
     gate = own.gate(dtype)[:, :, None]
-    places = own.indices[:, :, None].expand(-1, -1, rank)
-    hidden = torch.zeros_like(total).scatter(1, places, own.hidden.to(dtype))
+    hidden = own.placed(dtype)
     to_weights = own.chosen(total * hidden).to(_wide(dtype)).sum(-1)
     return ((total * gate).to(dtype).flatten(1), (hidden * gate).to(dtype).flatten(1), to_weights)
 
@@ -152,7 +168,12 @@ def unmix(machine: Machine, apart: bool = False) -> Contest:
         _label(size): partial(bulk.unmix, own.grad, own.b, own.weights, own.indices, own.hidden, size, apart)
         for size in (APART if apart else BULK)
     }
-    return Contest(UNMIXED, partial(_unmixed, own), partial(_unmix, own), after)
+    return Contest(UNMIXED, partial(unmixed, own), partial(_unmix, own), after)
+
+
+def grammed(own: Given, dtype: torch.dtype) -> Values:
+    """Return mixedᵀ grad (E, r, o)."""
+    return [(own.mixed.to(dtype).T @ own.grad.to(dtype)).view_as(own.b)]
 
 
 def gram(machine: Machine, apart: bool = False) -> Contest:
@@ -163,19 +184,18 @@ def gram(machine: Machine, apart: bool = False) -> Contest:
         for size in (APART_GRAM if apart else BULK_GRAM)
     }
 
-    def plain(dtype: torch.dtype) -> Values:
-        return [(own.mixed.to(dtype).T @ own.grad.to(dtype)).view_as(own.b)]
+    return Contest(("grad_b",), partial(grammed, own), lambda: [launches.gram(own.mixed, own.grad, own.b)], after)
 
-    return Contest(("grad_b",), plain, lambda: [launches.gram(own.mixed, own.grad, own.b)], after)
+
+def all_shrunk(own: Given, factors: Values, dtype: torch.dtype) -> Values:
+    """Return hidden (S, T, K, r) and mixed (S, T, E·r) of S linears."""
+    return [torch.stack(values) for values in zip(*(shrunk(own, a, dtype) for a in factors), strict=True)]
 
 
 def shared_shrink(machine: Machine, count: int) -> Contest:
     """Return the shrinks of linears that share rows and routing against one pass over x for all of them."""
     own = given(machine)
     factors = [own.a, own.a.flip(0).contiguous(), own.a.flip(1).contiguous()][:count]
-
-    def plain(dtype: torch.dtype) -> Values:
-        return [torch.stack(values) for values in zip(*(_shrunk(own, a, dtype) for a in factors), strict=True)]
 
     def empty() -> tuple[Tensor, Tensor]:
         return tuple(own.x.new_empty(count, *value.shape) for value in (own.hidden, own.mixed))  # type: ignore[return-value]
@@ -191,16 +211,19 @@ def shared_shrink(machine: Machine, count: int) -> Contest:
         siblings.sibling_shrink(own.x, factors, own.weights, own.indices, hidden, mixed, size)
         return hidden, mixed
 
+    plain = partial(all_shrunk, own, factors)
     return Contest(("hidden", "mixed"), plain, before, {_label(size): partial(after, size) for size in SIBLINGS})
+
+
+def unmixed_and_grammed(own: Given, dtype: torch.dtype) -> Values:
+    """Return grad_hidden (T, E·r), grad_weights (T, K) and grad_b (E, r, o)."""
+    grad_hidden, mixed, grad_weights = unmixed(own, dtype)
+    return grad_hidden, grad_weights, *grammed(replace(own, mixed=mixed), dtype)
 
 
 def dy_once(machine: Machine) -> Contest:
     """Return unmix and the gram of dB, which both read dy, against one launch that walks it by chunks."""
     own = given(machine)
-
-    def plain(dtype: torch.dtype) -> Values:
-        grad_hidden, mixed, grad_weights = _unmixed(own, dtype)
-        return grad_hidden, grad_weights, (mixed.T @ own.grad.to(dtype)).view_as(own.b)
 
     def before() -> Values:
         grad_hidden, mixed, grad_weights = _unmix(own)
@@ -212,17 +235,19 @@ def dy_once(machine: Machine) -> Contest:
         )
         for size, chunk in ONCE
     }
-    return Contest(("grad_hidden", "grad_weights", "grad_b"), plain, before, after)
+    return Contest(("grad_hidden", "grad_weights", "grad_b"), partial(unmixed_and_grammed, own), before, after)
+
+
+def based(own: Given, weight: Tensor, dtype: torch.dtype) -> Values:
+    """Return x weightᵀ + mixed b (T, o)."""
+    base = own.x.to(dtype) @ weight.to(dtype).T
+    return [base + own.mixed.to(dtype) @ own.b.to(dtype).flatten(0, 1)]
 
 
 def base_and_expand(machine: Machine, rows: int = ROWS) -> Contest:
     """Return expand and then the base onto it, against the other order and against one product of both."""
     own = given(machine, rows)
     weight = table.base_weight(machine, own.x.shape[1])
-
-    def plain(dtype: torch.dtype) -> Values:
-        base = own.x.to(dtype) @ weight.to(dtype).T
-        return [base + own.mixed.to(dtype) @ own.b.to(dtype).flatten(0, 1)]
 
     def before() -> Values:
         return [launches.expand(own.mixed, own.b, None).addmm_(own.x, weight.T)]
@@ -237,7 +262,7 @@ def base_and_expand(machine: Machine, rows: int = ROWS) -> Contest:
     for size, outs in EXTENDED:
         after[f"one product, {_label(size, outs)}"] = partial(one, size, outs, False)
         after[f"one product, copy engine, {_label(size, outs)}"] = partial(one, size, outs, True)
-    return Contest(("y",), plain, before, after)
+    return Contest(("y",), partial(based, own, weight), before, after)
 
 
 def router(machine: Machine) -> Contest:
@@ -252,7 +277,7 @@ def router(machine: Machine) -> Contest:
 
     def plain(dtype: torch.dtype) -> Values:
         weights, indices = routing(dtype)
-        mixed = _shrunk(replace(own, weights=weights, indices=indices), own.a, dtype)[1]
+        mixed = shrunk(replace(own, weights=weights, indices=indices), own.a, dtype)[1]
         return [mixed @ own.b.to(dtype).flatten(0, 1)]
 
     def before() -> Values:

@@ -79,9 +79,10 @@ def unmix_gram_kernel(
         inner = (place - unmixing) // blocks * GRAM_D + tl.arange(0, GRAM_D)
         inner_ok = inner < d
         gram = tl.zeros((BLOCK_C, GRAM_D), dtype=tl.float32)
-        for first in range(start, tl.minimum(start + rows_per_chunk, n_rows), GRAM_T):
+        stop = tl.minimum(start + rows_per_chunk, n_rows)
+        for first in range(start, stop, GRAM_T):
             rows = (first + tl.arange(0, GRAM_T)).to(tl.int64)
-            row_ok = rows < n_rows
+            row_ok = rows < stop
             left = _mixed_of(
                 hidden_ptr, weights_ptr, indices_ptr, rows, row_ok, columns, column_ok,
                 stride_wt, stride_wk, stride_it, stride_ik, COLUMNS, RANK, K, DENSE, GRAM_T, BLOCK_C,
@@ -106,8 +107,13 @@ def unmix_gram(
         indices: (T, K) or None.
         hidden: (T, K, r), as the shrink kept it.
         size: tiles of unmix; gram's are as wide as the package's.
-        chunk: rows that are walked together, a multiple of both blocks of rows.
+        chunk: rows that are walked together.
+
+    Raises:
+        ValueError: a chunk is not whole blocks of rows.
     """
+    if chunk % size.block_t:
+        raise ValueError(f"unmix_gram: chunks of {chunk} rows are not whole blocks of {size.block_t}.")
     (n_rows, d), (rank, k) = grad.shape, (b.shape[1], weights.shape[1])
     columns = b.shape[0] * rank
     blocks = triton.cdiv(columns, size.block_c)
