@@ -108,4 +108,4 @@ def rows(machine: Machine, found: Callable[[], dict[str, Any]]) -> Iterator[Row]
         yield Row(name, partial(compete, machine, make), 2, kind=name.split(" of ")[0])
     for name, make in WARPS_APART.items():
         if not any("it ran for more than" in found().get(other, {}).get("error", "") for other in WARPS_APART):
-            yield Risky(name, partial(compete, machine, make), 2)
+            yield Risky(name, partial(compete, machine, make), 2, kind="warps apart")
