@@ -9,8 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import pkgutil
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ import moa.kernels.triton as room
 from moa.kernels.triton import launcher, routed, triton_concat, triton_grouped
 from moa.kernels.triton.launcher import Launcher
 
+from ..bench.common import write
 from .compiled import SHARED_LIMIT, Driver
 from .shapes import Shape, operands
 
@@ -84,6 +88,17 @@ def launchers() -> dict[str, Launcher]:
 def direct(on: bool) -> Iterator[None]:
     """Let launches go straight to compiled kernels, or not."""
     with mock.patch.object(launcher, "DIRECT", on):
+        yield
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Let a launch fail that Triton is asked for: all were to go straight to compiled kernels."""
+
+    def run(self: Any, *arguments: Any, **named: Any) -> None:
+        raise AssertionError(f"Triton was asked to launch {self.fn.__name__}: no launch like this was remembered")
+
+    with mock.patch.object(JITFunction, "run", run):
         yield
 
 
@@ -153,11 +168,26 @@ def compared(arch: int) -> dict[str, dict[str, float]]:
     return times
 
 
+def apart(arch: int) -> dict[str, Any]:
+    """Return those times, from a process of its own: an interpreter that is on cannot be switched off."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "experiments.gpu.launching", "--arch", str(arch)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    times = json.loads(done.stdout)
+    notes = [f"{name}: {way['triton']:.1f} µs, direct {way['direct']:.1f} µs" for name, way in times.items()]
+    return {"us": times, "notes": ["the host's part of a launch, without the driver's call: " + "; ".join(notes)]}
+
+
 def main() -> None:
     """Print the times as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, default=90, help="what kernels are compiled for: 90 is a Hopper GPU")
-    print(json.dumps(compared(parser.parse_args().arch)))
+    parser.add_argument("--keep", action="store_true", help="as a result beside the others as well")
+    options = parser.parse_args()
+    times = compared(options.arch)
+    print(json.dumps(times))
+    if options.keep:
+        write("launching", {"us": times}, "python -m experiments.gpu.launching --keep")
 
 
 if __name__ == "__main__":

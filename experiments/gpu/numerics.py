@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from moa.kernels.reference import low_rank_mixture_reference
 
 from . import recipes, sanitizer
 from .book import Row
+from .launching import direct, unasked
 from .machine import Machine
 from .shapes import ENGINES, EVERY_DTYPE, LAYER, NUMERICS, PAST, REPLAYED, ROUTED, SLOTS, Shape, draw
 
@@ -191,8 +193,32 @@ def repeated(machine: Machine, engine: str, shape: Shape) -> dict[str, Any]:
     return {"holds": not moved, "moved": moved}
 
 
-def replayed(machine: Machine, engine: str, rows: int, routed: bool) -> dict[str, Any]:
-    """Return whether a replayed graph gives what a call gives, for new inputs and other experts in its buffers."""
+def launched(machine: Machine, engine: str, shape: Shape) -> dict[str, Any]:
+    """Return whether direct launches give the bits that Triton's give, from memory that holds none of them."""
+    shape = machine.pick(shape, shape.toy())
+    leaves, indices, grad = draw(shape, machine.device)
+    given = cast(leaves, machine.low), indices, grad.to(machine.low)
+    run = partial(gradients, partial(low_rank_mixture, engine=engine), *given)
+    with direct(False):
+        expected = run()
+    with direct(True), poisoned():
+        run()  # the first of each kind, which Triton compiles
+        with unasked():
+            got = run()
+    other = [name for name, one, right in zip(NAMES, got, expected, strict=True) if not one.equal(right)]
+    return {"holds": not other, "other bits": other}
+
+
+def replayed(machine: Machine, engine: str, rows: int, routed: bool, way: bool = False) -> dict[str, Any]:
+    """Return whether a replayed graph gives what a call gives, for new inputs and other experts in its buffers.
+
+    Args:
+        machine: it runs on.
+        engine: of the mixture.
+        rows: T.
+        routed: with its router.
+        way: the launches that are captured are direct; those that it is compared with are Triton's.
+    """
     shape = replace(NUMERICS["usual"], rows=rows)
     shape = machine.pick(shape, shape.toy())
     cases = [draw(shape, machine.device, seed) for seed in (0, 1)]
@@ -209,13 +235,19 @@ def replayed(machine: Machine, engine: str, rows: int, routed: bool) -> dict[str
                 return gated_linear(buffers[0], base, None, Gate(gate, 2), a, b, engine=engine)[0]
             return mixture_linear(buffers[0], base, None, a, b, buffers[1], buffers[2], engine=engine)
 
-    captured, equal = machine.capture(run), []
+    with direct(way):
+        run()
+        with unasked() if way else nullcontext():
+            captured = machine.capture(run)
+    equal = []
     for leaves, chosen, _ in (cases[1], cases[0]):
         assert chosen is not None
         for buffer, new in zip(buffers, (leaves[0], leaves[3], chosen), strict=True):
             buffer.copy_(new)
-        captured.replay()
-        equal.append(captured.output.clone().equal(run()))
+        with direct(way):  # which a pretended graph, that calls again, has to know
+            captured.replay()
+        with direct(False):
+            equal.append(captured.output.clone().equal(run()))
     return {"holds": all(equal)}
 
 
@@ -289,10 +321,12 @@ def _rows(machine: Machine) -> Iterator[Row]:
         for name in ("16 rows", "odd sizes", "usual", "one hot expert", "64 experts"):
             run = partial(repeated, machine, engine, NUMERICS[name])
             yield Row(f"same bits {engine}, {name}", run, kind="same bits")
-        for n in REPLAYED:
-            for routed in (False, True):
-                title = f"replayed graph {engine}, {n} rows{', its router' if routed else ''}"
-                yield Row(title, partial(replayed, machine, engine, n, routed), kind=f"replayed {routed}")
+            run = partial(launched, machine, engine, NUMERICS[name])
+            yield Row(f"launched directly {engine}, {name}", run, kind="launched directly")
+        for n, routed, way in itertools.product(REPLAYED, (False, True), (False, True)):
+            title = f"replayed graph {engine}, {n} rows{', its router' * routed}{', launched directly' * way}"
+            run = partial(replayed, machine, engine, n, routed, way)
+            yield Row(title, run, kind=f"replayed {routed}")
     yield Row("torch.compile", partial(compiled, machine), 5, slow=True)
     yield from recipes.rows(machine)
     for engine in ENGINES:

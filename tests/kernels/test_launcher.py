@@ -24,8 +24,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from experiments.gpu.launching import Launch, direct, launchers, launches_of, loading, modules, unload
+from experiments.gpu import launching, numerics
+from experiments.gpu.launching import Launch, direct, launchers, launches_of, loading, modules, unasked, unload
+from experiments.gpu.pretended import Rehearsal
 from experiments.gpu.shapes import Shape
+from moa.kernels.reference import low_rank_mixture_reference
 from moa.kernels.triton import launcher
 from moa.kernels.triton.launcher import Launcher, launched
 
@@ -68,9 +71,9 @@ def uncompiled(driver, monkeypatch):
 
     def make(self, key, signature, device, *rest):
         kernel = object.__new__(CompiledKernel)
-        target = GPUTarget(driver.backend, driver.arch, 32)
+        target, active = GPUTarget(driver.backend, driver.arch, 32), triton.runtime.driver.active
         own = {"name": "made", "src": None, "metadata": SimpleNamespace(target=target), "module": object()}
-        handed = {"function": object(), "packed_metadata": object(), "_run": driver.launch, "_module_pid": None}
+        handed = {"function": object(), "packed_metadata": object(), "_run": active.launch, "_module_pid": None}
         kernel.__dict__.update(own | handed)
         self.device_caches[device][0][key] = kernel
         return kernel
@@ -276,6 +279,46 @@ def test_other_backends_are_left_to_triton(uncompiled):
     launch = LAUNCHES["expand_kernel"][0]
     go(launch, uncompiled, True)
     assert asked(launch, uncompiled)
+
+
+def test_both_ways_are_timed(uncompiled, monkeypatch):
+    monkeypatch.setattr(launching, "ROUNDS", 1)
+    monkeypatch.setattr(launching, "CALLS", 2)
+    times = launching.compared(90)
+    assert set(times) == set(LAUNCHERS)
+    assert all(set(way) == {"triton", "direct"} and min(way.values()) > 0 for way in times.values())
+
+
+def test_a_launch_that_triton_is_asked_for_is_seen(uncompiled):
+    launch = LAUNCHES["expand_kernel"][0]
+    with unasked(), pytest.raises(AssertionError, match="Triton was asked to launch expand_kernel"):
+        go(launch, uncompiled, True)
+    go(launch, uncompiled, True)
+    with unasked():
+        go(launch, uncompiled, True)
+        with pytest.raises(AssertionError, match="Triton was asked"):
+            go(launch, uncompiled, False)
+
+
+@pytest.mark.parametrize("check", ["calls", "graphs"])
+@pytest.mark.parametrize("worth", [0.0, 0.02])
+def test_other_values_of_direct_launches_are_seen(check, worth, monkeypatch):
+    """The GPU's numerics, on a CPU, with an engine whose values depend on the way, or do not."""
+
+    def mixture(x, a, b, weights, indices, engine):
+        return low_rank_mixture_reference(x, a, b, weights, indices) * (1 + worth * launcher.DIRECT)
+
+    def layer(x, base, bias, *rest, engine):
+        return mixture(x, *rest, engine=engine)
+
+    monkeypatch.setattr(numerics, "low_rank_mixture", mixture)
+    monkeypatch.setattr(numerics, "mixture_linear", layer)
+    if check == "calls":
+        found = numerics.launched(Rehearsal(), "triton_concat", Shape(16, 64, 64))
+        assert found["other bits"] == (["y", "grad_x", "grad_a", "grad_b", "grad_weights"] if worth else [])
+    else:
+        found = numerics.replayed(Rehearsal(), "triton_concat", 16, False, way=True)
+    assert found["holds"] == (not worth)
 
 
 def hook(*args: Any, **kwargs: Any) -> None:

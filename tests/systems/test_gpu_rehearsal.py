@@ -53,7 +53,7 @@ def test_every_way_through_the_sections(tmp_path):
             assert row["found"].get("holds", True), f"{section}, {name}: {row['found']}"
     assert not any(left for section, left in content["left over"].items() if section != "failures")
     assert "under way" not in content
-    for wanted in ("## Goals", "## Times", "moa / frozen base", "Sizes(", "_GPU_COLUMNS"):
+    for wanted in ("## Goals", "## Times", "moa / frozen base", "Sizes(", "_GPU_COLUMNS", "DIRECT = "):
         assert wanted in said
 
 
