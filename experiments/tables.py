@@ -116,6 +116,18 @@ def memory() -> str:
     return f"{table(header, rows)}\n\n{made_by('memory')}\n\n{text}\n\n{made_by('end_to_end')}"
 
 
+def launching() -> str:
+    """What a launch costs the host, as Triton launches and straight to a compiled kernel."""
+    times = result("launching")["us"]
+    rows = [
+        [f"`{name}`", f"{way['triton']:.1f}", f"{way['direct']:.1f}", number(way["triton"] / way["direct"])]
+        for name, way in times.items()
+    ]
+    header = ["a launch of", "as Triton launches, µs", "direct, µs", "Triton's over direct"]
+    version = result("launching")["environment"]["triton"]
+    return f"{table(header, rows)}\n\nTriton {version}. {made_by('launching')}"
+
+
 def merging() -> str:
     """Merges of adapters into a checkpoint."""
     found = result("merge_bench")
@@ -289,6 +301,7 @@ TABLES: dict[str, Callable[[], str]] = {
         generation,
         decoding,
         memory,
+        launching,
         merging,
         around,
         cross_domain,
