@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, ConfigError
 from ..formats.json_files import read_json
-from ..training.checkpoints import parts_of_engine
+from ..training.checkpoints import parts_of_engine, processes_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -53,7 +53,7 @@ def check_engine(training: Mapping[str, Any], after: Mapping[str, Any], checkpoi
             f"{asked}: ZeRO-3 spreads the model over the processes, and that works with a whole one. Leave {asked} "
             "out, or take ZeRO-2."
         )
-    saved = 0 if checkpoint is None else len(parts_of_engine(checkpoint))
+    saved = 0 if checkpoint is None or not parts_of_engine(checkpoint) else processes_of(checkpoint)
     if saved and saved != world:
         raise ConfigError(
             f"{checkpoint} was written by {saved} processes, each its part of DeepSpeed's state, and here are {world}: "

@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from ..errors import MoaError, SaidElsewhere
@@ -37,23 +37,57 @@ class _Run:
 
         dist: Any = torch.distributed  # whose stores it exports without saying so
         store, _, self.world = next(iter(dist.rendezvous("env://")))
-        self.store = dist.PrefixStore(f"moa/{number}", store)
+        self.store, self._ended = dist.PrefixStore(f"moa/{number}", store), dist.DistNetworkError
         self.meetings, self.decisions = itertools.count(), itertools.count()
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Ask the store, which is in the first process where no launcher holds one.
+
+        Raises:
+            SaidElsewhere: that process has ended.
+        """
+        try:
+            yield
+        except self._ended as error:
+            raise SaidElsewhere("the first process of this run has ended.") from error
+
+    def add(self, key: str) -> int:
+        """Return how many processes have come to a place with this one.
+
+        Raises:
+            SaidElsewhere: see `asking`.
+        """
+        with self.asking():
+            return int(self.store.add(key, 1))
+
+    def leave(self) -> None:
+        """End the run; the first process goes last, since the others may still ask the store.
+
+        Raises:
+            SaidElsewhere: another process has failed.
+        """
+        if is_first():
+            self.wait(lambda: self.store.add("left", 0) == self.world - 1)
+            return
+        with suppress(SaidElsewhere):  # it may go as soon as this is counted
+            self.add("left")
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Return when something is done.
 
         Raises:
-            SaidElsewhere: another process has failed.
+            SaidElsewhere: another process has failed, or see `asking`.
             MoaError: it is not done within half an hour.
         """
         end = time.monotonic() + PATIENCE
-        while not done():
-            if self.store.check(["failed"]):
-                raise SaidElsewhere("another process of this run has failed, and says why.")
-            if time.monotonic() > end:
-                raise MoaError(f"the other processes of this run did not come within {PATIENCE / 60:.0f} minutes.")
-            time.sleep(PAUSE)
+        with self.asking():
+            while not done():
+                if self.store.check(["failed"]):
+                    raise SaidElsewhere("another process of this run has failed, and says why.")
+                if time.monotonic() > end:
+                    raise MoaError(f"the other processes of this run did not come within {PATIENCE / 60:.0f} minutes.")
+                time.sleep(PAUSE)
 
 
 @contextmanager
@@ -70,10 +104,11 @@ def joint() -> Iterator[None]:
     run = _now = _Run(next(_runs))
     try:
         yield
+        run.leave()
     except SaidElsewhere:
         raise
     except BaseException as error:
-        if run.store.add("failed", 1) > 1:
+        if run.add("failed") > 1:
             raise SaidElsewhere("another process of this run has failed, and says why.") from error
         raise
     finally:
@@ -98,7 +133,7 @@ def meet() -> None:
     """
     if _now is not None:
         run, key = _now, f"meeting {next(_now.meetings)}"
-        run.store.add(key, 1)
+        run.add(key)
         run.wait(lambda: run.store.add(key, 0) >= run.world)
 
 

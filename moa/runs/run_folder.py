@@ -17,8 +17,9 @@ import yaml
 from ..errors import ConfigError
 from ..formats.atomic import said_of
 from ..formats.scratch import put, sweep
-from ..training.checkpoints import checkpoints, newest_checkpoint, number
+from ..training.checkpoints import checkpoints, newest_checkpoint, number, processes_of
 from .config import TrainConfig, read_config
+from .joint import n_processes
 from .yaml_values import shortened
 
 RESULTS, FIGURE, CONFIG, MODEL, DATA = "results.json", "routing.png", "config.yaml", "model", "trained_on.json"
@@ -42,6 +43,8 @@ FREE_TRAINING = re.compile(
     r"(logging|log|eval|save|dataloader|disable|report|run|hub|push)_\w+|use_cpu|max_steps|num_train_epochs|"
     r"per_device_eval_batch_size|load_best_model_at_end|metric_for_best_model|greater_is_better|project"
 )
+# a step's rows are those of all processes: of another number each may take more or fewer
+SHARED = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
 
 
 class RunFolder:
@@ -97,16 +100,23 @@ class RunFolder:
             raise ConfigError(f"nothing to resume: {self.work} has no {CONFIG} that says what was trained.")
         stored = _flat(read_config(file, recipe=False).to_dict())
         now = _flat(self.config.to_dict())
+        free = SHARED if self.others else set()
         different = [
             f"{key} was {shortened(stored.get(key), 60)} and is now {shortened(now.get(key), 60)}"
             for key in sorted(stored.keys() | now.keys())
-            if stored.get(key) != now.get(key) and not _is_free(key)
+            if stored.get(key) != now.get(key) and key not in free and not _is_free(key)
         ]
         if different:
             raise ConfigError(
                 f"--resume: this run was trained with another configuration: {'; '.join(different)}. Set it back, or "
                 "train anew with another output."
             )
+
+    @property
+    def others(self) -> int:
+        """How many processes wrote the checkpoint that the run goes on from, where these are more or fewer; else 0."""
+        wrote = n_processes() if self.checkpoint is None else processes_of(self.checkpoint)
+        return 0 if wrote == n_processes() else wrote
 
     def check_rows(self, rows: Mapping[str, Any]) -> None:
         """Refuse to resume on other rows than the run was trained on.

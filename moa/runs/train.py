@@ -25,7 +25,7 @@ from .calibrated import CalibratedClasses, check_classify
 from .config import TrainConfig
 from .encode import EncodedTask, encode_rows, encode_tasks
 from .generate import continuations
-from .joint import joint, meet
+from .joint import joint, meet, n_processes
 from .metrics import measures_of
 from .packing import bins, check_packing
 from .preflight import Checked, check_run, check_scored
@@ -111,6 +111,13 @@ def prepare(checked: Checked) -> tuple[MoAModel, Run, Any, dict[str, Any]]:
         model.print_trainable_parameters()
     for note in _notes(config, model):
         say(f"note: {note}")
+    if folder.others:
+        rows_of_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * n_processes()
+        say(
+            f"note: {folder.checkpoint} was written by another number of processes ({folder.others}, now "
+            f"{n_processes()}): weights, optimizer and schedule go on, what is drawn at random (dropout, jitter) is "
+            f"drawn anew, and a step takes {rows_of_a_step} rows."
+        )
     if config.packing:
         check_packing(model)
         lengths = [len(ids) for task in tasks for ids in task.train["input_ids"]]

@@ -9,14 +9,19 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from moa.cli.main import main
+from moa.errors import CheckpointError
+from moa.formats.json_files import read_json
+from moa.training.checkpoints import MARKER
 from tests.tiny_run import train_with
 
 
@@ -34,6 +39,28 @@ class Fault(TrainerCallback):
             raise MemoryError("made by the test")
 
 
+def kill_between_writes(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the second process be killed before its last file of a checkpoint, when the first one has written all its."""
+    save = Trainer._save_rng_state
+
+    def killed(self: Trainer, output_dir: str) -> None:
+        if self.args.process_index == 1 and self.state.global_step == step:
+            while not is_there(Path(output_dir) / MARKER):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, output_dir)
+
+    patch.setattr(Trainer, "_save_rng_state", killed)
+
+
+def is_there(file: Path) -> bool:
+    """Tell whether a JSON file is written to its end."""
+    try:
+        return bool(read_json(file))
+    except CheckpointError:
+        return False
+
+
 def run(folder: Path) -> None:
     """Run the commands; the last one's exit code is the process's, and its words go where they go."""
     commands = json.loads((folder / "commands.json").read_text())
@@ -42,7 +69,9 @@ def run(folder: Path) -> None:
         said = io.StringIO()
         last = number == len(commands) - 1
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(sys.stderr if last else said):
-            if fault:
+            if fault and fault[1] == "kill":
+                kill_between_writes(patch, fault[0])
+            elif fault:
                 train_with(patch, Fault(*fault))
             code = main(words)
         if last:

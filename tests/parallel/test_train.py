@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from moa.errors import ConfigError
 from moa.runs.config import parse
 from moa.runs.train import train
 from tests.laws import assert_close
@@ -102,6 +104,23 @@ def test_each_launcher_makes_one_run(launcher: list[str], tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after training") == 1
     assert_run_of_one(tmp_path / "two" / "run", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
+def test_one_process_goes_on_with_what_two_have_written(
+    launched: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With as many rows a step it ends where two do, and says once what differs; other values stay refused."""
+    folder, _ = launched
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / f"checkpoint-{STEPS}")
+    values = values_of(folder, 16, "run") | {"output": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.1 and is now 0\.2"):
+        train(parse({**values, "training": {**values["training"], "learning_rate": 0.2}}), resume=True)
+    capsys.readouterr()
+    train(parse(values), resume=True)
+    assert capsys.readouterr().out.count("another number of processes (2, now 1): weights, optimizer and schedule") == 1
+    assert_run_of_one(tmp_path / "run", tmp_path)
 
 
 def assert_run_of_one(run: Path, folder: Path) -> None:

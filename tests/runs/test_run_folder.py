@@ -11,13 +11,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from moa.cli.main import main
 from moa.errors import ConfigError
 from moa.runs.config import parse
 from moa.runs.train import train
-from moa.training.checkpoints import newest_checkpoint
+from moa.training.checkpoints import is_whole, newest_checkpoint, processes_of
 from tests.tiny_run import config_values, decoder_folder, encoder_folder, train_with
 
 pytestmark = pytest.mark.filterwarnings("ignore::moa.monitor.statistics.RoutingCollapseWarning")
@@ -166,6 +166,67 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path, name: str) -> 
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     shutil.rmtree(tmp_path / "checkpoint-2")
     assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_checkpoint_of_several_processes_has_a_file_of_each(
+    tmp_path: Path, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two the names say it, of three the arguments that Trainer saves do; what is left of others does not count."""
+    inner = tmp_path / "checkpoint-2"
+    inner.mkdir()
+    write_whole(inner, 2)
+    (inner / "rng_state.pth").rename(inner / "rng_state_0.pth")
+    for rank in range(1, n):
+        assert processes_of(inner) == max(2, rank) and not (rank == 1 and is_whole(inner))
+        torch.save({}, inner / f"rng_state_{rank}.pth")
+    assert is_whole(inner)
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert arguments.world_size == 1
+    for said in (n, n + 1):
+        monkeypatch.setitem(vars(arguments.distributed_state), "num_processes", said)
+        torch.save(arguments, inner / "training_args.bin")
+        assert processes_of(inner) == said and is_whole(inner) == (said == n)
+    arguments.save_on_each_node = True  # a machine has the files of its own processes
+    torch.save(arguments, inner / "training_args.bin")
+    assert is_whole(inner)
+    file = inner / "training_args.bin"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert not is_whole(inner)
+
+
+def test_what_trainer_saved_of_its_arguments_is_not_run(tmp_path: Path) -> None:
+    class Opened:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "opened",))
+
+    torch.save(Opened(), tmp_path / "training_args.bin")
+    assert processes_of(tmp_path) == 2 and not (tmp_path / "opened").exists()
+    torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert (tmp_path / "opened").exists()
+
+
+def test_a_checkpoint_of_deepspeed_has_every_part(tmp_path: Path) -> None:
+    """Names as DeepSpeed's engine forms them; ZeRO-3 has the weights in parts, too."""
+    inner = tmp_path / "checkpoint-2"
+    inner.mkdir()
+    write_whole(inner, 2)
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (inner / name).unlink()
+    (inner / "rng_state.pth").rename(inner / "rng_state_0.pth")
+    torch.save({}, inner / "rng_state_1.pth")
+    (inner / "latest").write_text("global_step2")
+    own = inner / "global_step2"
+    own.mkdir()
+    assert not is_whole(inner)
+    torch.save({}, own / "mp_rank_00_model_states.pt")
+    assert is_whole(inner)  # without ZeRO
+    for prefix, kind in (("bf16_", "optim"), ("", "model")):
+        for rank in range(2):
+            torch.save({}, own / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt")
+            assert is_whole(inner) == (rank == 1)
+    (own / "zero_pp_rank_0_mp_rank_00_model_states.pt").unlink()
+    assert not is_whole(inner)
 
 
 def test_other_rows_under_the_same_name_are_not_resumed(
