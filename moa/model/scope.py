@@ -38,8 +38,13 @@ class ModelScope:
     def __init__(self, draws: Draws | None = None, names: tuple[str, ...] = ()) -> None:
         self.draws, self.names = draws, names
         self.turns = Turns()
-        self._here = _Thread(draws)
+        self._threads = _Threads(draws)
         self._graphs: dict[int, list[weakref.ref[_Graph]]] = {}  # of each thread
+
+    @property
+    def _here(self) -> _Thread:
+        this: _Thread = self._threads.this
+        return this
 
     def current(self) -> Context:
         """Return the context of what runs in this thread; outside of any forward, what its forwards start from."""
@@ -150,7 +155,14 @@ class ModelScope:
         self.__init__(**state)  # type: ignore[misc]
 
 
-class _Thread(threading.local):
+class _Threads(threading.local):
+    """What this thread has, as an object of its own: compiled code loses what it sets on a `local` at a graph break."""
+
+    def __init__(self, draws: Draws | None) -> None:
+        self.this = _Thread(draws)
+
+
+class _Thread:
     """What one thread has: the context outside of forwards, those it is inside of, the graph that it makes."""
 
     def __init__(self, draws: Draws | None) -> None:

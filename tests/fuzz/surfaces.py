@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 import moa
 from moa.formats.tensor_files import Checkpoint
@@ -314,10 +315,11 @@ def _checkpoint(folder: Path) -> None:
     save_file({"a": torch.zeros(3)}, inner / "model.safetensors")
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({}, inner / name)
+    torch.save(TrainingArguments(str(folder), report_to="none", use_cpu=True), inner / "training_args.bin")
 
 
 def _damage_checkpoint(folder: Path, draw: random.Random) -> None:
-    name = draw.choice(("trainer_state.json", "model.safetensors", "optimizer.pt"))
+    name = draw.choice(("trainer_state.json", "model.safetensors", "optimizer.pt", "training_args.bin"))
     how = {"trainer_state.json": _json, "model.safetensors": _weights}.get(name, _bytes)
     how(name)(folder / "checkpoint-4", draw)
 
