@@ -118,6 +118,16 @@ class RunFolder:
         wrote = n_processes() if self.checkpoint is None else processes_of(self.checkpoint)
         return 0 if wrote == n_processes() else wrote
 
+    def notes(self, n_rows: int) -> list[str]:
+        """Return what is not as it was when the checkpoint was written; a step takes n rows now."""
+        if not self.others:
+            return []
+        return [
+            f"{self.checkpoint} was written by another number of processes ({self.others}, now {n_processes()}): "
+            "weights, optimizer and schedule go on, what is drawn at random (dropout, jitter) is drawn anew, and "
+            f"a step takes {n_rows} rows."
+        ]
+
     def check_rows(self, rows: Mapping[str, Any]) -> None:
         """Refuse to resume on other rows than the run was trained on.
 

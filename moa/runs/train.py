@@ -109,15 +109,9 @@ def prepare(checked: Checked) -> tuple[MoAModel, Run, Any, dict[str, Any]]:
     model = build_model(config, tasks)
     if is_first():
         model.print_trainable_parameters()
-    for note in _notes(config, model):
+    rows_of_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * n_processes()
+    for note in [*folder.notes(rows_of_a_step), *_notes(config, model)]:
         say(f"note: {note}")
-    if folder.others:
-        rows_of_a_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * n_processes()
-        say(
-            f"note: {folder.checkpoint} was written by another number of processes ({folder.others}, now "
-            f"{n_processes()}): weights, optimizer and schedule go on, what is drawn at random (dropout, jitter) is "
-            f"drawn anew, and a step takes {rows_of_a_step} rows."
-        )
     if config.packing:
         check_packing(model)
         lengths = [len(ids) for task in tasks for ids in task.train["input_ids"]]
