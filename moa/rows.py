@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -143,3 +143,17 @@ def check_task_ids(task_ids: Tensor, known: range) -> None:
             f"unknown task id {wrong}: this model routes tasks {only}. Build it with more tasks, adapt it to the new "
             "one (model.adapt), or choose a recipe that falls back on uniform weights for unknown tasks."
         )
+
+
+def seen_by_head(values: tuple[Tensor, ...], inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return tensors (B, S, …), and behind them the rows of each that a head sees that is told which logits to keep.
+
+    Args:
+        values: of all tokens.
+        inputs: of the model; `logits_to_keep` is the number of the last ones, 0 or None for all, or places (n,).
+    """
+    kept = inputs.get("logits_to_keep")
+    if kept is None or (isinstance(kept, int) and not kept):
+        return values
+    part = slice(-kept, None) if isinstance(kept, int) else kept
+    return (*values, *[value[:, part] for value in values])

@@ -197,7 +197,8 @@ class Context:
         trace: where mixtures record their routings; None records nothing.
         draws: which of a step's M forwards runs, for routers that sample; None where each forward is by itself.
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
-        preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it.
+        preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it, and its
+            part that the head sees, where that is told which logits to keep.
         decisions: what a router has decided for layers that follow it, by the name of its layer; the latest of them
             takes it out, and a new forward of the model forgets what one that failed has left.
         batch: what the outermost entry of the forward was told, for the parts inside; None outside of a forward.
@@ -218,7 +219,7 @@ class Context:
     trace: Recorder | None = None
     draws: Draws | None = field(default=None, repr=False)
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
-    preview: Tensor | None = field(default=None, repr=False)
+    preview: Sequence[Tensor] = field(default=(), repr=False)
     decisions: dict[str, Decision] = field(default_factory=dict, repr=False)
     batch: object | None = field(default=None, repr=False)
     handed_on: bool = True

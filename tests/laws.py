@@ -317,7 +317,12 @@ def make_context(rows: tuple[int, ...], mask: Tensor | None = None, preview: Ten
     """Return a context with task ids for the first of the rows, and a first pass (*rows, d) where one is given."""
     n = rows[0] if rows else 1
     masks = () if mask is None else (mask,)
-    return Context(task_ids=torch.arange(n) % N_TASKS, masks=masks, routing_masks=masks, preview=preview)
+    return Context(
+        task_ids=torch.arange(n) % N_TASKS,
+        masks=masks,
+        routing_masks=masks,
+        preview=() if preview is None else (preview,),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ comparing

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ContextError
+from ..rows import seen_by_head
 from ..types import Scope
 from .caches import JointCache, is_cache, with_follower
 from .hooks import check_hooks_run
@@ -34,7 +35,7 @@ class Preview:
     def __init__(self, base: nn.Module, scope: Scope) -> None:
         hidden_width(base)
         self.base, self.scope = base, scope
-        self.body: Any = getattr(base, "base_model", base)
+        self.body: Any = _body(base)
         # read once: compiled code has no signatures
         self._places = _parameters(base, inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._known = _parameters(self.body, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -70,7 +71,8 @@ class Preview:
         if not context.enabled or context.pinned is not None:
             return args, kwargs
         args, kwargs = (_with_followers(args), _with_followers(kwargs))
-        context.preview = self._hidden({**dict(zip(self._places, args, strict=False)), **kwargs})
+        inputs = {**dict(zip(self._places, args, strict=False)), **kwargs}
+        context.preview = seen_by_head((self._hidden(inputs),), inputs)
         return args, kwargs
 
     @property
@@ -100,6 +102,15 @@ class Preview:
                 m.training = True
         assert isinstance(hidden, Tensor)
         return hidden
+
+
+def _body(base: nn.Module) -> nn.Module:
+    """Return what makes the last hidden state (B, S, d): a wrapper that only hands inputs on has no names for them."""
+    body = getattr(base, "base_model", base)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    while not _parameters(body, *named) and len(parts := list(body.children())) == 1:
+        (body,) = parts
+    return body
 
 
 def _parameters(module: nn.Module, *kinds: Any) -> tuple[str, ...]:

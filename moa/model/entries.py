@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..objective import Trace
-from ..rows import ImageRows
+from ..rows import ImageRows, seen_by_head
 from ..types import Context
 from .chosen import chosen_experts, take_ids
 from .images import images_by_themselves, placed_images
@@ -113,7 +113,7 @@ class Entry:
             source = (crossed, there) if there or around.source is None else around.source
             masks, looked_at = own or batch.decoder, batch.routing_of(own, decoder=True)
         elif own:
-            masks, looked_at = own, batch.routing_of(own)
+            masks, looked_at = seen_by_head(own, inputs), batch.routing_of(own)
         elif given is not None and batch.attention:  # in a form of the attention's: the same rows
             masks, looked_at = batch.attention, batch.routing
         elif around.handed_on:

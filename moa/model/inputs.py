@@ -89,7 +89,7 @@ def outermost(around: Context, batch: Batch) -> Context:
     context.task_ids = around.task_ids if batch.task_ids is None else batch.task_ids
     context.ranks = around.ranks
     context.pinned = around.pinned if batch.pinned is None else batch.pinned
-    context.batch, context.handed_on, context.preview = batch, True, None
+    context.batch, context.handed_on, context.preview = batch, True, ()
     return context
 
 

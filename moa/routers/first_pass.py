@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class PreviewRouter(Router):
         Raises:
             ContextError: there was no first pass, or it saw other rows.
         """
-        if context.preview is None:
+        if not context.preview:
             raise ContextError(
                 "this router looks at a first pass of the frozen base, and there was none: call the MoAModel, or its "
                 "base inside it, not one of its layers."
@@ -139,13 +139,15 @@ class PreviewRouter(Router):
         return Routing(kept, indices, self.n_experts, logits, scores)
 
     @staticmethod
-    def _rows(hidden: Tensor, x: Tensor, context: Context) -> Tensor:
-        """Return hidden (B, S, d) for the rows of x (*rows, i): as it is, flattened, or pooled to one per example."""
-        rows = x.shape[:-1]
-        if hidden.shape[:-1] == rows:
-            return hidden
-        if hidden.shape[:-1].numel() == rows.numel():
-            return hidden.reshape(*rows, hidden.shape[-1])
+    def _rows(previews: Sequence[Tensor], x: Tensor, context: Context) -> Tensor:
+        """Return hidden states (B, S, d) for the rows of x (*rows, i): as they are, flattened, or one per example."""
+        rows, hidden = x.shape[:-1], previews[0]
+        for seen in previews:
+            if seen.shape[:-1] == rows:
+                return seen
+        for seen in previews:
+            if seen.shape[:-1].numel() == rows.numel():
+                return seen.reshape(*rows, seen.shape[-1])
         if rows == hidden.shape[:1]:
             return pool(hidden, context.routing_masks_for(x)).squeeze(1)
         raise ContextError(

@@ -83,7 +83,7 @@ def router_is_batch_invariant(router: Router, x: Tensor, mask: Tensor, streams: 
     places = torch.arange(x.shape[0]).view(streams, -1)  # (n, B)
     for examples in (torch.randperm(places.shape[1]), torch.tensor([-1])):
         rows = places[:, examples].flatten()
-        context = Context(task_ids=tasks[rows], masks=(mask[rows],), routing_masks=(mask[rows],), preview=x[rows])
+        context = Context(task_ids=tasks[rows], masks=(mask[rows],), routing_masks=(mask[rows],), preview=(x[rows],))
         part = router(x[rows], context)
         assert_close(part.dense(), together.dense()[rows], what="weights")
         assert bool((part.selected() == together.selected()[rows]).all())
@@ -101,7 +101,7 @@ def router_is_causal(router: Router, x: Tensor, prompt: int) -> None:
     before = router(x, context)
     later = x.clone()
     later[:, prompt:] = torch.randn_like(later[:, prompt:]) * 10
-    context.preview = later
+    context.preview = (later,)
     after = router(later, context)
     if before.weights.ndim < 2:
         assert_same_routing(after, before)

@@ -14,6 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import moa
@@ -136,7 +137,7 @@ def test_a_cache_of_unknown_origin_is_an_error(folders: list[Path]) -> None:
             model(tokens()[:, :1], past_key_values=cache)
     with pytest.raises(ContextError, match="there was none"):
         mixture = next(iter(model.mixtures().values()))
-        model.context.preview = None
+        model.context.preview = ()
         mixture(torch.randn(2, 3, 16))
 
 
@@ -159,6 +160,69 @@ def test_xlora_on_other_models(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = moa.load(tmp_path / "saved", base=make())
     assert torch.equal(models.outputs_of(again, batch), models.outputs_of(model, batch))
+
+
+@pytest.mark.parametrize("keep", [1, 2, [0, 3]], ids=str)
+def test_a_head_that_sees_some_tokens_has_their_routing(keep: Any, tmp_path: Path) -> None:
+    """An adapter on the head reads the rows of the tokens whose logits are asked for; `generate` asks for the last."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders = adapters.write(tmp_path, models.llama, targets=["q_proj", "lm_head"])
+    model = models.randomise(moa.build(models.llama(), "xlora", experts=folders)).eval()
+    ids = tokens()
+    kept = torch.tensor(keep) if isinstance(keep, list) else keep
+    with torch.no_grad():
+        logits = model(ids).logits
+        some = model(ids, logits_to_keep=kept).logits
+    assert_close(some, logits[:, -keep:] if isinstance(keep, int) else logits[:, keep], 1e-6)
+    grown = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), grown)
+
+
+def test_padding_of_a_head_that_sees_some_tokens_counts_for_nothing() -> None:
+    """Losses of a router before the head are over the tokens that are real, of those that it sees."""
+    model = moa.build(models.llama(), "topk", n_experts=4, k=2, targets=["lm_head"], balance=1.0)
+    models.randomise(model).eval()
+    ids = tokens()
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+
+    def counted(**also: Any) -> Tensor | None:
+        with torch.no_grad(), model.tracing() as trace:
+            model(ids, attention_mask=mask, **also)
+        (record,) = trace
+        return record.mask
+
+    for kept, real in (({}, mask), ({"logits_to_keep": 3}, mask[:, -3:])):
+        found = counted(**kept)
+        assert found is not None and torch.equal(found, real.bool())
+
+
+@pytest.mark.parametrize("name", ["Bart", "MBart", "Marian", "Pegasus", "Blenderbot", "PLBart"])
+def test_a_decoder_inside_a_wrapper_has_a_first_pass(name: str, tmp_path: Path) -> None:
+    """The decoder of an encoder-decoder by itself stands in a module whose forward has no named inputs."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=models.VOCAB, d_model=16, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=32,
+        max_position_embeddings=32, is_decoder=True, is_encoder_decoder=False, pad_token_id=0,
+    )  # fmt: skip
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folders = adapters.write(tmp_path, make, targets=["q_proj", "fc1"])
+    model = models.randomise(moa.build(make(), "xlora", experts=folders)).eval()
+    ids = tokens()
+    seen: list[Tensor] = []
+    (classifier,) = {branch.router.classifier for _, branch in model.branches()}
+    classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+        assert_close(seen[0], make()(ids, output_hidden_states=True).hidden_states[-1], 1e-6)
+    grown = model.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), grown)
 
 
 def test_deep_copies_share_nothing(folders: list[Path]) -> None:
