@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from experiments.gpu.launching import direct, unasked
 from moa.kernels import (
     Gate,
     choose_engine,
@@ -66,6 +67,21 @@ def test_the_same_bits_every_time(engine, name):
     for _ in range(9):
         for one, other in zip(first, results(partial(low_rank_mixture, engine=engine), case), strict=True):
             assert torch.equal(one, other)
+
+
+@each_engine
+@pytest.mark.parametrize("name", ["sixteen rows", "odd sizes", "long", "many experts"])
+def test_direct_launches_give_the_same_bits(engine, name, poisoned):
+    case = on_gpu(make_case(**SHAPES[name])).to(torch.bfloat16, torch.float32)
+    run = partial(low_rank_mixture, engine=engine)
+    with direct(False):
+        expected = results(run, case)
+    with direct(True):
+        results(run, case)  # the first of each kind, which Triton compiles
+        with unasked():
+            got = results(run, case)
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one, other)
 
 
 @each_engine
