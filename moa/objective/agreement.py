@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 from ..errors import ContextError
 from ..types import Context
+from .exchange import over_processes
 
 
 def disagreement(logits: Sequence[Any], context: Context) -> Tensor:
     """Return the mean over rows of (KL(p ‖ q) + KL(q ‖ p)) / 2 in nats, p the first's softmax, q each other's, ().
+
+    Under data parallelism the rows are those of all processes.
 
     Args:
         logits: M outputs, (B, C) or (B, S, C); −∞ where a head lacks an output.
@@ -27,11 +30,13 @@ def disagreement(logits: Sequence[Any], context: Context) -> Tensor:
         raise ContextError("a consistency loss compares logits, and these outputs have none: set consistency=0.")
     mask = context.mask_for(logits[0])
     log_p, *others = [_log_probabilities(one) for one in logits]
-    apart = []
+    sums = []
     for log_q in others:
         rows = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2  # (*rows,)
-        apart.append(rows.mean() if mask is None else torch.where(mask, rows, 0).sum() / mask.sum().clamp(min=1))
-    return torch.stack(apart).mean()
+        sums.append((rows if mask is None else torch.where(mask, rows, 0)).sum())
+    count = sums[0].new_tensor(log_p[..., 0].numel()) if mask is None else mask.sum().to(sums[0].dtype)
+    (totals,) = over_processes([torch.stack([*sums, count])])  # (M,)
+    return (totals[:-1] / totals[-1].clamp(min=1)).mean()
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:

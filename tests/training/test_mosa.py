@@ -126,6 +126,25 @@ def test_draws_are_uniform_and_apart_for_layers_factors_experts_and_steps() -> N
     assert tuple(int(c) for name in again.banks for c in again.drawn(name).flatten()) == seen[-1]
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")  # it breaks there
+def test_compiled_it_trains_as_it_does_otherwise() -> None:
+    """Draws are made outside of the graphs, between which both forwards, their masks and steps are kept."""
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = built(targets=["layer.1.attention.self.query"], jitter=0.0)
+        mosa = MoSA(model, n=3)
+        if compiled:
+            model.compile(backend="eager")
+        trained(model, steps=2)
+        mosa.close()
+        ends.append({"loss": model.last_losses["task"], **model.adapter_state_dict()})
+    for name, value in ends[0].items():
+        assert_close(ends[1][name], value, 1e-10, name)
+
+
 def test_a_shared_down_is_not_split() -> None:
     model = built()
     mosa = MoSA(model, n=4, shared_down=True)
