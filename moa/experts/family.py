@@ -66,7 +66,8 @@ class Family:
         """Return what all layers of one recipe share, e.g. random bases (r, d), or None.
 
         The model owns it. Its parameters and persistent buffers are saved once; what a seed makes again is a buffer
-        that is not persistent. Its method `step()`, if it has one, is called after each optimizer step.
+        that is not persistent. Its method `step()`, if it has one, is called after each optimizer step, and its method
+        `begin(banks)`, if it or a module in it has one, before each forward in eager mode, with the model's banks.
 
         Args:
             sites: all layers of the recipe, in order.

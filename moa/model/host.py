@@ -31,17 +31,17 @@ from ..recipes import Recipe
 from ..recipes.lent import mixtures_with
 from ..recipes.origins import origins
 from .adapt import adapted, optimizer_groups
+from .beginning import Beginning
 from .chosen import common_names
 from .entries import close_entries, open_entries
 from .room import check_room
 from .running import hold_still
-from .sound import Sound
 from .switched import Switched
 from .turns import alone, outside
 from .whole import Whole, whole_names
 
 
-class Host(Switched, Sound):
+class Host(Switched, Beginning):
     """What `MoAModel` does with the mixtures in its base, whatever the base is.
 
     Attributes:

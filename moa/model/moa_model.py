@@ -231,7 +231,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
 
     def _begin(self) -> None:
         watch(self)
-        self.scope.before = self.check_routers
+        self.listen()
 
     # ---------------------------------------------------------------- saving
 

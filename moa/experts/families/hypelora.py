@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...kernels.kept import Kept, Tensors, is_at_hand, may_keep
 from ...layers import Site
 from ..bank import ExpertBank
 from ..factored import FactoredBank
@@ -18,10 +22,15 @@ from ..family import Family, register_expert
 from ..frozen import generator
 
 Down = Literal["generated", "frozen"]
+Linear = Callable[[Tensor], Tensor]
+Wanted = tuple[str, int, int]  # kind, r and size of factors (E, r, size)
 
 
 class Hypernetwork(nn.Module):
     """Embeddings (E, d) -> factors (E, r, size): a trunk of linear layers and GELUs, and a last layer for each size.
+
+    Its weights are far larger than what they make, so they are read once for all layers of a model: in a forward that
+    trains, and again without a gradient when one of them has changed.
 
     Args:
         d_embedding: d.
@@ -36,10 +45,12 @@ class Hypernetwork(nn.Module):
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nn.GELU()]
         self.width, self.trunk, self.last = width, nn.Sequential(*layers), nn.ModuleDict()
+        self._kept, self._users = Kept(), list[HypeLoRABank]()
+        self._banks: Sequence[ExpertBank] | None = None  # that the users were found among
 
     def prepare(self, kind: Literal["down", "up"], rank: int, size: int) -> None:
         """Have the last layer for factors (E, r, size), where the trunk is; the layers of one size share it."""
-        name = f"{kind}_{rank}x{size}"
+        name = last_layer((kind, rank, size))
         if name not in self.last:
             like = next(self.trunk.parameters())
             layer = nn.Linear(self.width, rank * size, device=like.device, dtype=like.dtype)
@@ -63,15 +74,113 @@ class Hypernetwork(nn.Module):
         for name in self.last:
             self._draw_last(name)
 
-    def forward(self, embedding: Tensor, *wanted: tuple[str, int, int]) -> list[Tensor]:
+    def forward(self, embedding: Tensor, *wanted: Wanted) -> list[Tensor]:
         """Return the factors (E, r, size) of embeddings (E, d).
 
         Args:
             embedding: of the experts.
             wanted: kind, r and size of each.
         """
-        hidden = self.trunk(embedding)  # (E, width)
-        return [self.last[f"{kind}_{rank}x{size}"](hidden).unflatten(-1, (rank, size)) for kind, rank, size in wanted]
+        last: Any = self.last
+        return emit([embedding], [wanted], self._linears(), {name: last[name] for name in map(last_layer, wanted)})[0]
+
+    def factors(self, bank: HypeLoRABank) -> Tensors:
+        """Return the factors (E, r, size) of a bank's experts, made together with those of the model's other layers.
+
+        A bank by itself, one of a model that is not running, or one of parameters that are not at hand as they are
+        makes its own, at each call.
+        """
+        if may_keep(bank.embedding):
+            names = [last_layer(one) for one in bank.wanted]
+            read = self._weights(names)
+            found = self._kept.find(read, bank.embedding)
+            if found is None and any(user is bank for user in self._users) and self._make_all():
+                found = self._kept.find(read, bank.embedding)
+            if found is not None:
+                return found
+        return self(bank.embedding, *bank.wanted)  # type: ignore[no-any-return]
+
+    def begin(self, banks: Sequence[ExpertBank]) -> None:
+        """Take note that a forward begins on a model's banks, (*rows, i) -> (*rows, o)."""
+        if banks is not self._banks:
+            inner = (module for bank in banks for module in bank.modules())
+            self._users = [m for m in inner if isinstance(m, HypeLoRABank) and m.network is self]
+            self._banks = banks
+        if torch.is_grad_enabled():
+            self._kept.end()
+
+    def forget(self) -> None:
+        """Make factors (E, r, size) anew when they are next asked for."""
+        self._kept.end()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, and forget factors (E, r, size) that were made."""
+        self.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.forget()  # numbers may be rounded, and lie where the old ones lay
+        return super()._apply(fn, recurse)
+
+    def _make_all(self) -> bool:
+        """Make the factors (E, r, size) of all users whose embeddings are at hand, if the network is."""
+        if not all(map(is_at_hand, self.parameters())):
+            return False
+        users = [user for user in self._users if is_at_hand(user.embedding)]
+        wanted = [user.wanted for user in users]
+        names = list(dict.fromkeys(last_layer(one) for each in wanted for one in each))
+
+        def made(shared: Tensors, own: Tensors) -> list[list[Tensor]]:
+            layers = [
+                functools.partial(F.linear, weight=w, bias=b) for w, b in zip(shared[::2], shared[1::2], strict=True)
+            ]
+            n_trunk = len(layers) - len(names)
+            return emit(own, wanted, layers[:n_trunk], dict(zip(names, layers[n_trunk:], strict=True)))
+
+        self._kept.make(self._weights(names), [user.embedding for user in users], made)
+        return True
+
+    def _linears(self) -> list[Any]:
+        return [layer for layer in self.trunk if isinstance(layer, nn.Linear)]
+
+    def _weights(self, names: Sequence[str]) -> list[Tensor]:
+        """Return weight and bias of the trunk's layers and of some last ones, in order."""
+        last: Any = self.last
+        return [t for layer in (*self._linears(), *(last[n] for n in names)) for t in (layer.weight, layer.bias)]
+
+
+def last_layer(wanted: Wanted) -> str:
+    """Return the name of the last layer for factors (E, r, size)."""
+    kind, rank, size = wanted
+    return f"{kind}_{rank}x{size}"
+
+
+def emit(
+    embeddings: Tensors, wanted: Sequence[Sequence[Wanted]], trunk: Sequence[Linear], last: Mapping[str, Linear]
+) -> list[list[Tensor]]:
+    """Return the factors (E, r, size) of each layer's embeddings (E, d): one product for each linear layer.
+
+    Args:
+        embeddings: of each layer.
+        wanted: of each layer, kind, r and size of its factors.
+        trunk: linear layers, a GELU behind each.
+        last: the layer for each kind, r and size, by name.
+    """
+    hidden = torch.cat(list(embeddings))  # (Σ E, d)
+    for linear in trunk:
+        hidden = F.gelu(linear(hidden))  # (Σ E, width)
+    parts = hidden.split([len(embedding) for embedding in embeddings])
+    users: dict[Wanted, list[int]] = {}
+    for layer, each in enumerate(wanted):
+        for one in each:
+            users.setdefault(one, []).append(layer)
+    made: dict[tuple[Wanted, int], Tensor] = {}
+    for one, layers in users.items():
+        rows = torch.cat([parts[layer] for layer in layers])
+        factors = last[last_layer(one)](rows).unflatten(-1, one[1:])  # (Σ E, r, size)
+        for layer, factor in zip(layers, factors.split([len(parts[layer]) for layer in layers]), strict=True):
+            made[one, layer] = factor
+    return [[made[one, layer] for one in each] for layer, each in enumerate(wanted)]
 
 
 class HypeLoRABank(FactoredBank):
@@ -125,9 +234,13 @@ class HypeLoRABank(FactoredBank):
         """Become the experts of N matrices (o, i), each with an embedding of its own."""
         self._draw(n_matrices * self.n_experts)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.network.forget()
+        return super()._apply(fn, recurse)
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return down (E, r, i) and up (E, r, o), made at each call."""
-        found = self.network(self.embedding, *self.wanted)
+        """Return down (E, r, i) and up (E, r, o), as the network makes them."""
+        found = self.network.factors(self)
         return found[0] if self.down is None else self.down, found[-1]
 
 
