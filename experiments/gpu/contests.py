@@ -130,7 +130,9 @@ def shrink(machine: Machine, rows: int = ROWS) -> Contest:
     for size in BULK[:2] if rows < ROWS else BULK:
         after[f"copy engine, {_label(size)}"] = partial(_shrink, own, bulk.shrink, size, False)
     for size, splits in SPLIT:
-        after[f"split, {_label(size, splits)}"] = partial(_shrink, own, filled.split_shrink, size, splits)
+        label = _label(size, f"{splits} splits")
+        after[label] = partial(_shrink, own, filled.split_shrink, size, splits)
+        after[f"copy engine, {label}"] = partial(_shrink, own, filled.split_shrink, size, splits, True)
     for size in PERSISTENT if rows == ROWS else ():
         run = partial(_shrink, own, filled.persistent_shrink, size, processors(machine))
         after[f"persistent, {_label(size)}"] = run

@@ -69,7 +69,8 @@ def every_candidate(own: Given, weight: Tensor, dtype: torch.dtype = torch.float
     """Check each candidate against the truth."""
     size, unmixing = sizes(own), (own.grad, own.b, own.weights, own.indices, own.hidden)
     for launch, *rest in (
-        (bulk.shrink, size, True), (filled.split_shrink, size, 2), (filled.persistent_shrink, size, 1),
+        (bulk.shrink, size, True), (filled.split_shrink, size, 2), (filled.split_shrink, size, 2, True),
+        (filled.persistent_shrink, size, 1),
     ):  # fmt: skip
         check(shrunk(own, launch, *rest), partial(contests.shrunk, own, own.a), dtype)
     factors = [own.a, own.a.flip(0).contiguous(), own.a.flip(1).contiguous()]
@@ -110,6 +111,7 @@ def test_rows_that_do_not_begin_on_16_bytes_are_refused(d):
     own, weight = given(Shape(20, d, d, 4, 4))
     for run in (
         lambda: shrunk(own, bulk.shrink, sizes(own), False),
+        lambda: shrunk(own, filled.split_shrink, sizes(own), 2, True),
         lambda: bulk.unmix(own.grad, own.b, own.weights, own.indices, own.hidden, sizes(own), False),
         lambda: bulk.gram(own.mixed, own.grad, own.b, sizes(own), False),
         lambda: extended.extended(own.x, weight, own.mixed, own.b, sizes(own), 32, True),

@@ -21,12 +21,15 @@ from .ends import keep_shrink, keep_unmix
 
 @triton.jit
 def bulk_project(
-    values, factor, first_row, first_column, d, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
+    values, factor, first_row, first_column, start, stop, SPECIAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sum values[row, n] · factor[column, n] over the features: (BLOCK_T, BLOCK_C) fp32. What is outside reads as 0."""
+    """Sum values[row, n] · factor[column, n] over n = start … stop - 1: (BLOCK_T, BLOCK_C) fp32.
+
+    Whole blocks are read; what is outside of a matrix reads as 0.
+    """
     total = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for n in tl.range(0, d, BLOCK_D, warp_specialize=SPECIAL):
+    for n in tl.range(start, stop, BLOCK_D, warp_specialize=SPECIAL):
         value = values.load([first_row, n])
         total = tl.dot(value, factor.load([first_column, n]).T, total, input_precision=PRECISION)
     return total
@@ -42,7 +45,7 @@ def bulk_shrink_kernel(
     """As `shrink_kernel`, of descriptors of x (T, i) and a (E·r, i)."""
     block, rows, _, row_ok, _ = tile_of(n_rows, COLUMNS, BLOCK_T, BLOCK_C)
     first = tl.program_id(0) // ((COLUMNS + BLOCK_C - 1) // BLOCK_C) * BLOCK_T
-    total = bulk_project(values, factor, first, block * BLOCK_C, d, SPECIAL, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D)
+    total = bulk_project(values, factor, first, block * BLOCK_C, 0, d, SPECIAL, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D)
     keep_shrink(
         total, weights_ptr, indices_ptr, hidden_ptr, mixed_ptr, rows, row_ok, block * BLOCK_C,
         stride_wt, stride_wk, stride_it, stride_ik, COLUMNS, RANK, K, DENSE, BLOCK_T, BLOCK_C,
@@ -59,7 +62,7 @@ def bulk_unmix_kernel(
     """As `unmix_kernel`, of descriptors of dy (T, o) and b (E·r, o)."""
     block, rows, _, row_ok, _ = tile_of(n_rows, COLUMNS, BLOCK_T, BLOCK_C)
     first = tl.program_id(0) // ((COLUMNS + BLOCK_C - 1) // BLOCK_C) * BLOCK_T
-    total = bulk_project(values, factor, first, block * BLOCK_C, d, SPECIAL, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D)
+    total = bulk_project(values, factor, first, block * BLOCK_C, 0, d, SPECIAL, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D)
     keep_unmix(
         total, weights_ptr, indices_ptr, hidden_ptr, grad_hidden_ptr, mixed_ptr, grad_weights_ptr,
         block, n_rows, rows, row_ok, stride_wt, stride_wk, stride_it, stride_ik,

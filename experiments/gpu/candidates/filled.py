@@ -12,6 +12,7 @@ from torch import Tensor
 from moa.kernels.triton.launches import precision, routing_strides
 from moa.kernels.triton.thin import Sizes, project
 
+from .bulk import bulk_project, tiles_of
 from .ends import keep_shrink
 
 
@@ -33,6 +34,25 @@ def split_shrink_kernel(
     part_rows = tl.program_id(2).to(tl.int64) * n_rows + rows
     places = parts_ptr + part_rows[:, None] * COLUMNS + columns[None, :]
     tl.store(places, total, mask=row_ok[:, None] & column_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def bulk_split_shrink_kernel(
+    values, factor, parts_ptr, n_rows, d, d_per_split,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same, of descriptors of x (T, i) and a (E·r, i)."""
+    rows = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = tl.program_id(2) * d_per_split
+    total = bulk_project(
+        values, factor, tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_C,
+        start, tl.minimum(start + d_per_split, d), False, PRECISION, BLOCK_T, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
+    part_rows = tl.program_id(2).to(tl.int64) * n_rows + rows
+    places = parts_ptr + part_rows[:, None] * COLUMNS + columns[None, :]
+    tl.store(places, total, mask=(rows < n_rows)[:, None] & (columns < COLUMNS)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -90,6 +110,7 @@ def split_shrink(
     mixed: Tensor,
     size: Sizes,
     splits: int,
+    by_engine: bool = False,
 ) -> None:
     """Write hidden (T, K, r) and mixed (T, E·r), as `launches.shrink`, in two launches.
 
@@ -102,6 +123,10 @@ def split_shrink(
         mixed: written.
         size: the tiles.
         splits: of the features, at most.
+        by_engine: the copy engine brings the tiles.
+
+    Raises:
+        BackendError: it cannot bring them: see `bulk.py`.
     """
     (n_rows, d), columns = x.shape, mixed.shape[1]
     if not n_rows:
@@ -110,11 +135,20 @@ def split_shrink(
     splits = triton.cdiv(d, d_per_split)
     blocks = triton.cdiv(columns, size.block_c)
     parts = x.new_empty(splits, n_rows, columns, dtype=torch.float32)
-    split_shrink_kernel[(triton.cdiv(n_rows, size.block_t), blocks, splits)](
-        x, a, parts, n_rows, d, x.stride(0), d_per_split,
-        COLUMNS=columns, EVEN=d % size.block_d == 0, PRECISION=precision(),
-        BLOCK_T=size.block_t, BLOCK_C=size.block_c, BLOCK_D=size.block_d, **size.options,
-    )  # fmt: skip
+    grid = (triton.cdiv(n_rows, size.block_t), blocks, splits)
+    shared = {
+        "COLUMNS": columns, "PRECISION": precision(),
+        "BLOCK_T": size.block_t, "BLOCK_C": size.block_c, "BLOCK_D": size.block_d,
+    }  # fmt: skip
+    if by_engine:
+        bulk_split_shrink_kernel[grid](
+            tiles_of(x, size.block_t, size.block_d), tiles_of(a.flatten(0, 1), size.block_c, size.block_d),
+            parts, n_rows, d, d_per_split, **shared, **size.options,
+        )  # fmt: skip
+    else:
+        split_shrink_kernel[grid](
+            x, a, parts, n_rows, d, x.stride(0), d_per_split, EVEN=d % size.block_d == 0, **shared, **size.options
+        )
     gathered_shrink_kernel[(triton.cdiv(n_rows, 16), blocks)](
         parts, weights, indices, hidden, mixed, n_rows, *routing_strides(weights, indices),
         SPLITS=splits, COLUMNS=columns, RANK=a.shape[1], K=weights.shape[1], DENSE=indices is None,
