@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .book import LOST, Row
+from .book import Row, is_lost
 from .contests import CONTESTS, WARPS_APART, Contest, Step
 from .machine import Machine, over
 from .numerics import EPS, poisoned, three_way
@@ -68,7 +68,7 @@ def compete(machine: Machine, make: Callable[[Machine], Contest]) -> dict[str, A
             else:
                 steps[name] = step
         except Exception as error:  # one that cannot be launched leaves the others be
-            if any(words in str(error) for words in LOST):
+            if is_lost(error):
                 raise
             wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
     del exact, low
@@ -79,7 +79,7 @@ def compete(machine: Machine, make: Callable[[Machine], Contest]) -> dict[str, A
     ratios = {name: over(times, "before", name) for name in steps if name != "before"}
     said = [f"{name}: not timed, {why}" for name, why in wrong.items()]
     for name, ratio in ratios.items():
-        said.append(verdict(name, times["before"]["median_ms"], ratio, spread))
+        said.append(verdict(name, times["before"].get("median_ms", 0.0), ratio, spread))
     return {"holds": not wrong, "times": times, "ratios": ratios, "spread": spread, "notes": said}
 
 
