@@ -172,7 +172,9 @@ def warm(arch: int, processes: int, at_most: int = 0, seconds: float = 75.0, rep
 
 
 def remarks(job: Job, name: str, kernel: Any, arch: int) -> list[str]:
-    """Return what the compiler says of a kernel that spills; of one that does not fit an error, but for a sweep's.
+    """Return what the compiler says of a kernel that spills or competes; of one that does not fit an error.
+
+    A sweep's tiles may spill and may not fit.
 
     Raises:
         RuntimeError: it asks for more shared memory than a block may have, or a contest's is not what it is called.
@@ -182,8 +184,11 @@ def remarks(job: Job, name: str, kernel: Any, arch: int) -> list[str]:
     said = compiled.report(name, kernel)
     if said.shared > compiled.SHARED_LIMIT[arch] and job.what not in SWEEPS:
         raise RuntimeError(f"{name} of {job} asks for {said.shared} bytes of shared memory")
-    if job.what.startswith("contest ") and (flaw := variants.flaw(job.what, said)) is not None:
-        raise RuntimeError(f"{name} of {job}: {flaw}: {said}")
+    if job.what.startswith("contest "):
+        if (flaw := variants.flaw(job.what, said)) is not None:
+            raise RuntimeError(f"{name} of {job}: {flaw}: {said}")
+        with_ops = ", ".join(sorted(said.copies | said.matrix_ops))
+        return [f"{job.what}: {name}: {said.registers} registers, {said.shared} shared, {with_ops or 'no products'}"]
     spills = said.spills or said.stack
     where = f"{job.what} {job.dtype}{' tf32' if job.tf32 else ''}, {job.shape}"
     text = f"{name} spills: {said.registers} registers, {said.stack} bytes of stack, {said.shared} shared; {where}"

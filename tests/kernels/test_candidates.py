@@ -50,6 +50,9 @@ def test_a_rehearsal_fails_for_a_flaw(monkeypatch):
     with pytest.raises(RuntimeError, match=r"split_shrink_kernel of .*contest shrink.*it spills"):
         warm.remarks(warm.Job("contest shrink"), said.name, None, 90)
     assert "spills" in warm.remarks(warm.Job("triton_concat"), said.name, None, 90)[0]
+    said = replace(said, stack=0, spills=0, copies=frozenset({"LDGSTS.E"}))
+    (line,) = warm.remarks(warm.Job("contest shrink"), said.name, None, 90)
+    assert line == "contest shrink: split_shrink_kernel: 255 registers, 65536 shared, LDGSTS.E"
 
 
 def test_every_contest_is_compiled_before_it_is_measured():
