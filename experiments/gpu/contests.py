@@ -208,13 +208,14 @@ def shared_shrink(machine: Machine, count: int) -> Contest:
             launches.shrink(own.x, a, own.weights, own.indices, hidden[n], mixed[n])
         return hidden, mixed
 
-    def after(size: Sizes) -> Values:
+    def one(size: Sizes, by_engine: bool) -> Values:
         hidden, mixed = empty()
-        siblings.sibling_shrink(own.x, factors, own.weights, own.indices, hidden, mixed, size)
+        siblings.sibling_shrink(own.x, factors, own.weights, own.indices, hidden, mixed, size, by_engine)
         return hidden, mixed
 
-    plain = partial(all_shrunk, own, factors)
-    return Contest(("hidden", "mixed"), plain, before, {_label(size): partial(after, size) for size in SIBLINGS})
+    after: dict[str, Step] = {_label(size): partial(one, size, False) for size in SIBLINGS}
+    after |= {f"copy engine, {_label(size)}": partial(one, size, True) for size in SIBLINGS}
+    return Contest(("hidden", "mixed"), partial(all_shrunk, own, factors), before, after)
 
 
 def unmixed_and_grammed(own: Given, dtype: torch.dtype) -> Values:

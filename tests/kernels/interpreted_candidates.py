@@ -74,9 +74,9 @@ def every_candidate(own: Given, weight: Tensor, dtype: torch.dtype = torch.float
     ):  # fmt: skip
         check(shrunk(own, launch, *rest), partial(contests.shrunk, own, own.a), dtype)
     factors = [own.a, own.a.flip(0).contiguous(), own.a.flip(1).contiguous()]
-    for n in (2 + len(own.x) % 2,):
+    for n, by_engine in ((2, len(own.x) % 2 == 0), (3, len(own.x) % 2 == 1)):
         hidden, mixed = (value.new_empty(n, *value.shape) for value in (own.hidden, own.mixed))
-        siblings.sibling_shrink(own.x, factors[:n], own.weights, own.indices, hidden, mixed, size)
+        siblings.sibling_shrink(own.x, factors[:n], own.weights, own.indices, hidden, mixed, size, by_engine)
         check((hidden, mixed), partial(contests.all_shrunk, own, factors[:n]), dtype)
     check(bulk.unmix(*unmixing, size, False), partial(contests.unmixed, own), dtype)
     check([bulk.gram(own.mixed, own.grad, own.b, size, False)], partial(contests.grammed, own), dtype)
