@@ -233,11 +233,11 @@ def fingerprint(
         n_values: how many of their values to keep, spread evenly over the flattened matrix.
         gathered: name -> whole tensor of the base, where one process asks alone; a shard that it lacks is left out.
     """
-    heads = tuple(f"{name}." for name in saved_whole)
+    held = _held(base, saved_whole)
     found = {
         name: tensor if gathered is None else gathered.get(name, tensor)
         for name, tensor in base.named_parameters()
-        if ".branches." not in name and not name.startswith(heads)
+        if ".branches." not in name and id(tensor) not in held
     }
     own = {
         original_name(name): tensor
@@ -259,6 +259,11 @@ def fingerprint(
             "values": flat[at.to(flat.device)].float().tolist(),
         }
     return probes
+
+
+def _held(base: nn.Module, saved_whole: Iterable[str]) -> set[int]:
+    """Return the ids of the base's parameters that a checkpoint holds: a tied one has the name of another module."""
+    return {id(parameter) for name in saved_whole for parameter in base.get_submodule(name).parameters()}
 
 
 def check_fingerprint(
@@ -316,11 +321,11 @@ def warn_of_unsaved(base: nn.Module, saved_whole: Iterable[str]) -> None:
         base: with mixtures inside.
         saved_whole: names of its modules that the checkpoint holds.
     """
-    heads = tuple(f"{name}." for name in saved_whole)
+    held = _held(base, saved_whole)
     lost = [
         name
         for name, parameter in base.named_parameters()
-        if parameter.requires_grad and ".branches." not in name and not name.startswith(heads)
+        if parameter.requires_grad and ".branches." not in name and id(parameter) not in held
     ]
     if lost:
         warnings.warn(

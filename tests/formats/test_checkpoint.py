@@ -399,3 +399,15 @@ def test_a_state_dict_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out", state_dict={})
     assert not (tmp_path / "out").exists()
     model.save_pretrained(tmp_path / "out", state_dict=model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_is_saved_whole_is_no_mark_of_the_base(name: str, tmp_path: Path) -> None:
+    """One tensor of two names: whichever module is saved has it, and the base's other name for it is not looked at."""
+    model = models.randomise(moa.build(models.llama(tie_word_embeddings=True), "topk", modules_to_save=[name]))
+    expected = models.outputs_of(model, models.lm_batch())
+    model.save_pretrained(tmp_path)  # without a warning that something is lost
+    found = moa.load(tmp_path, models.llama(tie_word_embeddings=True)).eval()
+    assert torch.equal(models.outputs_of(found, models.lm_batch()), expected)
+    with pytest.raises(CheckpointError, match="wrong base"):
+        moa.load(tmp_path, models.randomise(models.llama(tie_word_embeddings=True)))
