@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -25,8 +26,12 @@ from .peft_parameters import stacked_factors
 from .sharded import writes_whole
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# end of a base's class name -> peft's name for what it does, where that changes nothing but peft's class
-TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+# end of a base's class name -> peft's name for what it does, and what peft's class for it then passes to the base
+TASK_TYPES = {
+    "ForCausalLM": ("CAUSAL_LM", {"input_ids"}),
+    "LMHeadModel": ("CAUSAL_LM", {"input_ids"}),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", {"input_ids", "decoder_input_ids"}),
+}
 
 
 def export_expert(
@@ -159,7 +164,7 @@ def _export(
     if not prefix:
         tensors |= {f"base_model.model.{key}": value for key, value in heads.items()}
     base = getattr(body, "name_or_path", None) or None
-    task_type = next((kind for end, kind in TASK_TYPES.items() if type(body).__name__.endswith(end)), None)
+    task_type = _task_type(body)
     names = sorted(ranks)
     endings = tuple(f".{name}" for name in names)  # peft takes a listed name for an ending, a string for a whole name
     alike = any(n.endswith(endings) for n, _ in body.named_modules() if n not in ranks)
@@ -196,6 +201,18 @@ def _export(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (partial / "README.md").write_text(model_card(base, said, task_type), encoding="utf-8")
     return target
+
+
+def _task_type(body: Any) -> str | None:
+    """Return peft's name for what a base does, or None where peft's class for it would pass what the base does not take.
+
+    Whisper listens and has no input_ids; a decoder that also sees pictures has no decoder_input_ids.
+    """
+    takes = inspect.signature(type(body).forward).parameters
+    for end, (kind, passed) in TASK_TYPES.items():
+        if type(body).__name__.endswith(end) and passed <= takes.keys():
+            return kind
+    return None
 
 
 def _kind_of(model: Any, expert: int) -> Kind | None:

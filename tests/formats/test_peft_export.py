@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import moa
 from moa.errors import CheckpointError, ConfigError, FoldError
@@ -109,6 +110,26 @@ def test_an_exported_expert_gives_equal_logits_in_peft(kind, options, tmp_path):
     back = moa.build(make(), "topk", experts=[tmp_path / "0", tmp_path / "2"], k=1, modules_to_save=[]).eval()
     with back.pin_expert(1):
         assert_close(models.outputs_of(back, batch), expected, 1e-5)
+
+
+def test_an_expert_of_a_model_that_listens_is_loaded_by_peft(tmp_path: Path) -> None:
+    """peft's class for sequence to sequence passes input_ids, which Whisper does not take: the folder does not ask for it."""
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 4}
+    sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_source_positions": 8}
+    tokens = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+
+    def whisper() -> WhisperForConditionalGeneration:
+        torch.manual_seed(0)
+        return WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens)).eval()
+
+    batch = {"input_features": torch.randn(2, 4, 16), "decoder_input_ids": torch.randint(3, 32, (2, 5))}
+    model = models.randomise(moa.build(whisper(), "topk", n_experts=2, k=1, rank=2)).eval()
+    moa.export_expert(model, 1, tmp_path)
+    theirs = PeftModel.from_pretrained(whisper(), tmp_path).eval()
+    with model.pin_expert(1):
+        expected = models.outputs_of(model, batch)
+    assert_close(models.outputs_of(theirs, batch), expected, 1e-4)
+    assert not torch.allclose(models.outputs_of(whisper(), batch), expected, atol=1e-3)
 
 
 def test_recipes_of_unequal_rank_export_with_patterns(tmp_path):
