@@ -27,6 +27,8 @@ PEFT_WORDS = {
     "lora_dropout": "dropout",
     "num_experts": "n_experts",
     "top_k": "k",
+    "num_experts_per_tok": "k",
+    "num_tasks": "n_tasks",
 }
 _RECIPES = "give router= a list of recipes, each with its own targets={} as a regex"
 
@@ -35,6 +37,14 @@ ELSEWHERE = {
     "rank_pattern": _RECIPES.format(" and rank"),
     "alpha_pattern": _RECIPES.format(" and alpha"),
     "use_rslora": "give alpha = lora_alpha · √rank; the recipe 'remix' has scale='rslora'",
+    "use_dora": "give expert='dora'",
+    "init_lora_weights": "give start=, 'pissa' or 'olora'; moa.initialize has those that look at data",
+    "bias": "the base's biases stay frozen; expert='affine' trains biases in the experts",
+    "lora_bias": "give expert='affine', whose factors have biases",
+    "trainable_token_indices": "name the embedding in modules_to_save=, which trains it whole",
+    "target_parameters": "give targets='moe-experts', which finds a base's fused experts",
+    "router_aux_loss_coef": "give balance=",
+    "router_jitter_noise": "give jitter=",
     "fan_in_fan_out": "how a layer stores its weight is found by itself; leave it out",
     "task_type": "a model says by its class what it is for; leave it out",
     "inference_mode": "use model.eval(), and train_experts=False to freeze the experts",

@@ -204,7 +204,7 @@ def _export(
 
 
 def _task_type(body: Any) -> str | None:
-    """Return peft's name for what a base does, or None where peft's class for it would pass what the base does not take.
+    """Return peft's name for what a base does, or None where peft's class for it passes what the base does not take.
 
     Whisper listens and has no input_ids; a decoder that also sees pictures has no decoder_input_ids.
     """

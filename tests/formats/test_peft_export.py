@@ -113,7 +113,7 @@ def test_an_exported_expert_gives_equal_logits_in_peft(kind, options, tmp_path):
 
 
 def test_an_expert_of_a_model_that_listens_is_loaded_by_peft(tmp_path: Path) -> None:
-    """peft's class for sequence to sequence passes input_ids, which Whisper does not take: the folder does not ask for it."""
+    """peft's class for sequence to sequence passes input_ids, which Whisper does not take: the folder asks for none."""
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "num_mel_bins": 4}
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_source_positions": 8}
     tokens = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
