@@ -107,8 +107,8 @@ class Routing:
 class Recorder(Protocol):
     """What a context's trace slot accepts: see `moa.objective.Trace`."""
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
-        """Keep one routing of one mixture; `mask` (*rows,) is True on rows that count, which are those of n streams."""
+    def add(self, layer: Any, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
+        """Keep one routing of a mixture; `mask` (*rows,) is True on rows that count, which are those of n streams."""
 
 
 class Draws(Protocol):

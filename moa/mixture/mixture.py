@@ -112,7 +112,7 @@ class Mixture(nn.Module):
 
     def _record(self, routing: Routing, x: Tensor, router: Router, context: Context) -> None:
         assert context.trace is not None
-        context.trace.add(self.name, routing, context.mask_for(x), router, context.n_streams)
+        context.trace.add(self, routing, context.mask_for(x), router, context.n_streams)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output (*rows, o) for x (*rows, i)."""

@@ -27,7 +27,7 @@ class EvaluationTrace:
     def __init__(self, model: MoAModel, statistics: RoutingStatistics, accelerator: Any = None) -> None:
         self.model, self.statistics, self.accelerator = model, statistics, accelerator
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
+    def add(self, layer: Any, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int) -> None:
         """Count one routing of weights (*rows, K); the context's task ids have as many rows as its n streams."""
         rows, task_ids = routing.weights.shape[:-1], self.model.context.task_ids
         n_own = self._n_own(0 if task_ids is None else len(task_ids))
@@ -35,7 +35,7 @@ class EvaluationTrace:
             own = in_streams(torch.arange(len(task_ids), device=routing.weights.device) < n_own, n_streams)
             own = own.repeat_interleave(rows[0] // len(own)).view(-1, *[1] * (len(rows) - 1)).expand(rows)  # (*rows,)
             mask = own if mask is None or mask.shape != rows else mask & own
-        self.statistics.add([Record(name, routing, mask, router)], task_ids)
+        self.statistics.add([Record(layer, routing, mask, router)], task_ids)
 
     def _n_own(self, n_examples: int) -> int:
         """Return how many of the first of a batch's n examples no other process has."""

@@ -91,7 +91,7 @@ class RecordsPadding(Mixture):
     """Counts rows that are padding."""
 
     def _record(self, routing: moa.Routing, x: Tensor, router: Any, context: Any) -> None:
-        context.trace.add(self.name, routing, None, router)
+        context.trace.add(self, routing, None, router)
 
 
 class RecordsNothing(Mixture):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import moa
-from moa.recipes import Recipe
+from moa.recipes import RECIPES, Recipe
 from moa.routers import LinearRouter
 from tests import laws, models
 
@@ -50,17 +50,17 @@ def graphs(model: Any, parts: Sequence[nn.Module], training: bool, **extra: torc
     return len(made)
 
 
-def of_peft(training: bool, *, whole: bool) -> int:
-    """Return how many graphs peft's LoRA makes, the model or each of its blocks compiled."""
+def of_peft(training: bool) -> int:
+    """Return how many graphs peft's LoRA makes, the whole model compiled."""
     config = peft.LoraConfig(target_modules=["q_proj"], r=2)  # type: ignore[attr-defined]
-    model = peft.get_peft_model(models.llama(num_hidden_layers=1 if whole else 2), config)  # type: ignore[attr-defined]
-    return graphs(model, [model] if whole else model.base_model.model.model.layers, training)
+    model = peft.get_peft_model(models.llama(num_hidden_layers=1), config)  # type: ignore[attr-defined]
+    return graphs(model, [model], training)
 
 
 def no_more_than_peft(recipe: Recipe, training: bool, **extra: torch.Tensor) -> None:
     """A recipe's model, compiled whole, makes no more graphs over the lengths than peft's LoRA."""
     model = moa.build(models.llama(num_hidden_layers=1), recipe)
-    ours, theirs = graphs(model, [model], training, **extra), of_peft(training, whole=True)
+    ours, theirs = graphs(model, [model], training, **extra), of_peft(training)
     assert ours <= theirs, f"{ours} graphs for {len(LENGTHS)} lengths, and peft's LoRA makes {theirs}"
 
 
@@ -80,12 +80,35 @@ def test_training_with_a_balance_loss() -> None:
     no_more_than_peft(laws.small_recipe("topk", "default", targets=["q_proj", "v_proj"]), True)
 
 
+def no_more_than_peft_by_block(name: str, training: bool) -> None:
+    """Blocks, each compiled by itself, share their graphs as those of peft's LoRA do: four are enough to tell."""
+    model: Any = moa.build(four_blocks(), laws.small_recipe(name, "default"))
+    tasks = {"task_ids": torch.tensor([0, 1])} if laws.needs_tasks(name) else {}
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2)  # type: ignore[attr-defined]
+    theirs: Any = peft.get_peft_model(four_blocks(), config)  # type: ignore[attr-defined]
+    ours = graphs(model, model.base.model.layers, training, **tasks)
+    expected = graphs(theirs, theirs.base_model.model.model.layers, training)
+    assert ours <= expected, f"{ours} graphs, and peft's LoRA makes {expected}"
+
+
+def four_blocks() -> nn.Module:
+    """Return a model without a cache: its layers have other states, and compiled code other guards, block by block."""
+    model = models.llama(num_hidden_layers=4)
+    model.config.use_cache = False
+    return model
+
+
+@compiling
+def test_training_with_each_block_compiled_by_itself() -> None:
+    no_more_than_peft_by_block("topk", True)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 @MODES
 @compiling
-def test_each_block_compiled_by_itself(training: bool) -> None:
-    model: Any = moa.build(models.llama(), laws.small_recipe("topk", "default", targets=["q_proj"]))
-    assert graphs(model, model.base.model.layers, training) <= of_peft(training, whole=False)
+def test_every_recipe_with_each_block_compiled_by_itself(name: str, training: bool) -> None:
+    no_more_than_peft_by_block(name, training)
 
 
 class TiedToALength(LinearRouter):

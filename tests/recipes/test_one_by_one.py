@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import moa
 from moa.monitor.statistics import RoutingStatistics
@@ -144,7 +144,7 @@ def test_the_choices_of_an_example_are_its_own() -> None:
     for log_prob in rows:
         flat = log_prob.flatten(0, 1)
         routing = Routing(torch.ones(*flat.shape, 1), torch.zeros(*flat.shape, 1).long(), 3, log_prob=flat)
-        trace.add("layer", routing, None, FixedRouter(4, 3), 2)
+        trace.add(nn.Identity(), routing, None, FixedRouter(4, 3), 2)
     laws.assert_close(log_prob_per_example(trace, 4), sum(log_prob.sum((0, 2)) for log_prob in rows), 1e-6)
 
 

@@ -37,9 +37,9 @@ class RoutingLoad:
         self.latest: dict[tuple[str, ...], Routing] = {}
         self.counts: dict[str, Tensor] = {}
 
-    def add(self, name: str, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int = 1) -> None:
+    def add(self, layer: Any, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int = 1) -> None:
         """Keep a routing of one mixture's rows (*rows, E) until it is counted, or until the next."""
-        self.latest[name,] = routing
+        self.latest[layer.name,] = routing
 
     def keep(self, names: tuple[str, ...], weights: Tensor) -> None:
         """Keep the weights (T, P, E) of P mixtures that see the same rows."""
