@@ -101,13 +101,15 @@ class Hypernetwork(nn.Module):
         return self(bank.embedding, *bank.wanted)  # type: ignore[no-any-return]
 
     def begin(self, banks: Sequence[ExpertBank]) -> None:
-        """Take note that a forward begins on a model's banks, (*rows, i) -> (*rows, o)."""
+        """Take note that a forward, or a generation, begins on a model's banks, (*rows, i) -> (*rows, o).
+
+        It makes the factors anew: somebody may have written to a parameter's `data`, which counts no change.
+        """
         if banks is not self._banks:
             inner = (module for bank in banks for module in bank.modules())
             self._users = [m for m in inner if isinstance(m, HypeLoRABank) and m.network is self]
             self._banks = banks
-        if torch.is_grad_enabled():
-            self._kept.end()
+        self._kept.end()
 
     def forget(self) -> None:
         """Make factors (E, r, size) anew when they are next asked for."""
