@@ -125,7 +125,7 @@ class Decision:
     Args:
         routing: weights and indices (*rows, K).
         source: x (*rows, i), the input of what follows; None where there is nothing left of it.
-        hidden: by bank, its hidden values (*rows, K, r) of source, until it takes them.
+        hidden: by the number of a layer, its hidden values (*rows, K, r) of source, until it takes them.
         beside: (*rows, o) what experts beside a sub-layer add to its output, until its last layer takes it.
     """
 
@@ -199,7 +199,7 @@ class Context:
         frozen_routings: routings of pooled routers kept while decoding with a cache, by router; None when not decoding.
         preview: (B, S, d) last hidden state of the frozen base on the same tokens, where a router looks at it, and its
             part that the head sees, where that is told which logits to keep.
-        decisions: what a router has decided for layers that follow it, by the name of its layer; the latest of them
+        decisions: what a router has decided for layers that follow it, by what they belong to; the latest of them
             takes it out, and a new forward of the model forgets what one that failed has left.
         batch: what the outermost entry of the forward was told, for the parts inside; None outside of a forward.
         handed_on: masks hold for a part inside that gets none of its own.
@@ -220,7 +220,7 @@ class Context:
     draws: Draws | None = field(default=None, repr=False)
     frozen_routings: dict[int, Routing] | None = field(default=None, repr=False)
     preview: Sequence[Tensor] = field(default=(), repr=False)
-    decisions: dict[str, Decision] = field(default_factory=dict, repr=False)
+    decisions: dict[Any, Decision] = field(default_factory=dict, repr=False)
     batch: object | None = field(default=None, repr=False)
     handed_on: bool = True
     rows: tuple[int, int] | None = None
@@ -263,15 +263,15 @@ class Context:
         context.decisions, context.n_streams = self.decisions, n
         return context
 
-    def decided(self, name: str) -> Decision:
+    def decided(self, block: Any) -> Decision:
         """Return what the router of a layer has decided, weights and indices (*rows, K).
 
         Raises:
             ContextError: that layer has not run in this forward.
         """
-        decision = self.decisions.get(name)
+        decision = self.decisions.get(block)
         if decision is None:
-            raise ContextError(f"{name} decides for its block and has not run before it, so there is no routing.")
+            raise ContextError(f"{block} decides for its block and has not run before it, so there is no routing.")
         return decision
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Feng et al. 2024 and Li et al. 2024 (experts that are whole feed-forward blocks 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +17,24 @@ from ..types import Context, Decision, Routing, Scope
 from .mixture import Branch, Mixture, add_constants
 
 
-@dataclass(frozen=True)
 class Block:
-    """Which layers belong together; what they share in one forward is a `Decision` in the context.
+    """Which layers belong together; what they share in one forward is a `Decision` in the context, under this object.
+
+    Under its name, compiled code would be tied to the name, and each block of a stack would need a graph of its own.
 
     Args:
-        name: of the first layer, under which the decision lies.
+        name: of the first layer.
         openers: branches of the layers that open the block.
     """
 
-    name: str
-    openers: tuple[Branch, ...]
+    def __init__(self, name: str, openers: tuple[Branch, ...] = ()) -> None:
+        self.name, self.openers = name, openers
 
-    def hidden(self, decision: Decision, branch: Branch, x: Tensor) -> Tensor | None:
-        """Return a branch's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them itself.
+    def __str__(self) -> str:
+        return self.name
+
+    def hidden(self, decision: Decision, number: int, x: Tensor) -> Tensor | None:
+        """Return an opener's hidden values (*rows, K, r) of x (*rows, i), or None where its bank forms them itself.
 
         Layers that see the same x share one product: x is read, and its gradient written, once.
         """
@@ -39,11 +42,11 @@ class Block:
         assert indices is not None
         if x is not decision.source:
             banks = [opener.bank for opener in self.openers]
-            found = branch.bank.fused.shared_hidden([bank.fused for bank in banks], x, indices)
+            found = banks[number].fused.shared_hidden([bank.fused for bank in banks], x, indices)
             decision.source = x
-            decision.hidden = {id(bank): hidden for bank, hidden in zip(banks, found, strict=False)}
+            decision.hidden = dict(enumerate(found))
         # pop, not get: a recomputed forward may stop early, and a kept entry would keep activations alive.
-        hidden = decision.hidden.pop(id(branch.bank), None)
+        hidden = decision.hidden.pop(number, None)
         if not decision.hidden:
             decision.source = None
         return hidden
@@ -55,17 +58,17 @@ class FollowRouter(Router):
     Args:
         d_in: i of its own layer.
         leader: the router that decides.
-        decided_as: the name under which it leaves its decision in the context.
+        block: under which it leaves its decision in the context.
     """
 
-    def __init__(self, d_in: int, leader: Router, decided_as: str) -> None:
+    def __init__(self, d_in: int, leader: Router, block: Block) -> None:
         super().__init__(d_in, leader.n_experts, leader.k)
         self.causal, self.per_row, self.rowwise = leader.causal, leader.per_row, leader.rowwise
-        self.decided_as = decided_as
+        self.block = block
 
     def forward(self, x: Tensor, context: Context) -> Routing:
         """Return the block's routing, weights (*rows, K)."""
-        return context.decided(self.decided_as).routing
+        return context.decided(self.block).routing
 
 
 class BlockLayer(Mixture):
@@ -105,7 +108,14 @@ class BlockEntry(BlockLayer):
     """A first layer of a block: opens a slot for each active expert, (*rows, i) -> (*rows, K, o).
 
     The frozen product is formed once per row, not once per expert.
+
+    Args:
+        number: of those that open the block; the first one's router decides.
     """
+
+    def __init__(self, *args: Any, number: int) -> None:
+        super().__init__(*args)
+        self.number = number
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) + E_{e_k}(x) for each slot k, (*rows, K, o); with experts switched off base(x), (*rows, o)."""
@@ -114,9 +124,9 @@ class BlockEntry(BlockLayer):
             return base_out
         self.check_differentiable(x, base_out)
         branch = self.branch
-        if self.decided_at == self.name:
-            self.context.decisions[self.block.name] = Decision(_on_rows(self.route(branch, x, self.context), x))
-        decision = self.context.decided(self.block.name)
+        if self.number == 0:
+            self.context.decisions[self.block] = Decision(_on_rows(self.route(branch, x, self.context), x))
+        decision = self.context.decided(self.block)
         routing = decision.routing
         if routing.weights.shape[:-1] != x.shape[:-1]:
             raise ShapeError(
@@ -124,7 +134,7 @@ class BlockEntry(BlockLayer):
                 f"{tuple(routing.weights.shape[:-1])}: they do not belong to one block."
             )
         assert routing.indices is not None
-        hidden = self.block.hidden(decision, branch, x)
+        hidden = self.block.hidden(decision, self.number, x)
         slots = branch.bank.fused.open_slots(x, routing.indices, base_out, hidden)  # (*rows, K, o)
         chosen = routing.indices.unsqueeze(-1)
         each = Routing(torch.ones_like(chosen, dtype=x.dtype), chosen, routing.n_experts)
@@ -142,8 +152,8 @@ class BlockExit(BlockLayer):
         if not self.context.enabled:
             out: Tensor = self.base(x, *args, **kwargs)
             return out
-        routing = self.context.decided(self.block.name).routing
-        del self.context.decisions[self.block.name]  # what follows is another block's
+        routing = self.context.decided(self.block).routing
+        del self.context.decisions[self.block]  # what follows is another block's
         if x.shape[:-1] != routing.weights.shape:
             raise ShapeError(
                 f"{self.name} expected slots {(*routing.weights.shape, 'i')} and got {tuple(x.shape)}: every layer "
@@ -179,13 +189,13 @@ def routed_block(
     """
     block = Block(entries[0][1], tuple(branch for _, _, branch in entries))
     leader = entries[0][2].router
+    for _, _, branch in [*entries[1:], last]:
+        branch.router = FollowRouter(branch.bank.d_in, leader, block)
     layers: list[Mixture] = []
-    for kind, members in ((BlockEntry, entries), (BlockExit, [last])):
-        for module, name, branch in members:
-            if layers:
-                branch.router = FollowRouter(branch.bank.d_in, leader, block.name)
-            layers.append(kind(module, [branch], scope, name, block))
-    return layers
+    for number, (module, name, branch) in enumerate(entries):
+        layers.append(BlockEntry(module, [branch], scope, name, block, number=number))
+    module, name, branch = last
+    return [*layers, BlockExit(module, [branch], scope, name, block)]
 
 
 def _on_rows(routing: Routing, x: Tensor) -> Routing:

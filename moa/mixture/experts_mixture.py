@@ -13,7 +13,7 @@ from ..errors import ConfigError, FoldError
 from ..experts import ExpertBank
 from ..layers import Site
 from ..types import Routing, Scope
-from .blocks import FollowRouter
+from .blocks import Block, FollowRouter
 from .fused_layouts import Layout, Rows, layout_of
 from .mixture import Branch, Mixture, Slice, add_constants
 from .uncalled import shown
@@ -233,6 +233,6 @@ def experts_branches(parts: list[tuple[list[Branch], int]], name: str) -> list[B
                 raise ConfigError(f"{name}: fused experts cannot carry these adapters: {why}. Choose another recipe.")
             branch.bank.stack(n_matrices)
             if branch is not leader:
-                branch.router = FollowRouter(branch.bank.d_in, leader.router, name)
+                branch.router = FollowRouter(branch.bank.d_in, leader.router, Block(name))
             out.append(branch)
     return out

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..layers import Site
 from ..types import Decision, Scope
+from .blocks import Block
 from .mixture import Branch, Mixture, add_constants
 
 
@@ -22,13 +23,14 @@ class ParallelEntry(Mixture):
         branches: the experts beside the sub-layer.
         scope: shared by all mixtures of the model.
         last: name of the layer that adds.
+        block: under which what they add waits.
     """
 
     why_not_fold = "its experts stand beside a whole sub-layer, which has no one weight"
 
-    def __init__(self, first: Site, branches: list[Branch], scope: Scope, last: str) -> None:
+    def __init__(self, first: Site, branches: list[Branch], scope: Scope, last: str, block: Block) -> None:
         super().__init__(first.module, branches, scope, first.name)
-        self.last = last
+        self.last, self.block = last, block
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x), (*rows, o); what the experts make of x (*rows, i) waits in the context."""
@@ -41,10 +43,10 @@ class ParallelEntry(Mixture):
             routing = self.route(branch, x, self.context)
             beside = add_constants(branch.bank(self.seen_by(branch.bank, x), routing), branch.bank, routing)
             if number:
-                before = self.context.decisions[self.name].beside
+                before = self.context.decisions[self.block].beside
                 assert before is not None
                 beside = before + beside
-            self.context.decisions[self.name] = Decision(routing, beside=beside)
+            self.context.decisions[self.block] = Decision(routing, beside=beside)
         return y
 
 
@@ -54,19 +56,19 @@ class ParallelExit(Mixture):
     Args:
         last: the layer, as it is.
         scope: shared by all mixtures of the model.
-        first: name of the layer whose experts they are.
+        block: under which what the experts add waits, with the name of their layer.
     """
 
     why_not_fold = ParallelEntry.why_not_fold
 
-    def __init__(self, last: Site, scope: Scope, first: str) -> None:
+    def __init__(self, last: Site, scope: Scope, block: Block) -> None:
         super().__init__(last.module, [], scope, last.name)
-        self.first = first
+        self.block = block
 
     @property
     def decided_at(self) -> str:
         """Name of the first layer, on whose rows (*rows, i) the router decides."""
-        return self.first
+        return self.block.name
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return base(x) and what the experts add, (*rows, o), for x (*rows, i)."""
@@ -74,12 +76,12 @@ class ParallelExit(Mixture):
         if not self.context.enabled:
             return y0
         self.check_differentiable(x, y0)
-        beside = self.context.decided(self.first).beside
-        del self.context.decisions[self.first]
+        beside = self.context.decided(self.block).beside
+        del self.context.decisions[self.block]
         assert beside is not None
         if beside.shape != y0.shape:
             raise ShapeError(
-                f"{self.name} writes {tuple(y0.shape)}, and the experts beside it saw rows of {self.first} that give "
+                f"{self.name} writes {tuple(y0.shape)}, and the experts beside it saw rows of {self.block} that give "
                 f"{tuple(beside.shape)}: this model does not run the two on the same rows. Choose place='sequential'."
             )
         return self.kept(y0 + beside.to(y0.dtype), y0)
@@ -98,5 +100,6 @@ def parallel_layers(sites: Sequence[Site], build: Callable[[Site], list[Branch]]
     layers: list[Mixture] = []
     for first, last in zip(sites[::2], sites[1::2], strict=True):
         branches = build(dataclasses.replace(first, d_out=last.d_out, place="parallel"))
-        layers += [ParallelEntry(first, branches, scope, last.name), ParallelExit(last, scope, first.name)]
+        block = Block(first.name)
+        layers += [ParallelEntry(first, branches, scope, last.name, block), ParallelExit(last, scope, block)]
     return layers

@@ -98,7 +98,10 @@ class Streams(nn.Module):
         self.weights = nn.Parameter(torch.full((n,), 1.0 / n))
         last = len(blocks) - 1
         self._hooks = [body.register_forward_pre_hook(Fold(self), with_kwargs=True)]
-        self._hooks += [b.register_forward_hook(Cross(self, i, i == last)) for i, b in enumerate(blocks)]
+        self._hooks += [
+            block.register_forward_hook(Cross(self, crossing, number == last))
+            for number, (block, crossing) in enumerate(zip(blocks, self.crossings, strict=True))
+        ]
 
     @property
     def running(self) -> bool:
@@ -116,9 +119,9 @@ class Streams(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
-    def cross(self, hidden: Tensor, number: int, last: bool) -> Tensor:
-        """Return the streams after block `number`, (n · B, S, d), or their weighted sum (B, S, d) after the last."""
-        apart: Tensor = self.crossings[number](rearrange(hidden, "(n b) ... -> n b ...", n=self.n))
+    def cross(self, hidden: Tensor, crossing: nn.Module, last: bool) -> Tensor:
+        """Return the streams after a block, (n · B, S, d), or their weighted sum (B, S, d) after the last."""
+        apart: Tensor = crossing(rearrange(hidden, "(n b) ... -> n b ...", n=self.n))
         if not last:
             crossed = rearrange(apart, "n b ... -> (n b) ...")
         else:
@@ -164,16 +167,16 @@ class Fold:
 class Cross:
     """The hook after a block."""
 
-    def __init__(self, streams: Streams, number: int, last: bool) -> None:
-        self.streams, self.number, self.last = streams, number, last
+    def __init__(self, streams: Streams, crossing: nn.Module, last: bool) -> None:
+        self.streams, self.crossing, self.last = streams, crossing, last
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the block's output with its hidden states crossed."""
         if not self.streams.running:
             return None
         if isinstance(output, Tensor):
-            return self.streams.cross(output, self.number, self.last)
-        return (self.streams.cross(output[0], self.number, self.last), *output[1:])
+            return self.streams.cross(output, self.crossing, self.last)
+        return (self.streams.cross(output[0], self.crossing, self.last), *output[1:])
 
 
 def find_body(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, list[nn.Module]]:

@@ -83,7 +83,7 @@ class Learned(Host):
             with selected, self._again(bool(passes)), self.tracing() as trace:
                 passes.append(run())
             traces.append(trace)
-            if not len(trace):  # the experts are off, or a forward inside has seen to all this
+            if not trace:  # the experts are off, or a forward inside has seen to all this
                 return passes[0]
             if passes[0][1] is None:  # nothing to compare selections by: this is a forward like any other
                 break
@@ -102,7 +102,7 @@ class Learned(Host):
 
     def _entered_inside(self, outputs: Any, trace: Trace) -> None:
         """Take note of a training forward of a part, whose outputs somebody else makes a loss of."""
-        if len(trace):
+        if trace:
             self._learned_outside(outputs, [trace])
 
     def _learned_outside(self, outputs: Any, traces: list[Trace]) -> None:

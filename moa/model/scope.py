@@ -41,14 +41,9 @@ class ModelScope:
         self._threads = _Threads(draws)
         self._graphs: dict[int, list[weakref.ref[_Graph]]] = {}  # of each thread
 
-    @property
-    def _here(self) -> _Thread:
-        this: _Thread = self._threads.this
-        return this
-
     def current(self) -> Context:
         """Return the context of what runs in this thread; outside of any forward, what its forwards start from."""
-        here = self._here
+        here: _Thread = self._threads.this
         if here.inside:
             context: Context = here.inside[-1][1]
             return context
@@ -58,21 +53,22 @@ class ModelScope:
     @property
     def in_closure(self) -> bool:
         """Whether the loss () of what runs in this thread is a closure's."""
-        inside: bool = self._here.in_closure
+        inside: bool = self._threads.this.in_closure
         return inside
 
     @contextlib.contextmanager
     def closure(self) -> Iterator[None]:
         """Run a closure that computes a loss () of this thread's forwards inside the block."""
-        before, self._here.in_closure = self._here.in_closure, True
+        here: _Thread = self._threads.this
+        before, here.in_closure = here.in_closure, True
         try:
             yield
         finally:
-            self._here.in_closure = before
+            here.in_closure = before
 
     def enter(self, owner: object, context: Context) -> None:
         """Make a context the current one, until the same owner leaves."""
-        here = self._here
+        here: _Thread = self._threads.this
         if not here.inside:
             here.counted = not torch.compiler.is_compiling()
             if here.counted and self.before is not None:
@@ -90,7 +86,7 @@ class ModelScope:
         What is entered inside is in streams, too; they end for all of it, as they do inside the part that has the last
         block. A block that runs again in backward is inside of nothing, and changes nothing.
         """
-        here = self._here
+        here: _Thread = self._threads.this
         if not here.inside:
             return
         first = len(here.inside) - 1 if n_streams > 1 else 0
@@ -101,7 +97,7 @@ class ModelScope:
 
     def leave(self, owner: object, outputs: Any = None) -> None:
         """Go back to the context before, if this owner has entered one; the outermost one leaves with its outputs."""
-        here = self._here
+        here: _Thread = self._threads.this
         if not here.inside or here.inside[-1][0] is not owner:
             return
         here.inside = here.inside[:-1]

@@ -208,7 +208,7 @@ def _terms(number: int, trace: Trace) -> Iterator[_Term]:
     Raises:
         ContextError: one carries no gradient to a router that should learn from it.
     """
-    for alike in _alike(list(trace)):
+    for alike in _alike(trace):
         router: Any = alike[0].router
         names = [name for name in router.loss_weights if name in LOSSES]
         for name, sums in zip(names, _sums_of_layers(names, alike), strict=True):
@@ -223,7 +223,7 @@ def _terms(number: int, trace: Trace) -> Iterator[_Term]:
             yield _Term(name, router.loss_weights[name], router.losses_over, group, sums)
 
 
-def _alike(records: list[Record]) -> list[list[Record]]:
+def _alike(records: Iterable[Record]) -> list[list[Record]]:
     """Return records in groups whose routings are made of tensors of the same shapes, with the same mask and losses."""
     groups: list[list[Record]] = []
     for record in records:

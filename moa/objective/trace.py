@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,15 +33,13 @@ class Record(NamedTuple):
         return str(self.layer.name)
 
 
-@dataclass(eq=False)
 class _Link:
-    """A record behind those before it; the first link holds none."""
+    """What a record is made of (its fields), behind those before it; the first link holds nothing."""
 
-    record: Record | None = None
-    before: _Link | None = None
+    def __init__(self, fields: tuple[Any, ...] = (), before: _Link | None = None) -> None:
+        self.fields, self.before = fields, before
 
 
-@dataclass
 class Trace:
     """The `Record`s of a forward in order; give it to `Context.trace` and run one.
 
@@ -55,24 +52,34 @@ class Trace:
     A module that runs several times in one forward (shared layers) is recorded each time.
     """
 
-    task_ids: Tensor | None = None
-    _last: _Link = field(default_factory=_Link, init=False, repr=False)
+    def __init__(self) -> None:
+        self.task_ids: Tensor | None = None
+        self._last = _Link()
+        self._listed: _Link | None = None  # the last link that is in the list
+        self._list: list[Record] = []
 
     def add(self, layer: Any, routing: Routing, mask: Tensor | None, router: nn.Module, n_streams: int = 1) -> None:
         """Append one record; `mask` (*rows,) is True on rows that count, which are those of n streams."""
-        self._last = _Link(Record(layer, routing, mask, router, n_streams), self._last)
+        self._last = _Link((layer, routing, mask, router, n_streams), self._last)
 
     @property
     def records(self) -> list[Record]:
         """All of them, in order."""
-        found, link = [], self._last
-        while link.record is not None and link.before is not None:
-            found.append(link.record)
-            link = link.before
-        return found[::-1]
+        return [*iter(self)]
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
+        if self._listed is not self._last:
+            found: list[Record] = []
+            link = self._last
+            while link.before is not None:
+                found.append(Record(*link.fields))
+                link = link.before
+            found.reverse()
+            self._listed, self._list = self._last, found
+        return iter(self._list)
+
+    def __bool__(self) -> bool:
+        return self._last.before is not None
 
     def __len__(self) -> int:
         return len(self.records)

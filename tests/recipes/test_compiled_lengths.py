@@ -80,35 +80,37 @@ def test_training_with_a_balance_loss() -> None:
     no_more_than_peft(laws.small_recipe("topk", "default", targets=["q_proj", "v_proj"]), True)
 
 
-def no_more_than_peft_by_block(name: str, training: bool) -> None:
-    """Blocks, each compiled by itself, share their graphs as those of peft's LoRA do: four are enough to tell."""
-    model: Any = moa.build(four_blocks(), laws.small_recipe(name, "default"))
+def by_block(name: str, n_blocks: int, training: bool) -> int:
+    """Return how many graphs a recipe's blocks make, each compiled by itself."""
+    model: Any = moa.build(blocks(n_blocks), laws.small_recipe(name, "default"))
     tasks = {"task_ids": torch.tensor([0, 1])} if laws.needs_tasks(name) else {}
-    config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2)  # type: ignore[attr-defined]
-    theirs: Any = peft.get_peft_model(four_blocks(), config)  # type: ignore[attr-defined]
-    ours = graphs(model, model.base.model.layers, training, **tasks)
-    expected = graphs(theirs, theirs.base_model.model.model.layers, training)
-    assert ours <= expected, f"{ours} graphs, and peft's LoRA makes {expected}"
+    return graphs(model, model.base.model.layers, training, **tasks)
 
 
-def four_blocks() -> nn.Module:
+def blocks(number: int) -> nn.Module:
     """Return a model without a cache: its layers have other states, and compiled code other guards, block by block."""
-    model = models.llama(num_hidden_layers=4)
+    model = models.llama(num_hidden_layers=number)
     model.config.use_cache = False
     return model
 
 
 @compiling
 def test_training_with_each_block_compiled_by_itself() -> None:
-    no_more_than_peft_by_block("topk", True)
+    """Blocks share their graphs as those of peft's LoRA do: past eight, torch runs the rest without compiling."""
+    config = peft.LoraConfig(target_modules="all-linear", r=2)  # type: ignore[attr-defined]
+    theirs: Any = peft.get_peft_model(blocks(4), config)  # type: ignore[attr-defined]
+    assert by_block("topk", 4, True) <= graphs(theirs, theirs.base_model.model.model.layers, True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @MODES
+# X-Cross notes, outside of any graph, where its streams end
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")
 @compiling
-def test_every_recipe_with_each_block_compiled_by_itself(name: str, training: bool) -> None:
-    no_more_than_peft_by_block(name, training)
+def test_blocks_compiled_by_themselves_share_their_graphs(name: str, training: bool) -> None:
+    """A first, a middle and a last one make them all."""
+    assert by_block(name, 5, training) == by_block(name, 3, training)
 
 
 class TiedToALength(LinearRouter):
