@@ -21,6 +21,7 @@ from .foreign import read_foreign
 from .named_deltas import Deltas, listed
 from .peft_options import INITS, check_options, init_of, is_set, scale_of
 from .peft_start import Base, base_of_files, dora, kasa, less, taken
+from .tensor_files import dtype_of
 
 PREFIX = "base_model.model."
 COPY = ".base_layer.weight"  # PEFT writes an adapted head or embedding whole beside its factors
@@ -181,6 +182,8 @@ class Lora:
                     f"{self.source} holds only {', '.join(sorted(parts))} of {module!r} and no {' or '.join(missing)}"
                     f"{said}: it is incomplete."
                 )
+            for key in parts.values():
+                self._check_floating(key)
         if not self.parts:
             raise CheckpointError(f"{self.source} holds no LoRA factors.")
 
@@ -233,6 +236,8 @@ class Lora:
                 "adapter is refused."
             )
         own = self.base.tensors[name]
+        if own.is_floating_point():
+            self._check_floating(key)
         same = own.shape == self.tensors[key].shape and torch.equal(own.cpu(), self.tensors[key].to(own.dtype).cpu())
         if not same and (copy or own.shape != self.tensors[key].shape):
             raise CheckpointError(
@@ -240,6 +245,10 @@ class Lora:
                 f"{tuple(own.shape)}: another base, or one whose vocabulary was resized."
             )
         return same
+
+    def _check_floating(self, key: str) -> None:
+        if not (dtype := dtype_of(self.tensors, key)).is_floating_point:
+            raise CheckpointError(f"{self.source} holds {key!r} as {dtype}: expected floating numbers.")
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """Return one tensor's shape, from the file's header where the mapping knows it."""

@@ -25,6 +25,7 @@ from .peft_options import INITS, check_known, check_options, init_of, is_set, sc
 from .peft_parameters import layers_of
 
 Mixtures = Mapping[str, Mixture]
+PLACES = "shira_indices"  # the one part of whole numbers
 VERSION = "0.21.2"  # of PEFT, whose layout is written: it reads rotations by it
 
 
@@ -95,7 +96,7 @@ class NativeAdapter:
         kind: the row that reads it.
 
     Raises:
-        CheckpointError: see `read_given`.
+        CheckpointError: see `read_given`; or whole numbers where floating ones belong, or the other way round.
         NumericsError: NaN or infinity in a tensor.
     """
 
@@ -109,6 +110,9 @@ class NativeAdapter:
             name, value = key.removeprefix(PREFIX), found.tensors[key]
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise NumericsError(f"{key!r} in {self.source} holds NaN or infinity.")
+            if value.is_floating_point() == (PLACES in key):
+                wanted = "whole" if PLACES in key else "floating"
+                raise CheckpointError(f"{self.source} holds {key!r} as {value.dtype}: expected {wanted} numbers.")
             base = next((b for b in kind.bases or () if re.fullmatch(rf"(.+\.)?{b}(\.default)?", key)), None)
             match = pattern.fullmatch(name)
             if base is not None:

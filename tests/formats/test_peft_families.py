@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,19 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     save_file({name: t for name, t in tensors.items() if name != key}, file)
     with pytest.raises(CheckpointError, match=r"gives 'left_up'|gives 'left_down'|another rank or factor|incomplete"):
         given([tmp_path / "loha"], "loha")
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in CASES}))
+def test_bits_read_as_numbers_of_another_kind_are_refused(family: str, tmp_path: Path) -> None:
+    """The bits of 0.3 are 1,050,253,722 as a whole number: a header that says so was damaged."""
+    adapter(tmp_path, family, next(options for (name, _), options in CASES.items() if name == family))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, value in tensors.items():
+        bits = {torch.float32: torch.int32, torch.int32: torch.float32, torch.int64: torch.float64}[value.dtype]
+        save_file({**tensors, key: value.view(bits)}, file)
+        with pytest.raises(CheckpointError, match=f"holds '{re.escape(key)}' as {bits}: expected"):
+            given([tmp_path], family)
 
 
 def test_what_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Run: pytest tests/formats/test_peft_variants.py
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -289,6 +290,23 @@ def test_numbers_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
         moa.build(models.llama(), "topk", experts=[tmp_path], k=1)
     with pytest.raises(NumericsError, match=module):
         merge([read_peft(tmp_path)], method="average")
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind, (base, _) in LOW_RANK.items() if base == "llama"), "dora", "head"])
+def test_bits_read_as_whole_numbers_are_refused(kind: str, tmp_path: Path) -> None:
+    """Each factor, bias and vector, and a head saved whole, whose header says that its bits are whole numbers."""
+    from safetensors.torch import load_file, save_file
+
+    options = {"modules_to_save": ["lm_head"]} if kind == "head" else {**LOW_RANK, **OTHER}[kind][1]
+    trained("llama", tmp_path / "adapter", **options)
+    models.llama().save_pretrained(tmp_path / "base")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    keys = [key for key, value in tensors.items() if value.dtype == torch.float32]
+    for key in [k for k in keys if "layers.0" in k or "lm_head" in k]:
+        save_file({**tensors, key: tensors[key].view(torch.int32)}, file)
+        with pytest.raises(CheckpointError, match=f"holds '{re.escape(key)}' as torch.int32: expected floating"):
+            read_peft(tmp_path / "adapter", base=tmp_path / "base")
 
 
 @pytest.mark.parametrize(
