@@ -35,7 +35,7 @@ from .beginning import Beginning
 from .chosen import common_names
 from .entries import close_entries, open_entries
 from .room import check_room
-from .running import hold_still
+from .running import hold_still, warn_of_moved
 from .switched import Switched
 from .turns import alone, outside
 from .whole import Whole, whole_names
@@ -54,6 +54,7 @@ class Host(Switched, Beginning):
         streams: in which the base runs, for recipes that have several; None for one.
         samples: M, forwards per training step, the most that any recipe asks for, and two where they have to agree.
         consistency: weight of how far the outputs of a step's forwards are apart, in the training loss; 0 for none.
+        buffers_that_came: a few values of each of the base's buffers as they came, by name, see `running.marks`.
         preview: what runs only the base first, (B, S, d), where a router looks at that.
     """
 
@@ -64,6 +65,7 @@ class Host(Switched, Beginning):
     samples: int = 1
     consistency: float = 0.0
     preview: Preview | None = None
+    buffers_that_came: dict[str, list[float]]
     _entered_inside: Callable[[Any, Trace], None]
 
     @outside
@@ -310,6 +312,7 @@ class Host(Switched, Beginning):
         """
         self._check_not_folded("saving")
         checkpoint.warn_of_unsaved(self.base, self.modules_to_save)
+        warn_of_moved(self.buffers_that_came, self.base, [whole.module for whole in self.whole])
         config: Any = getattr(self.base, "config", None)
         if not hasattr(config, "to_dict"):  # a plain module's own affair
             config = None

@@ -29,7 +29,7 @@ from .outputs import loss_of, with_loss
 from .pinning import Pinning
 from .recompute import Recomputed
 from .resizing import Resized
-from .running import hold_still
+from .running import hold_still, marks
 from .scope import ModelScope
 from .selections import Selections
 from .signature import joint_signature
@@ -75,6 +75,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
         base.requires_grad_(False)
         hold_still(base, ())
+        self.buffers_that_came = marks(base)
         self._begin()
 
     def forward(

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
+
+from ..errors import MoaWarning
+from ..formats.checkpoint import original_name
 
 
 def with_statistics(module: nn.Module) -> list[nn.Module]:
@@ -43,6 +48,52 @@ def moved_once(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for buffer, value in kept:
             buffer.data.copy_(value)  # in the graph of the first forward: its version is not to change
+
+
+def marks(base: nn.Module, saved_whole: Sequence[nn.Module] = ()) -> dict[str, list[float]]:
+    """Return a few values of each floating buffer, of any shape, that a frozen base's state holds, by its name.
+
+    Args:
+        base: with or without mixtures inside.
+        saved_whole: modules of it whose buffers a checkpoint holds.
+    """
+    saved = {id(m) for whole in saved_whole for m in whole.modules()}
+    found = {}
+    for path, module in base.named_modules():
+        if id(module) in saved or ".branches." in f".{path}.":
+            continue
+        for name, buffer in _own(module):
+            if buffer is None or name in module._non_persistent_buffers_set or type(buffer) is not Tensor:
+                continue
+            if buffer.is_floating_point() and not buffer.is_meta and buffer.numel():
+                flat = buffer.detach().reshape(-1)
+                at = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long().to(flat.device)
+                found[original_name(f"{path}.{name}" if path else name)] = flat[at].float().tolist()
+    return found
+
+
+def warn_of_moved(came: Mapping[str, list[float]], base: nn.Module, saved_whole: Sequence[nn.Module]) -> None:
+    """Warn if buffers of a frozen base, of any shape, are not what they were: no checkpoint of experts holds them.
+
+    Args:
+        came: what `marks` gave of the base as it came.
+        base: as it is when it is saved.
+        saved_whole: modules of it whose buffers the checkpoint holds.
+    """
+    now = marks(base, saved_whole)
+    moved = [n for n in came.keys() & now.keys() if not _close(came[n], now[n])]
+    if moved:
+        warnings.warn(
+            f"{len(moved)} buffers of the frozen base have moved since the model was built and are not in this "
+            f"checkpoint ({min(moved)}, …): the base that it is loaded on will give other outputs. Save the base as "
+            "well, or name the modules in modules_to_save.",
+            MoaWarning,
+            stacklevel=4,
+        )
+
+
+def _close(one: list[float], other: list[float]) -> bool:
+    return torch.allclose(torch.tensor(one), torch.tensor(other), rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
 def _own(module: nn.Module) -> list[tuple[str, Tensor | None]]:

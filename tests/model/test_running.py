@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moa
+from moa.errors import MoaWarning
 from tests import laws
 
 KINDS = {"batch": nn.BatchNorm1d, "cumulative": lambda d: nn.BatchNorm1d(d, momentum=None)}
@@ -81,3 +82,38 @@ def test_statistics_of_a_trained_norm_are_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(moa.load(tmp_path, base=fresh).eval()(x), model(x))
     assert not torch.equal(model.base[1].running_mean, torch.zeros(16))  # type: ignore[index]
+
+
+class Centred(nn.Module):
+    """Somebody's own module that takes off a running mean, of a name that says nothing."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.centre = self.centre.lerp(x.detach().mean(0), 0.5)
+        return x - self.centre
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", ["own", "spectral"])
+def test_buffers_that_move_are_saved_or_told_of(kind: str, saved: bool, tmp_path: Path) -> None:
+    """What moves by itself is found by its values: the checkpoint holds it, or the user is told by name."""
+    torch.manual_seed(0)
+    first = nn.utils.spectral_norm(nn.Linear(8, 16)) if kind == "spectral" else nn.Linear(8, 16)
+    base, x = nn.Sequential(first, Centred(16), nn.Linear(16, 3)), 3 * torch.randn(32, 8) + 1
+    fresh, names = copy.deepcopy(base), ["0", "1"] if kind == "spectral" else ["1"]
+    model = moa.build(base, "topk", n_experts=4, k=2, targets=["2"], modules_to_save=names if saved else None).train()
+    model.save_pretrained(tmp_path)  # nothing has moved
+    steps(model, x)
+    if not saved:
+        with pytest.warns(
+            MoaWarning, match=rf"buffers of the frozen base have moved .*\({0 if kind == 'spectral' else 1}"
+        ):
+            model.eval().save_pretrained(tmp_path)
+        return
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.allclose(moa.load(tmp_path, base=fresh).eval()(x), model(x), atol=1e-5)
