@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..formats.atomic import staged
+from ..formats.named_deltas import check_tensors
 from ..formats.sharded import writes_whole
 from ..formats.tensor_writing import copy_rest
 from ..mixture import Mixture, copy_sharing, take_out
@@ -68,7 +69,19 @@ def check_folds(model: Any, task_id: int | None = None) -> None:
 
     Raises:
         FoldError: one has not; the layer and the reason are named.
+        NumericsError: an expert, or a module trained whole, holds NaN or infinity; the tensor is named.
     """
     for mixture in model.mixtures().values():
         check_untied(model.base, mixture)
         folded_change(mixture, task_id)
+    check_whole(model)
+
+
+def check_whole(model: Any) -> None:
+    """Check that the modules trained whole, e.g. a head (d -> C), hold only numbers, before their base is handed on.
+
+    Raises:
+        NumericsError: one holds NaN or infinity; the tensor is named.
+    """
+    for name in model.modules_to_save:
+        check_tensors(model.base.get_submodule(name).state_dict(prefix=f"{name}."), "nothing was folded")

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..delta import Delta, Dense, LowRank, low_rank, work_dtype
+from ..delta import Delta, Dense, LowRank, all_finite, low_rank, work_dtype
 from ..errors import ConfigError, NumericsError
 
 DeltaLike: TypeAlias = Delta | Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]
@@ -133,3 +133,20 @@ def check_finite(delta: Delta, name: str, source: str) -> Delta:
         f"the delta of {name!r} from {source} holds NaN or infinity ({bad}): that adapter's training diverged or "
         "its file is damaged; leave it out or take an earlier checkpoint."
     )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], refused: str) -> None:
+    """Check that what is about to be written holds only numbers.
+
+    Args:
+        tensors: name -> tensor of any shape.
+        refused: what is not done, which begins the error.
+
+    Raises:
+        NumericsError: one holds NaN or infinity; it is named.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise NumericsError(
+                f"{refused}: {name} holds NaN or infinity. Training diverged; go on from an earlier checkpoint."
+            )

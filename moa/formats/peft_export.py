@@ -20,6 +20,7 @@ from ..mixture import Branch, ExpertsMixture, Mixture
 from ..mixture.change import Change, check_expert, factor_change, mixed, number_in, single
 from .atomic import staged
 from .card import model_card
+from .named_deltas import check_tensors
 from .peft_kinds import KINDS, Kind
 from .peft_native import native_config, shared_tensors, write_native
 from .peft_parameters import stacked_factors
@@ -61,6 +62,7 @@ def export_expert(
             processes hold parts of the model.
         FoldError: experts that are not low-rank changes, or add a constant, or of several families, or at a place where
             peft's are not; the layer is named.
+        NumericsError: a tensor of the expert holds NaN or infinity; it is named, and nothing is written.
     """
     check_expert(expert, (recipe.n_experts for recipe, _ in model.recipes))
     said = f"Expert {expert} of a mixture of adapters made by moa."
@@ -83,6 +85,7 @@ def export_task(model: Any, task: int, folder: str | Path, *, overwrite: bool = 
     Raises:
         ConfigError: the model has no mixtures.
         FoldError: a routing that depends on the input, or experts that are not low-rank changes; the layer is named.
+        NumericsError: a tensor holds NaN or infinity; it is named, and nothing is written.
     """
 
     def of_task(mixture: Mixture) -> Delta:
@@ -192,6 +195,7 @@ def _export(
     }
     if kind is not None and expert is not None:
         tensors |= shared_tensors(model, kind, expert)
+    check_tensors({**tensors, **heads}, f"{target} was not written")
     if not here:
         return target
     with staged(target, overwrite=overwrite) as partial:

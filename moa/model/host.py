@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..folding.weights import check_untied, fold, folded_change
+from ..folding.save import check_folds
+from ..folding.weights import fold
 from ..formats import checkpoint
 from ..mixture import (
     Branch,
@@ -224,13 +225,11 @@ class Host(Switched, Beginning):
 
         Raises:
             FoldError: a mixture has no exact weight; the layer and the reason are named, and nothing was changed.
+            NumericsError: an expert, or a module trained whole, holds NaN or infinity; the tensor is named.
             ConfigError: inside of a block that runs on them, see `check_outside`.
         """
-        mixtures = self.mixtures()
-        for mixture in mixtures.values():
-            check_untied(self.base, mixture)
-            folded_change(mixture, task_id)
-        for mixture in mixtures.values():
+        check_folds(self, task_id)
+        for mixture in self.mixtures().values():
             fold(mixture, task_id)
         return self._without_mixtures()
 

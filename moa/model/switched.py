@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from ..folding.save import check_whole
 from ..folding.swap import Lifted, swapped
 from ..folding.weights import check_untied
 from ..mixture import Mixture
@@ -80,12 +81,14 @@ class Switched(Stepped):
 
         Raises:
             FoldError: a mixture has no exact weight; the layer and the reason are named.
+            NumericsError: an expert, or a module trained whole, holds NaN or infinity; the tensor is named.
             ConfigError: inside `folded`, where it would be in the weights twice.
         """
         self._check_not_folded("folding")
         mixtures = self.mixtures()
         for mixture in mixtures.values():
             check_untied(self.base, mixture)
+        check_whole(self)
         return self._swapped(swapped(mixtures, task_id))
 
     @contextlib.contextmanager

@@ -40,7 +40,7 @@ class TopK(TopKRecipe, BalancedRecipe):
         ConfigError: ranks that the experts do not have.
     """
 
-    softmax_gate = True
+    sums_to_one = True
     coefficients = ("balance", "z_loss")
 
     z_loss: float = 0.001
@@ -58,6 +58,11 @@ class TopK(TopKRecipe, BalancedRecipe):
                     f"ranks={self.ranks} needs experts that act at any rank, expert='dylora', on layers and not on the "
                     "base's own fused experts."
                 )
+
+    @property
+    def folds(self) -> Folds:
+        """One expert of a layer (*rows, i) -> (*rows, o) has the weight 1, but not one rank where a gate chooses it."""
+        return "never" if self.ranks else super().folds
 
     def losses(self) -> dict[str, float]:
         """Return the coefficients of the balance and the z-loss; no tensors."""
@@ -80,7 +85,7 @@ class Dense(LossRecipe):
         z_loss: coefficient of the router z-loss, the mean of (log Σ exp logits)².
     """
 
-    softmax_gate = True
+    sums_to_one = True
     coefficients = ("z_loss",)
 
     z_loss: float = 0.0
@@ -107,7 +112,7 @@ class Switch(TopKRecipe, BalancedRecipe):
     Differs: no capacity limit, so no token is dropped and the routing stays causal and batch-invariant.
     """
 
-    softmax_gate = True
+    sums_to_one = True
     coefficients = ("balance", "z_loss")
 
     k: int = 1
@@ -138,7 +143,7 @@ class NoisyTopK(TopKRecipe, LossRecipe):
         load: coefficient of the loss on the spread of the experts' expected numbers of rows.
     """
 
-    softmax_gate = True
+    sums_to_one = True
     coefficients = ("importance", "load")
 
     importance: float = 0.01
@@ -162,6 +167,8 @@ class Sigmoid(TopKRecipe):
     Args:
         bias_rate: how far the bias of an expert moves per optimizer step, up where its load is below the mean.
     """
+
+    sums_to_one = True
 
     bias_rate: float = 0.001
 
@@ -203,6 +210,8 @@ class AdaMoLE(BalancedRecipe):
 
     Source: arXiv 2405.00361, eq. 4-7; see `ThresholdRouter` for what differs.
     """
+
+    sums_to_one = True
 
     rank: int | tuple[int, ...] = 32
     targets: str | tuple[str, ...] = "attention"
@@ -250,7 +259,7 @@ class LoRAMoE(LossRecipe):
     Differs: the released code has delta = 0 and the loss switched off by default; here both are 0.1, near the paper's.
     """
 
-    softmax_gate = True
+    sums_to_one = True
     coefficients = ("localized",)
 
     rank: int | tuple[int, ...] = 4

@@ -16,7 +16,7 @@ from ..routers import Classifier, PreviewRouter, PrototypeRouter
 from ..routers.first_pass import check_scores
 from ..routers.prototype import check_temperature
 from ..types import Scope
-from .recipe import Recipe, TopKRecipe, register_recipe
+from .recipe import Folds, Recipe, TopKRecipe, register_recipe
 
 
 @register_recipe("xlora", "Buehler and Buehler 2024, arXiv 2402.07148")
@@ -61,6 +61,12 @@ class XLoRA(TopKRecipe):
             raise ConfigError(f"depth must be at least 1, got {self.depth}.")
         if self.depth == 1:
             self.check_unused("inner layers of the classifier, depth > 1", "width", "classifier_dropout")
+
+    @property
+    def folds(self) -> Folds:
+        """A softmax over the only expert of a layer (*rows, i) -> (*rows, o) is 1; a raw score is not."""
+        only = self.n_experts == 1 and (self.score == "softmax" or self.renormalize)
+        return "always" if only else "never"
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with d_hidden set to the base's.
@@ -113,6 +119,7 @@ class Arrow(TopKRecipe):
     """
 
     wants_experts = True
+    sums_to_one = True
     families = ("lora",)
 
     k: int = 0

@@ -50,7 +50,7 @@ class Recipe(Targets):
 
     Attributes:
         wants_experts: it routes over adapters that exist already, `moa.build(…, experts=[…])`.
-        softmax_gate: its weights are a softmax over the experts, which is 1 on every row where there is one expert.
+        sums_to_one: its weights have the sum 1 on every row, so that the weight of the only expert is 1.
         families: names that `expert` may have; None is every family.
         places: that `place` may name.
         unused: a keyword of other recipes that changes nothing here -> why; `make_recipe` warns where it is given.
@@ -65,7 +65,7 @@ class Recipe(Targets):
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     wants_experts: ClassVar[bool] = False
-    softmax_gate: ClassVar[bool] = False
+    sums_to_one: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = None
     places: ClassVar[tuple[str, ...]] = PLACES
     unused: ClassVar[Mapping[str, str]] = {"k": "every expert may act on every row"}
@@ -85,7 +85,8 @@ class Recipe(Targets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "expert_names", tuple(self.expert_names))
+        names = self.expert_names
+        object.__setattr__(self, "expert_names", (names,) if isinstance(names, str) and names else tuple(names))
         tables.check_common({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, self.coefficients)
         family, rank = family_of(self)
         object.__setattr__(self, "expert", family)
@@ -184,7 +185,7 @@ class Recipe(Targets):
 
         It holds for experts that are weight changes, as LoRAs are; others do not fold behind any routing.
         """
-        return "always" if self.softmax_gate and self.n_experts == 1 else "never"
+        return "always" if self.sums_to_one and self.n_experts == 1 else "never"
 
     def for_base(self, base: nn.Module) -> Recipe:
         """Return the recipe with what it has to know of the whole model filled in, e.g. its width d.

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from ..mixture import Branch, Site
 from ..routers import SampledRouter
 from ..routers.sampled import check_sampling
-from .recipe import TopKRecipe, register_recipe
+from .recipe import Folds, TopKRecipe, register_recipe
 
 
 @register_recipe("remix", "Qiu et al. 2026, arXiv 2603.10160")
@@ -38,6 +38,11 @@ class ReMix(TopKRecipe):
         if self.scale not in ("lora", "rslora"):
             raise ConfigError(f"scale must be 'lora' or 'rslora', got {self.scale!r}.")
         check_sampling(self.samples, self.granularity)
+
+    @property
+    def folds(self) -> Folds:
+        """Where every expert of a layer (*rows, i) -> (*rows, o) is drawn, each has the weight ω on every row."""
+        return "always" if self.k == self.n_experts else "never"
 
     def scaling(self) -> float:
         """Return ω."""

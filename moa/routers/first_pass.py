@@ -138,6 +138,12 @@ class PreviewRouter(Router):
             kept, indices = select.softmax_top_k(values, self.k)
         return Routing(kept, indices, self.n_experts, logits, scores)
 
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () where there is one expert and its weight a softmax; else None."""
+        if self.n_experts > 1 or not (self.score == "softmax" or self.renormalize):
+            return None
+        return self.every_expert(next(self.classifier.parameters()))
+
     @staticmethod
     def _rows(previews: Sequence[Tensor], x: Tensor, context: Context) -> Tensor:
         """Return hidden states (B, S, d) for the rows of x (*rows, i): as they are, flattened, or one per example."""

@@ -103,10 +103,10 @@ class LinearRouter(BalancedRouter):
         return Routing(weights, indices, self.n_experts, logits, SCORES[gate.score])
 
     def constant(self, task: int | None = None) -> Routing | None:
-        """Return the routing of rows () where there is one expert, whose softmax is 1 on every row; else None."""
-        if self.n_experts > 1 or self.score != "softmax":
+        """Return the routing of rows () where there is one expert whose weight is 1 on every row; else None."""
+        if self.n_experts > 1 or not (self.score == "softmax" or self.renormalize):
             return None
-        return Routing(torch.ones(1, device=self.weight.device), None, 1)
+        return self.every_expert(self.weight)
 
     def gate(self) -> Gate | None:
         """Return how this gate decides, or None where its forward must run: noise, a hook, a forward of another's."""

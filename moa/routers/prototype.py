@@ -68,6 +68,10 @@ class PrototypeRouter(Router):
         weights, indices = select.softmax_top_k(logits, self.k)  # (*rows, K)
         return Routing(weights, indices, self.n_experts, logits, logits.softmax(-1))
 
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () where there is one expert, whose softmax is 1; else None."""
+        return self.every_expert(self.prototypes) if self.n_experts == 1 else None
+
 
 def check_temperature(temperature: float) -> None:
     """Check the temperature of a softmax.

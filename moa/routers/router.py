@@ -103,6 +103,11 @@ class Router(nn.Module):
         """
         return None
 
+    def every_expert(self, near: Tensor) -> Routing:
+        """Return the routing of rows () where every expert has the weight 1, as exact as a tensor (any shape)."""
+        weights = torch.ones(self.n_experts, device=near.device, dtype=torch.promote_types(near.dtype, torch.float32))
+        return Routing(weights, None, self.n_experts)
+
     def experts_changed(self, down: Tensor, up: Tensor) -> None:
         """Take note of low-rank experts read in or trained, down (E, r, i), up (E, r, o), for routing by them."""
 

@@ -83,6 +83,10 @@ class SampledRouter(Router):
             context.frozen_routings[id(self)] = routing
         return routing
 
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () where every expert is drawn on every row; else None."""
+        return self.every_expert(self.weight) if self.k == self.n_experts else None
+
     def _decide(self, x: Tensor, draw: tuple[int, int] | None) -> Routing:
         """Return the routing of x (*rows, i), as selection m of M where `draw` is (m, M)."""
         logits = exact_linear(x, self.weight)  # (*rows, E)

@@ -75,6 +75,10 @@ class ThresholdRouter(Router):
         weights = excess / torch.where(total > 0, total, 1)
         return Routing(weights, None, self.n_experts, logits, scores)
 
+    def constant(self, task: int | None = None) -> Routing | None:
+        """Return the routing of rows () where there is one expert, whose probability of 1 passes; else None."""
+        return self.every_expert(self.weight) if self.n_experts == 1 else None
+
 
 def check_threshold(max_threshold: float | None) -> None:
     """Check the largest threshold of a probability; None is 1/E.

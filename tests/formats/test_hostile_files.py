@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import moa
-from moa.errors import CheckpointError, FoldError, MoaWarning, NumericsError
+from moa.errors import CheckpointError, MoaWarning, NumericsError
+from moa.formats.peft_export import export_task
 from moa.formats.tensor_files import Checkpoint
 from moa.merge import write_checkpoint
 from tests import laws, models
@@ -67,6 +68,38 @@ def test_a_diverged_expert_does_not_reach_the_base(value: float) -> None:
         assert torch.equal(mixture.base.weight, before)
 
 
+def test_a_diverged_head_is_not_folded_or_exported(tmp_path: Path) -> None:
+    model = moa.build(models.bert(), "fixed", n_experts=2, rank=2)
+    mixture = next(iter(model.mixtures().values()))
+    before = mixture.base.weight.clone()
+    with torch.no_grad():
+        model.base.classifier.bias[1] = float("nan")
+    export = (lambda: moa.export_expert(model, 0, tmp_path / "out"), lambda: export_task(model, 0, tmp_path / "out"))
+    for hand_on in (model.merge_and_unload, lambda: model.folded().__enter__(), *export):
+        with pytest.raises(NumericsError, match=r"classifier\.bias holds NaN"):
+            hand_on()
+        assert torch.equal(mixture.base.weight, before) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@laws.parametrize([case for case in laws.RECIPE_CASES if case[0] in ("topk", "hydralora", "poly", "mixlora", "remix")])
+@pytest.mark.parametrize("as_lora", [False, True])
+def test_a_diverged_expert_is_not_exported(
+    name: str, variant: str, value: float, as_lora: bool, tmp_path: Path
+) -> None:
+    model = models.randomise(moa.build(models.llama(), laws.small_recipe(name, variant)))
+    for good in (0, 1):
+        moa.export_expert(model, good, tmp_path / str(good), as_lora=as_lora)
+    before = load_file(tmp_path / "0" / "adapter_model.safetensors")
+    layer, branch = list(model.branches())[-1]
+    with torch.no_grad():
+        next(p for n, p in branch.bank.named_parameters() if n.endswith("up"))[0].view(-1)[0] = value
+    with pytest.raises(NumericsError, match=rf"{layer}.* holds NaN or infinity"):
+        moa.export_expert(model, 0, tmp_path / "0", as_lora=as_lora)
+    again = load_file(tmp_path / "0" / "adapter_model.safetensors")
+    assert all(torch.equal(again[key], tensor) for key, tensor in before.items())
+
+
 def test_whole_numbers_are_not_read_as_weights(mixture: Any, tmp_path: Path) -> None:
     """The bits of 0.3, read as an integer, are 1,050,253,722."""
     mixture.save_pretrained(tmp_path)
@@ -112,19 +145,6 @@ def test_a_base_without_anything_to_recognise_it_by_is_said(tmp_path: Path) -> N
     checkpoint.write(tmp_path, description, mixture.adapter_state_dict())
     with pytest.warns(MoaWarning, match="was not checked"):
         moa.load(tmp_path, base=models.llama())
-
-
-@pytest.mark.parametrize("name", ["topk", "dense", "switch", "noisy_topk", "fixed", "hydralora"])
-def test_one_expert_behind_a_softmax_folds(name: str) -> None:
-    """The softmax over one logit is 1 on every row: the fold is that of router="fixed"."""
-    options = {} if name in ("dense", "fixed", "hydralora", "switch") else {"k": 1}
-    model = models.randomise(moa.build(models.llama(), name, n_experts=1, rank=2, targets="attention", **options))
-    assert model.recipes[0][0].folds == "always"
-    batch = models.lm_batch()
-    expected = models.outputs_of(model, batch)
-    laws.assert_close(models.outputs_of(model.merge_and_unload(), batch), expected, 1e-5)
-    with pytest.raises(FoldError):
-        moa.build(models.llama(), "sigmoid", n_experts=1, k=1).merge_and_unload()
 
 
 def test_offloaded_layers_get_experts_where_they_run() -> None:
