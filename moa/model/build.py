@@ -13,13 +13,12 @@ from ..errors import ConfigError, UnadaptedWarning
 from ..experts.mixed import Kinds
 from ..formats.peft_experts import names_of
 from ..formats.peft_native import read_given
-from ..mixture import GROUPS, backbone_prefix, fused_experts, without_sizes
+from ..mixture import GROUPS, fused_experts, without_sizes
 from ..recipes import Recipe, make_recipe, recipe_class
 from ..tables import own_words
 from .moa_model import MoAModel
+from .new_heads import new_heads
 from .rollback import all_or_nothing
-
-HEADS = ("Classification", "QuestionAnswering", "MultipleChoice")
 
 
 def build(
@@ -32,7 +31,7 @@ def build(
     rank: int | Sequence[int] | None = None,
     alpha: float | None = None,
     targets: str | Sequence[str] | None = None,
-    experts: Sequence[str | Path] | None = None,
+    experts: str | Path | Sequence[str | Path] | None = None,
     modules_to_save: Sequence[str] | None = None,
     **options: Any,
 ) -> MoAModel:
@@ -47,11 +46,11 @@ def build(
         rank: r of each expert, default 8; a list is gone through in turn, [4, 8, 16, 32].
         alpha: experts' outputs are scaled by alpha / rank; default 2 · rank, ReMix: its paper's.
         targets: "all-linear", "ffn", "attention", a list of name endings, or a regex; default the recipe's.
-        experts: folders of PEFT adapters of one kind (LoRA, or that of a family) that become the experts, on the layers
-            that they adapt; frozen unless train_experts=True, and known by their folders' names unless expert_names
-            are given.
+        experts: one or several folders of PEFT adapters of one kind (LoRA, or that of a family) that become the
+            experts, on the layers that they adapt; frozen unless train_experts=True, and known by their folders' names
+            unless expert_names are given.
         modules_to_save: names of modules, or ends of names, that are trained and saved whole; default the new heads of
-            classification models, and what a class of your own puts beside a body of transformers.
+            classification models, and the modules that a class of your own puts beside a body of transformers.
         options: the recipe's own keywords, among them exclude and layers, which narrow the targets (see
             `moa recipes NAME`); peft's spellings (target_modules, r, lora_alpha, …) are understood.
 
@@ -64,6 +63,8 @@ def build(
         CheckpointError: an adapter folder that cannot be read or does not fit this base.
     """
     options = own_words(options)
+    if isinstance(experts, str | Path):
+        experts = [experts]
     given = {
         "n_experts": n_experts,
         "k": k,
@@ -108,7 +109,7 @@ def build(
     with all_or_nothing(model):
         out = model if isinstance(model, MoAModel) else MoAModel.around(model)
         if modules_to_save is None and out is not model:
-            modules_to_save = _new_heads(model)
+            modules_to_save = new_heads(model)
         out.train_whole(modules_to_save or ())
         for recipe in recipes:
             names = out.add_recipe(recipe, None if given_experts is None else given_experts.layers)
@@ -119,24 +120,6 @@ def build(
     if left and any(recipe.targets in GROUPS for recipe in recipes) and given_experts is None:
         warnings.warn(f"{type(base).__name__}: {out.adapted_summary()}", UnadaptedWarning, stacklevel=2)
     return out
-
-
-def _new_heads(model: nn.Module) -> list[str]:
-    """Return the modules outside the body that were not pretrained, which are trained whole.
-
-    A class of transformers says so by its name, which a class derived from it need not repeat; in anybody else's class
-    on a body, what is neither the body nor the output embeddings is new.
-    """
-    prefix = backbone_prefix(model)
-    if not prefix:
-        return []
-    known = any(kind in parent.__name__ for parent in type(model).__mro__ for kind in HEADS)
-    if not known and type(model).__module__.split(".")[0] in ("transformers", "transformers_modules"):
-        return []
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    outside = [(name, m) for name, m in model.named_children() if f"{name}." != prefix]
-    new = [(name, m) for name, m in outside if output is None or all(part is not output for part in m.modules())]
-    return [name for name, m in new if any(True for _ in m.parameters())]
 
 
 def load(

@@ -297,6 +297,7 @@ def load_base(row: Mapping[str, Any], folder: Path, kwargs: Mapping[str, Any]) -
     advice = "Pass load(path, base=model)."
     if not name:
         raise CheckpointError(f"{folder} names no base to load ({class_name} was made in memory). {advice}")
+    kwargs = {"dtype" if key == "torch_dtype" else key: value for key, value in kwargs.items()}  # its older word
     options = {"dtype": config["dtype"], **kwargs} if config.get("dtype") else dict(kwargs)
     if "id2label" in config and not {"id2label", "num_labels", "config"} & kwargs.keys():
         names = {int(number): label for number, label in config["id2label"].items()}  # JSON has text for keys

@@ -58,7 +58,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
     def __init__(self, base: nn.Module) -> None:
         config = getattr(base, "config", None)
         super().__init__(config if isinstance(config, PreTrainedConfig) else PreTrainedConfig())
-        self.base = base
+        self.register_module("base", None)  # first in order and set last: a name of the base's is not yet looked at
         self.selections = Selections()
         self.scope = ModelScope(self.selections)
         self.recipes: list[tuple[Recipe, list[str]]] = []
@@ -73,6 +73,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
+        self.base = base
         base.requires_grad_(False)
         hold_still(base, ())
         self.buffers_that_came = marks(base)

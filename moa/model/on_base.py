@@ -66,7 +66,8 @@ class OnBase(Host):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base")
-        if base is not None and name in base._modules and name not in self._modules:
+        own = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if base is not None and name in base._modules and not own:
             setattr(base, name, value)  # a module that reading finds in the base
         else:
             super().__setattr__(name, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -33,10 +34,10 @@ class Targets:
     def __post_init__(self) -> None:
         for name in ("targets", "exclude", "layers", "layers_pattern"):
             value = getattr(self, name)
-            if isinstance(value, list | range):
-                object.__setattr__(self, name, tuple(value))
-            elif isinstance(value, set | frozenset):
+            if isinstance(value, Set):  # the keys of a mapping too
                 object.__setattr__(self, name, tuple(sorted(value)))
+            elif isinstance(value, Iterable) and not isinstance(value, str | tuple):
+                object.__setattr__(self, name, tuple(value))
         if self.exclude is None:  # as in peft's configurations
             object.__setattr__(self, "exclude", ())
         self._narrowing()

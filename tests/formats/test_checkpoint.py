@@ -108,8 +108,9 @@ def test_loading_finds_the_base_by_its_path(tmp_path):
     assert torch.equal(models.outputs_of(again, models.lm_batch()), models.outputs_of(model, models.lm_batch()))
     other = moa.MoAModel.from_pretrained(tmp_path / "out")
     assert torch.equal(models.outputs_of(other, models.lm_batch()), models.outputs_of(model, models.lm_batch()))
-    half = moa.load(tmp_path / "out", dtype=torch.bfloat16)
-    assert half.base.lm_head.weight.dtype == torch.bfloat16
+    for word in ("dtype", "torch_dtype"):
+        half = moa.load(tmp_path / "out", **{word: torch.bfloat16})
+        assert half.base.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_a_base_in_another_precision_is_the_same_base(tmp_path):

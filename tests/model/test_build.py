@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import moa
-from moa.errors import ConfigError
+from moa.errors import ConfigError, UnadaptedWarning
 from moa.mixture.mixture import Mixture
 from moa.recipes import RECIPES, make_recipe, recipe_class, register_recipe
 from tests import models
@@ -225,6 +226,84 @@ class Ranker(transformers.BertPreTrainedModel):
         self.bert = transformers.BertModel(config)
         self.rank = torch.nn.Linear(config.hidden_size, 1)
         self.post_init()
+
+
+class Beside(nn.Module):
+    """A body somewhere in a plain module, a head beside it and one beside what holds it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.towers = nn.ModuleDict(
+            {"text": transformers.BertModel(config), "project": nn.Linear(config.hidden_size, 3)}
+        )
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids):
+        return self.scale * self.towers["project"](self.towers["text"](input_ids).last_hidden_state[:, 0])
+
+
+def test_a_new_head_beside_a_body_in_a_plain_module_is_trained():
+    model = Beside(models.bert().config)
+    with pytest.warns(UnadaptedWarning, match="Beside: scale stays frozen"):
+        made = moa.build(model, "topk", n_experts=4, k=2)
+    assert made.modules_to_save == ["towers.project"] and model.towers["project"].weight.requires_grad
+    assert all("project" not in name for name in made.mixtures())
+    assert not moa.build(models.plain(), "topk").modules_to_save  # no body: it is adapted as a whole
+
+
+def small(kind, **options):
+    wave = {"conv_dim": (8, 8), "conv_kernel": (5, 3), "conv_stride": (4, 2), "num_feat_extract_layers": 2}
+    wave |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "tdnn_dim": (8,) * 5}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = getattr(transformers, f"{kind}Config")
+    return config(**sizes, **(wave if kind == "Wav2Vec2" else {}), **options)
+
+
+def test_a_new_head_is_found_where_the_class_has_no_part_that_it_calls_its_body():
+    """transformers has 25 such classes: Whisper's, T5's and CLIP's among them."""
+    t5 = models.t5().config
+    whisper = {"d_model": 16, "num_mel_bins": 8, "max_source_positions": 30, "encoder_layers": 1, "decoder_layers": 1}
+    whisper |= {"encoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_attention_heads": 2, "vocab_size": 60}
+    sound = transformers.WhisperConfig(**whisper, pad_token_id=0)
+    towers = {"text_config": small("CLIPText", vocab_size=48).to_dict()}
+    towers["vision_config"] = small("CLIPVision", image_size=8, patch_size=4).to_dict()
+    for made, heads in (
+        (transformers.T5ForQuestionAnswering(t5), ["qa_outputs"]),
+        (transformers.WhisperForAudioClassification(sound), ["projector", "classifier"]),
+        (transformers.CLIPForImageClassification(transformers.CLIPConfig(**towers)), ["classifier"]),
+    ):
+        model = moa.build(made, "topk", n_experts=2)
+        assert model.modules_to_save == heads, type(made).__name__
+        assert not any(name.startswith(tuple(heads)) for name in model.mixtures())
+
+
+def test_a_base_with_a_part_that_is_called_as_one_of_ours_keeps_it():
+    """The speaker model's loss is its `objective`, and what is new is trained."""
+    model = moa.build(transformers.Wav2Vec2ForXVector(small("Wav2Vec2")), "topk", n_experts=2)
+    assert "objective" in model.modules_to_save and isinstance(model.base.objective, nn.Module)
+    assert not isinstance(model.objective, nn.Module)
+    model.classifier = head = nn.Linear(8, 4)  # one that only the base has
+    assert model.base.classifier is head
+
+
+def test_one_name_is_not_a_list_of_letters(tmp_path):
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        get_peft_model(models.llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    listed = list(moa.build(models.llama(), "fixed", experts=[tmp_path]).mixtures())
+    for one in (tmp_path, str(tmp_path)):
+        assert list(moa.build(models.llama(), "fixed", experts=one).mixtures()) == listed
+    named = moa.build(models.llama(), "fixed", experts=[tmp_path], expert_names="poet")
+    assert named.recipes[0][0].names == ("poet",)
+
+
+@pytest.mark.parametrize("word", ["targets", "exclude"])
+def test_names_come_in_any_collection(word, tmp_path):
+    names = ["v_proj", "q_proj"]
+    listed = list(moa.build(models.llama(), "topk", **{word: names}).mixtures())
+    for given in (iter(names), dict.fromkeys(names).keys(), set(names), (n for n in names)):
+        model = moa.build(models.llama(), "topk", **{word: given})
+        model.save_pretrained(tmp_path)
+        assert list(model.mixtures()) == list(moa.load(tmp_path, base=models.llama()).mixtures()) == listed
 
 
 def test_a_new_head_is_found_under_any_name():
