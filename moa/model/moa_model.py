@@ -73,8 +73,7 @@ class MoAModel(Pinning, Resized, Learned, Recomputed, Decoding, OnBase, Judged, 
         self.loss_type: str | None = getattr(base, "loss_type", None)  # type: ignore[assignment]
         self._no_split_modules = getattr(base, "_no_split_modules", None)
         self._hf_peft_config_loaded = bool(getattr(base, "is_quantized", False))
-        self.base = base
-        base.requires_grad_(False)
+        self.base = base.requires_grad_(False)
         hold_still(base, ())
         self.buffers_that_came = marks(base)
         self._begin()
