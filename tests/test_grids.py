@@ -79,7 +79,7 @@ OTHERS = {
     **dict.fromkeys(
         ("end_to_end", "expert_parallel", "families", "imports", "kernels_cpu", "memory", "merge_bench"), COST
     ),
-    **dict.fromkeys(("ddp", "lora_pro", "monitor", "pool", "serving", "step", "systems"), COST),
+    **dict.fromkeys(("ddp", "launching", "lora_pro", "monitor", "pool", "serving", "step", "systems"), COST),
     "federated": "bytes a round are compared; its accuracies are of seconds of training, and no table has them",
     "faithfulness": "one model, before and after one training",
     "remix_granularity": "one method at one rate, against itself with its router at rest",

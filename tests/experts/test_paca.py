@@ -168,7 +168,7 @@ def test_what_cannot_be_trained_in_place_is_named() -> None:
         (built(dropout=0.1), ConfigError, "without dropout"),
         (moa.build(models.llama(), "fixed", n_experts=1), ConfigError, "only one expert of the family 'paca'"),
         (built(make=models.gpt2), ConfigError, "a Conv1D is not a plain linear layer"),
-        (built("sigmoid", 1, k=1), ConfigError, "its expert's weight is not always 1"),
+        (built("expert_choice", 1), ConfigError, "its expert's weight is not always 1"),
     ):
         before = {n: p.clone() for n, p in model.named_parameters()}
         with pytest.raises(error, match=match), in_place(model):

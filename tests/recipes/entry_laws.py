@@ -107,5 +107,6 @@ def threads_run_apart(subject: Subject) -> None:
 def forgets(model: moa.MoAModel) -> None:
     """Between forwards the model holds nothing of a batch."""
     context = model.context
-    held = (context.task_ids, context.preview, context.source, context.batch, context.trace, context.frozen_routings)
-    assert all(value is None for value in held) and not context.masks and not context.decisions, "a batch is kept"
+    held = (context.task_ids, context.source, context.batch, context.trace, context.frozen_routings)
+    several = (context.masks, context.preview, context.decisions)
+    assert all(value is None for value in held) and not any(several), "a batch is kept"
