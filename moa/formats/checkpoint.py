@@ -242,7 +242,7 @@ def fingerprint(
     own = {
         original_name(name): tensor
         for name, tensor in found.items()
-        if is_matrix(tensor) and (gathered is None or not is_sharded(tensor))
+        if is_matrix(tensor) and tensor.numel() and (gathered is None or not is_sharded(tensor))
     }
     at_home = {original_name(name): name for name in found}
     names = sorted(own)

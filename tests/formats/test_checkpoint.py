@@ -412,3 +412,19 @@ def test_a_tied_weight_that_is_saved_whole_is_no_mark_of_the_base(name: str, tmp
     assert torch.equal(models.outputs_of(found, models.lm_batch()), expected)
     with pytest.raises(CheckpointError, match="wrong base"):
         moa.load(tmp_path, models.randomise(models.llama(tie_word_embeddings=True)))
+
+
+def test_a_base_with_a_layer_of_no_features_is_saved_and_loaded(tmp_path):
+    """As MobileBERT's head has one where its two widths are the same."""
+
+    def make():
+        torch.manual_seed(0)
+        base = nn.ModuleDict({"body": nn.Linear(4, 4), "rest": nn.Linear(4, 4)})
+        base["rest"].weight = nn.Parameter(torch.empty(0, 4))
+        return base
+
+    model = models.randomise(moa.build(make(), "topk", n_experts=2, k=1, targets=["body"]))
+    model.save_pretrained(tmp_path / "saved")
+    again = moa.load(tmp_path / "saved", base=make())
+    x = torch.randn(3, 4)
+    assert torch.equal(again.base["body"](x), model.base["body"](x))
