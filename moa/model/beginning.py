@@ -1,4 +1,4 @@
-"""What all layers of a recipe share learns that a forward begins, so that it can be ready for all of them at once."""
+"""What all layers of a recipe share learns where a forward begins and ends, to be ready for all of them at once."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ class Beginning(Sound):
         for module in self._told[0]:
             module.begin(self._told[1])
 
+    def forward_ends(self) -> None:
+        """Call `end` of what wanted to know that a forward on rows (*rows, i) has begun."""
+        for module in self._wanting() if self._told is None else self._told[0]:
+            module.end()
+
     def routers_changed(self) -> None:
         """Look anew at the routers, of weights (E, i) and the like, and at the banks."""
         super().routers_changed()
@@ -48,7 +53,9 @@ class Beginning(Sound):
 
     def listen(self) -> None:
         """Have the scope call what must run before a forward on x (*rows, i), and nothing else."""
-        self.scope.before = self.forward_begins if self._wanting() else self.check_routers
+        wanting = self._wanting()
+        self.scope.before = self.forward_begins if wanting else self.check_routers
+        self.scope.after = self.forward_ends if wanting else None
 
     def _wanting(self) -> list[Any]:
         return [module for module in self.shared_by_layers.modules() if hasattr(module, "begin")]

@@ -31,9 +31,11 @@ class ModelScope:
     Attributes:
         names: of the model's experts, by which a batch chooses them.
         before: called with the context in which a forward is about to begin.
+        after: called when one has ended.
     """
 
     before: Callable[[Context], None] | None = None
+    after: Callable[[], None] | None = None
 
     def __init__(self, draws: Draws | None = None, names: tuple[str, ...] = ()) -> None:
         self.draws, self.names = draws, names
@@ -104,6 +106,8 @@ class ModelScope:
         if not here.inside and here.counted:
             here.counted = False
             self.turns.end()
+            if self.after is not None:
+                self.after()
         graph = here.graph
         if graph is None:
             return

@@ -365,6 +365,20 @@ def test_values_follow_a_change(change: Callable[[Any], None]) -> None:
     agree(model)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_bank_by_itself_follows_a_change(change: Callable[[Any], None]) -> None:
+    """What folds and exports reads banks between forwards."""
+    model = built().eval()
+    logits(model)
+    change(model)
+    with torch.no_grad():
+        found = [branch.bank.delta(0).dense() for _, branch in model.branches()]
+        with each_by_itself():
+            expected = [branch.bank.delta(0).dense() for _, branch in model.branches()]
+    for one_, other in zip(found, expected, strict=True):
+        assert_close(one_, other, 1e-10)
+
+
 def test_a_network_that_is_trained_again_gets_its_gradient() -> None:
     model = built().eval()
     for _, branch in model.branches():
@@ -417,7 +431,7 @@ def test_threads_beside_each_other() -> None:
     def run(number: int) -> None:
         for _ in range(8):
             if number % 2:
-                network(model).forget()
+                network(model).end()
             if not torch.allclose(logits(model), expected, atol=1e-10):
                 wrong.append(f"thread {number}")
 

@@ -39,6 +39,7 @@ READS = {
     "folded",
     "forward",
     "forward_begins",
+    "forward_ends",
     "from_pretrained",
     "generate",
     "generate_batch",

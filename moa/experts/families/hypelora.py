@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ Wanted = tuple[str, int, int]  # kind, r and size of factors (E, r, size)
 class Hypernetwork(nn.Module):
     """Embeddings (E, d) -> factors (E, r, size): a trunk of linear layers and GELUs, and a last layer for each size.
 
-    Its weights are far larger than what they make, so they are read once for all layers of a model: in a forward that
-    trains, and again without a gradient when one of them has changed.
+    Its weights are far larger than what they make, so they are read once for all layers of a model in each forward, or
+    generation. Nothing is kept for the next one: a parameter's `data` may be written to, which counts no change.
 
     Args:
         d_embedding: d.
@@ -101,28 +101,16 @@ class Hypernetwork(nn.Module):
         return self(bank.embedding, *bank.wanted)  # type: ignore[no-any-return]
 
     def begin(self, banks: Sequence[ExpertBank]) -> None:
-        """Take note that a forward, or a generation, begins on a model's banks, (*rows, i) -> (*rows, o).
-
-        It makes the factors anew: somebody may have written to a parameter's `data`, which counts no change.
-        """
+        """Take note that a forward, or a generation, begins on a model's banks, (*rows, i) -> (*rows, o)."""
         if banks is not self._banks:
             inner = (module for bank in banks for module in bank.modules())
             self._users = [m for m in inner if isinstance(m, HypeLoRABank) and m.network is self]
             self._banks = banks
         self._kept.end()
 
-    def forget(self) -> None:
-        """Make factors (E, r, size) anew when they are next asked for."""
+    def end(self) -> None:
+        """Forget the factors (E, r, size): the forward has ended, and only its backward passes may ask again."""
         self._kept.end()
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode, and forget factors (E, r, size) that were made."""
-        self.forget()
-        return super().train(mode)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.forget()  # numbers may be rounded, and lie where the old ones lay
-        return super()._apply(fn, recurse)
 
     def _make_all(self) -> bool:
         """Make the factors (E, r, size) of all users whose embeddings are at hand, if the network is."""
@@ -235,10 +223,6 @@ class HypeLoRABank(FactoredBank):
     def stack(self, n_matrices: int) -> None:
         """Become the experts of N matrices (o, i), each with an embedding of its own."""
         self._draw(n_matrices * self.n_experts)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.network.forget()
-        return super()._apply(fn, recurse)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return down (E, r, i) and up (E, r, o), as the network makes them."""
