@@ -252,13 +252,15 @@ def fingerprint(
     probes = {}
     for name in chosen:
         values = whole(value_of(base, at_home[name], own[name])).detach()
-        flat = values.reshape(-1)
-        at = torch.linspace(0, flat.numel() - 1, n_values, dtype=torch.float64).long()
-        probes[name] = {
-            "shape": list(values.shape),
-            "values": flat[at.to(flat.device)].float().tolist(),
-        }
+        probes[name] = {"shape": list(values.shape), "values": some_values(values, n_values)}
     return probes
+
+
+def some_values(tensor: Tensor, n: int) -> list[float]:
+    """Return n values of a tensor of any shape that is not empty, at places spread over all of it."""
+    flat = tensor.detach().reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, n, dtype=torch.float64).long()
+    return flat[at.to(flat.device)].float().tolist()  # type: ignore[no-any-return]
 
 
 def _held(base: nn.Module, saved_whole: Iterable[str]) -> set[int]:

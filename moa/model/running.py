@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MoaWarning
-from ..formats.checkpoint import original_name
+from ..formats.checkpoint import original_name, some_values
 
 
 def with_statistics(module: nn.Module) -> list[nn.Module]:
@@ -66,9 +66,7 @@ def marks(base: nn.Module, saved_whole: Sequence[nn.Module] = ()) -> dict[str, l
             if buffer is None or name in module._non_persistent_buffers_set or type(buffer) is not Tensor:
                 continue
             if buffer.is_floating_point() and not buffer.is_meta and buffer.numel():
-                flat = buffer.detach().reshape(-1)
-                at = torch.linspace(0, flat.numel() - 1, 4, dtype=torch.float64).long().to(flat.device)
-                found[original_name(f"{path}.{name}" if path else name)] = flat[at].float().tolist()
+                found[original_name(f"{path}.{name}" if path else name)] = some_values(buffer, 4)
     return found
 
 
